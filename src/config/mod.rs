@@ -1,0 +1,1 @@
+//! TOML, environment and replica URLs, as one validated value.

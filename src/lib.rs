@@ -1,0 +1,25 @@
+//! waltrail: continuous backup for SQLite.
+//!
+//! A reader finds the room for a thing by the name on the door, and dependencies point downwards only:
+//!
+//! | module | knows | is used by |
+//! | --- | --- | --- |
+//! | [`sqlite`] | what SQLite's files are: header, WAL, wal-index, locks | `replicate`, `restore` |
+//! | [`format`] | what our objects are: keys, segments, snapshots, records. Bytes in, bytes out | all above |
+//! | [`store`] | where objects are: S3, a directory, memory; retry and metering | `replicate`, `restore`, `cli` |
+//! | [`replicate`] | capture, ledger, spool, shipping, snapshots, epochs | `cli` |
+//! | [`restore`] | the plan of a restore, and its execution | `cli` |
+//! | [`config`] | TOML, environment and URLs, as one validated value | `cli` |
+//! | [`cli`] | commands, text and JSON output, exit codes | `main` |
+//!
+//! `docs/ARCHITECTURE.md` follows a page through all of them.
+
+pub mod clock;
+pub mod config;
+pub mod format;
+pub mod replicate;
+pub mod restore;
+pub mod sqlite;
+pub mod store;
+
+pub mod cli;

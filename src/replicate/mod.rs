@@ -1,0 +1,1 @@
+//! Following a live database and shipping every transaction: capture, ledger, spool, epochs, snapshots.

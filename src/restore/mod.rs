@@ -1,0 +1,1 @@
+//! The history of a replica, the plan of a restore (a value), and its execution.
