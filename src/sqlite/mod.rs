@@ -1,1 +1,118 @@
 //! What SQLite's files are: database header, WAL, wal-index, locks. Knows nothing of storage.
+//!
+//! - [`header`], [`wal`], [`wal_index`]: bytes, pure.
+//! - [`live`]: a database that others have open: connections, the pin, descriptors and the rules of their lifetimes.
+//! - [`follow`]: reading published transactions out of the WAL, and single pages as of the last one read.
+
+pub mod follow;
+pub mod header;
+pub mod live;
+pub mod wal;
+pub mod wal_index;
+
+use std::io;
+use std::path::{Path, PathBuf};
+
+/// What can go wrong with a live database.
+#[derive(Debug, thiserror::Error)]
+pub enum SqliteError {
+    /// There is no file at the path, or an empty one: the application has not made its database yet.
+    #[error("{} is not there yet", path.display())]
+    NotThere {
+        /// The database.
+        path: PathBuf,
+    },
+    /// The file is not a database.
+    #[error("{} can't be followed: {source}", path.display())]
+    NotADatabase {
+        /// The database.
+        path: PathBuf,
+        /// What is wrong with its header.
+        source: header::HeaderError,
+    },
+    /// The database could not be switched to WAL mode.
+    #[error("{} can't be switched to WAL mode: {why}", path.display())]
+    NotWal {
+        /// The database.
+        path: PathBuf,
+        /// Why not, and what to do.
+        why: String,
+    },
+    /// Another file stands at the path than the one that is open.
+    #[error("{} was replaced or removed while it was followed", path.display())]
+    Replaced {
+        /// The database.
+        path: PathBuf,
+    },
+    /// The WAL is being changed while it is read; the same call can succeed a moment later.
+    #[error("the WAL of {} changed while it was read", path.display())]
+    Unsettled {
+        /// The database.
+        path: PathBuf,
+    },
+    /// Transactions went by unseen.
+    #[error("the WAL of {} went on without us: {seen} transactions read, {committed} committed", path.display())]
+    Gap {
+        /// The database.
+        path: PathBuf,
+        /// How many transactions were read.
+        seen: u32,
+        /// How many SQLite counted in the same time.
+        committed: u32,
+    },
+    /// A page whose content is known by its hash is neither in the WAL nor in the main file.
+    #[error("page {page_number} of {} is not as its last transaction wrote it", path.display())]
+    PageChanged {
+        /// The database.
+        path: PathBuf,
+        /// The page.
+        page_number: u32,
+    },
+    /// SQLite answered an error.
+    #[error("{} of {}: {source}", doing, path.display())]
+    Sqlite {
+        /// The database.
+        path: PathBuf,
+        /// What was being done.
+        doing: &'static str,
+        /// SQLite's error.
+        source: rusqlite::Error,
+    },
+    /// The operating system answered an error.
+    #[error("{} {}: {source}", doing, path.display())]
+    Io {
+        /// The file.
+        path: PathBuf,
+        /// What was being done.
+        doing: &'static str,
+        /// The operating system's error.
+        source: io::Error,
+    },
+}
+
+impl SqliteError {
+    /// Whether another process's lock is what stands in the way.
+    #[must_use]
+    pub fn is_busy(&self) -> bool {
+        use rusqlite::ErrorCode::{DatabaseBusy, DatabaseLocked};
+        matches!(self, Self::Sqlite { source, .. }
+            if matches!(source.sqlite_error_code(), Some(DatabaseBusy | DatabaseLocked)))
+    }
+
+    /// Turns an error of the operating system into one of ours.
+    pub(crate) fn io(path: &Path, doing: &'static str) -> impl FnOnce(io::Error) -> Self {
+        move |source| Self::Io { path: path.to_owned(), doing, source }
+    }
+
+    fn sqlite(path: &Path, doing: &'static str) -> impl FnOnce(rusqlite::Error) -> Self {
+        move |source| Self::Sqlite { path: path.to_owned(), doing, source }
+    }
+}
+
+/// `path` with `suffix` appended to its file name: `app.db` and `-wal` give `app.db-wal`.
+#[must_use]
+pub fn sidecar(path: &Path, suffix: &str) -> PathBuf {
+    let mut name = path.as_os_str().to_owned();
+    name.push(suffix);
+    PathBuf::from(name)
+}

@@ -14,14 +14,6 @@ const VERSION: u32 = 3_007_000;
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct Salts(pub [u8; 8]);
 
-impl Salts {
-    /// The first of the two numbers. SQLite adds 1 to it at each restart of a WAL.
-    #[must_use]
-    pub fn restart_counter(self) -> u32 {
-        u32::from_be_bytes([self.0[0], self.0[1], self.0[2], self.0[3]])
-    }
-}
-
 /// The running checksum over a WAL: each frame's continues the one before.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Checksum(pub u32, pub u32);

@@ -1,0 +1,206 @@
+//! Compressed blocks: what pages, tables and indexes are kept in.
+//!
+//! A section is a row of blocks that together are one zstd stream, flushed at the end of each, so that content in one
+//! block compresses against what stood in those before. A block: raw length u32, compressed length u32, CRC-32 of the
+//! compressed bytes u32, the bytes. All little-endian.
+
+use std::io::{self, Write};
+
+use zstd::stream::raw::{Decoder, InBuffer, Operation, OutBuffer};
+use zstd::zstd_safe::{CParameter, DParameter};
+
+use super::{Fields, FormatError};
+
+/// Length of a block's header in bytes.
+pub const BLOCK_HEADER_LEN: usize = 12;
+/// No block holds more raw bytes than this.
+pub const BLOCK_RAW_LIMIT: usize = 8 << 20;
+/// How many raw bytes this program puts into a block.
+const BLOCK_RAW_LEN: usize = 4 << 20;
+/// zstd's window: 8 MiB, for the writer and as the reader's limit.
+const WINDOW_LOG: u32 = 23;
+const LEVEL: i32 = 3;
+
+/// The header of a block.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct BlockHeader {
+    /// Length of the content in bytes.
+    pub raw_len: usize,
+    /// Length of the compressed bytes that follow.
+    pub compressed_len: usize,
+    crc32: u32,
+}
+
+impl BlockHeader {
+    /// Reads a block's header.
+    ///
+    /// # Errors
+    /// When there are too few bytes or a length is beyond the format's limit.
+    pub fn decode(bytes: &[u8], what: &'static str) -> Result<Self, FormatError> {
+        let mut fields = Fields::new(bytes, what);
+        let (raw_len, compressed_len, crc32) = (fields.u32()? as usize, fields.u32()? as usize, fields.u32()?);
+        // zstd never grows data by more than this for a flushed block.
+        if raw_len > BLOCK_RAW_LIMIT || compressed_len > BLOCK_RAW_LIMIT + BLOCK_RAW_LIMIT / 128 + 1024 {
+            return Err(FormatError::Inconsistent(format!("{what} has a block of {raw_len} bytes, more than the limit")));
+        }
+        Ok(Self { raw_len, compressed_len, crc32 })
+    }
+}
+
+/// Writes a section of blocks to `sink`.
+///
+/// Memory: the raw content of one block, and nothing of zstd's before the first block is full. What fits one block is
+/// compressed with its size pledged, so that zstd takes tables of that size and not of the window's.
+#[derive(Default)]
+pub struct BlockWriter {
+    raw: Vec<u8>,
+    encoder: Option<zstd::stream::write::Encoder<'static, Vec<u8>>>,
+    /// Number of blocks written.
+    pub block_count: u32,
+    /// Bytes written, headers included.
+    pub len_bytes: u64,
+    /// Raw bytes taken in.
+    pub raw_len_bytes: u64,
+}
+
+impl std::fmt::Debug for BlockWriter {
+    fn fmt(&self, out: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        out.debug_struct("BlockWriter").field("raw_len_bytes", &self.raw_len_bytes).finish_non_exhaustive()
+    }
+}
+
+impl BlockWriter {
+    /// Adds content; writes a block each time that one is full. `unit` is never split between blocks.
+    ///
+    /// # Errors
+    /// When the sink or zstd fails.
+    pub fn push(&mut self, sink: &mut impl Write, unit: &[u8]) -> io::Result<()> {
+        if !self.raw.is_empty() && self.raw.len() + unit.len() > BLOCK_RAW_LEN {
+            self.write_block(sink, None)?;
+        }
+        self.raw.extend_from_slice(unit);
+        self.raw_len_bytes += unit.len() as u64;
+        Ok(())
+    }
+
+    /// Writes what is left.
+    ///
+    /// # Errors
+    /// When the sink or zstd fails.
+    pub fn finish(&mut self, sink: &mut impl Write) -> io::Result<()> {
+        if !self.raw.is_empty() {
+            let pledged = self.encoder.is_none().then_some(self.raw.len());
+            self.write_block(sink, pledged)?;
+        }
+        self.encoder = None;
+        Ok(())
+    }
+
+    fn write_block(&mut self, sink: &mut impl Write, pledged_len: Option<usize>) -> io::Result<()> {
+        if self.encoder.is_none() {
+            self.encoder = Some(new_encoder(pledged_len)?);
+        }
+        let Some(encoder) = self.encoder.as_mut() else { return Err(io::Error::other("no encoder")) };
+        encoder.write_all(&self.raw)?;
+        encoder.flush()?;
+        let compressed = std::mem::take(encoder.get_mut());
+        let mut header = Vec::with_capacity(BLOCK_HEADER_LEN);
+        for field in [self.raw.len() as u32, compressed.len() as u32, crc32fast::hash(&compressed)] {
+            header.extend_from_slice(&field.to_le_bytes());
+        }
+        sink.write_all(&header)?;
+        sink.write_all(&compressed)?;
+        self.block_count += 1;
+        self.len_bytes += (header.len() + compressed.len()) as u64;
+        self.raw.clear();
+        Ok(())
+    }
+}
+
+fn new_encoder(pledged_len: Option<usize>) -> io::Result<zstd::stream::write::Encoder<'static, Vec<u8>>> {
+    let mut encoder = zstd::stream::write::Encoder::new(Vec::new(), LEVEL)?;
+    encoder.set_pledged_src_size(pledged_len.map(|len| len as u64))?;
+    encoder.include_contentsize(false)?;
+    if pledged_len.is_none_or(|len| len > 256 * 1024) {
+        encoder.set_parameter(CParameter::WindowLog(WINDOW_LOG))?;
+        encoder.set_parameter(CParameter::EnableLongDistanceMatching(true))?;
+    }
+    Ok(encoder)
+}
+
+/// Reads a section of blocks, one after another.
+pub struct BlockReader {
+    decoder: Decoder<'static>,
+    what: &'static str,
+}
+
+impl BlockReader {
+    /// A reader at the start of a section; `what` names the section in errors.
+    ///
+    /// # Errors
+    /// When zstd can't be set up.
+    pub fn new(what: &'static str) -> Result<Self, FormatError> {
+        let bad = |_| FormatError::BadCompression { what };
+        let mut decoder = Decoder::new().map_err(bad)?;
+        decoder.set_parameter(DParameter::WindowLogMax(WINDOW_LOG)).map_err(bad)?;
+        Ok(Self { decoder, what })
+    }
+
+    /// Reads the block at the start of `bytes` into `raw`, and tells how many bytes it took.
+    ///
+    /// # Errors
+    /// When the block is cut short, its checksum is wrong, or it does not decompress to the length it gives.
+    pub fn read(&mut self, bytes: &[u8], raw: &mut Vec<u8>) -> Result<usize, FormatError> {
+        let what = self.what;
+        let header = BlockHeader::decode(bytes, what)?;
+        let end = BLOCK_HEADER_LEN + header.compressed_len;
+        let compressed = bytes.get(BLOCK_HEADER_LEN..end).ok_or(FormatError::TooShort { what })?;
+        if crc32fast::hash(compressed) != header.crc32 {
+            return Err(FormatError::BadChecksum { what });
+        }
+        self.decompress(compressed, header.raw_len, raw)?;
+        Ok(end)
+    }
+
+    fn decompress(&mut self, compressed: &[u8], raw_len: usize, raw: &mut Vec<u8>) -> Result<(), FormatError> {
+        let what = self.what;
+        raw.clear();
+        raw.resize(raw_len, 0);
+        let mut input = InBuffer::around(compressed);
+        let mut written = 0;
+        // Each round takes input or gives output, or the block is not what its header says.
+        while written < raw_len || input.pos() < compressed.len() {
+            let before = (input.pos(), written);
+            let mut output = OutBuffer::around_pos(raw.as_mut_slice(), written);
+            self.decoder.run(&mut input, &mut output).map_err(|_| FormatError::BadCompression { what })?;
+            written = output.pos();
+            if (input.pos(), written) == before {
+                return Err(FormatError::Inconsistent(format!("a block of {what} has not the length it gives")));
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Reads a whole section that is in memory. Believes `raw_len` only as the blocks bear it out.
+pub(crate) fn read_section(
+    bytes: &[u8],
+    block_count: u32,
+    raw_len: u64,
+    what: &'static str,
+) -> Result<Vec<u8>, FormatError> {
+    let mut reader = BlockReader::new(what)?;
+    let (mut at, mut content, mut raw) = (0, Vec::new(), Vec::new());
+    for _ in 0..block_count {
+        at += reader.read(bytes.get(at..).unwrap_or_default(), &mut raw)?;
+        content.extend_from_slice(&raw);
+        if content.len() as u64 > raw_len {
+            break;
+        }
+    }
+    if at == bytes.len() && content.len() as u64 == raw_len {
+        Ok(content)
+    } else {
+        Err(FormatError::Inconsistent(format!("{what} has not the length that the footer gives")))
+    }
+}

@@ -1,0 +1,157 @@
+//! Names of objects below a replica's root. Numbers are fixed-width lower-case hexadecimal, so that the order of names
+//! is the order of history, and a listing alone tells which objects a restore needs.
+
+use std::fmt;
+
+/// Key of the object that makes a place a replica.
+pub const MARKER_KEY: &str = "waltrail.json";
+/// Prefix of all epoch records.
+pub const EPOCHS_PREFIX: &str = "epochs/";
+
+/// Prefix of an epoch's segments.
+#[must_use]
+pub fn log_prefix(epoch: u32) -> String {
+    format!("log/{epoch:08x}/")
+}
+
+/// Prefix of an epoch's snapshots.
+#[must_use]
+pub fn snapshot_prefix(epoch: u32) -> String {
+    format!("snap/{epoch:08x}/")
+}
+
+/// What the names of segments and snapshots tell: the epoch, a run of transactions, the time of the last one.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Span {
+    /// The epoch.
+    pub epoch: u32,
+    /// Segment: its first transaction. Snapshot: the transaction its oldest extent was read at.
+    pub first_txid: u64,
+    /// Segment: its last transaction. Snapshot: the one its newest extent was read at, whose state it serves.
+    pub last_txid: u64,
+    /// Commit time of the last transaction, in milliseconds since 1970.
+    pub time_ms: u64,
+}
+
+impl Span {
+    fn parse(key: &str, folder: &str) -> Option<Self> {
+        let (epoch, rest) = key.strip_prefix(folder)?.split_once('/')?;
+        let mut parts = rest.split('-');
+        let span = Self {
+            epoch: u32::try_from(hex(epoch, 8)?).ok()?,
+            first_txid: hex(parts.next()?, 16)?,
+            last_txid: hex(parts.next()?, 16)?,
+            time_ms: hex(parts.next()?, 12)?,
+        };
+        (parts.next().is_none() && span.first_txid <= span.last_txid).then_some(span)
+    }
+
+    fn write(&self, out: &mut fmt::Formatter<'_>, folder: &str) -> fmt::Result {
+        let Self { epoch, first_txid, last_txid, time_ms } = self;
+        write!(out, "{folder}{epoch:08x}/{first_txid:016x}-{last_txid:016x}-{time_ms:012x}")
+    }
+}
+
+/// Key of a segment: `log/<epoch>/<first txid>-<last txid>-<time>`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct SegmentKey(pub Span);
+
+impl SegmentKey {
+    /// Reads a key; `None` when it is not exactly one of a segment.
+    #[must_use]
+    pub fn parse(key: &str) -> Option<Self> {
+        Span::parse(key, "log/").map(Self)
+    }
+}
+
+impl fmt::Display for SegmentKey {
+    fn fmt(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.write(out, "log/")
+    }
+}
+
+/// Key of a snapshot: `snap/<epoch>/<first txid>-<last txid>-<time>`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct SnapshotKey(pub Span);
+
+impl SnapshotKey {
+    /// Reads a key; `None` when it is not exactly one of a snapshot.
+    #[must_use]
+    pub fn parse(key: &str) -> Option<Self> {
+        Span::parse(key, "snap/").map(Self)
+    }
+}
+
+impl fmt::Display for SnapshotKey {
+    fn fmt(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.write(out, "snap/")
+    }
+}
+
+/// Key of an epoch's record: `epochs/<epoch>`, or `epochs/<epoch>-<writer>` on a store without conditional puts, where
+/// the lowest name of an epoch is the one that counts.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+pub struct EpochKey {
+    /// The epoch.
+    pub epoch: u32,
+    /// The writer's id, 32 hexadecimal digits, where the name holds it.
+    pub writer: Option<String>,
+}
+
+impl EpochKey {
+    /// Reads a key; `None` when it is not exactly one of an epoch record.
+    #[must_use]
+    pub fn parse(key: &str) -> Option<Self> {
+        let name = key.strip_prefix(EPOCHS_PREFIX)?;
+        let (epoch, writer) = name.split_once('-').map_or((name, None), |(epoch, writer)| (epoch, Some(writer)));
+        if writer.is_some_and(|writer| !is_hex(writer, 32)) {
+            return None;
+        }
+        Some(Self { epoch: u32::try_from(hex(epoch, 8)?).ok()?, writer: writer.map(str::to_owned) })
+    }
+}
+
+impl fmt::Display for EpochKey {
+    fn fmt(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(out, "{EPOCHS_PREFIX}{:08x}", self.epoch)?;
+        self.writer.as_ref().map_or(Ok(()), |writer| write!(out, "-{writer}"))
+    }
+}
+
+fn is_hex(text: &str, width: usize) -> bool {
+    text.len() == width && text.bytes().all(|byte| matches!(byte, b'0'..=b'9' | b'a'..=b'f'))
+}
+
+fn hex(text: &str, width: usize) -> Option<u64> {
+    is_hex(text, width).then(|| u64::from_str_radix(text, 16).ok()).flatten()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn keys_are_exact() {
+        let span = Span { epoch: 0x1a, first_txid: 5, last_txid: 255, time_ms: 1_790_000_000_000 };
+        let key = SegmentKey(span).to_string();
+        assert_eq!(key, "log/0000001a/0000000000000005-00000000000000ff-01a0c3e71c00");
+        assert_eq!(SegmentKey::parse(&key), Some(SegmentKey(span)));
+        assert_eq!(SnapshotKey::parse(&SnapshotKey(span).to_string()), Some(SnapshotKey(span)));
+        for wrong in [
+            "log/0000001A/0000000000000005-00000000000000ff-01a0c3e71c00",
+            "log/0000001a/0000000000000005-00000000000000ff-01a0c3e71c00-",
+            "log/0000001a/0000000000000005-00000000000000ff",
+            "log/0000001a/0000000000000100-00000000000000ff-01a0c3e71c00",
+            "log/1a/0000000000000005-00000000000000ff-01a0c3e71c00",
+            "snap/0000001a/0000000000000005-00000000000000ff-01a0c3e71c00",
+            "log/+000001a/0000000000000005-00000000000000ff-01a0c3e71c00",
+        ] {
+            assert_eq!(SegmentKey::parse(wrong), None, "{wrong}");
+        }
+        let writer = "0123456789abcdef0123456789abcdef";
+        for key in ["epochs/0000000a".to_owned(), format!("epochs/0000000a-{writer}")] {
+            assert_eq!(EpochKey::parse(&key).unwrap().to_string(), key);
+        }
+        assert_eq!(EpochKey::parse("epochs/0000000a-0123"), None);
+    }
+}

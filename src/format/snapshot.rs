@@ -1,0 +1,335 @@
+//! Snapshots: the extents of a database, each compressed on its own, and an index of all.
+//!
+//! Layout: header (32 bytes), extents, index blocks, footer (100 bytes). An extent may be in an older snapshot's object;
+//! the index says where. `docs/FORMAT.md` has the fields.
+
+use std::collections::BTreeMap;
+use std::io;
+
+use xxhash_rust::xxh3::xxh3_64;
+
+use super::block::{BLOCK_RAW_LIMIT, BlockWriter, read_section};
+use super::key::{SnapshotKey, Span};
+use super::{
+    Fields, FormatError, HEADER_LEN, decode_header, encode_header, extent_count, extent_pages, is_page_size,
+    pages_per_extent,
+};
+
+const HEADER_MAGIC: &[u8; 8] = b"WALTSNP1";
+const FOOTER_MAGIC: &[u8; 8] = b"WALTSNPE";
+/// Length of the footer in bytes.
+pub const FOOTER_LEN: usize = 100;
+const SOURCE_LEN: usize = 28;
+const EXTENT_LEN: usize = 40;
+const LEVEL: i32 = 3;
+
+/// Where an extent is, and what it holds.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ExtentRecord {
+    /// Number of the snapshot object in the index's list of sources; 0 is the object itself.
+    pub source: u32,
+    /// Where in that object it begins.
+    pub offset: u64,
+    /// Length of its compressed bytes.
+    pub compressed_len: u32,
+    /// CRC-32 of its compressed bytes.
+    pub crc32: u32,
+    /// How many pages it holds.
+    pub page_count: u32,
+    /// XXH3 (64 bits) of its content.
+    pub content_hash: u64,
+    /// The transaction it was read at.
+    pub txid: u64,
+}
+
+/// What a snapshot is of.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct SnapshotInfo {
+    /// What its key says.
+    pub span: Span,
+    /// Size of the database in pages after the last transaction.
+    pub size_pages: u32,
+    /// The schema cookie after the last transaction.
+    pub schema_cookie: u32,
+    /// Fingerprint of the database after the last transaction.
+    pub fingerprint: u64,
+}
+
+/// Writes a snapshot; hands out the bytes to append one after another.
+#[derive(Debug)]
+pub struct SnapshotWriter {
+    page_size: u32,
+    offset: u64,
+    extents: BTreeMap<u32, ExtentRecord>,
+}
+
+impl SnapshotWriter {
+    /// Begins a snapshot; the second value is the header, the first bytes to store.
+    #[must_use]
+    pub fn new(page_size: u32) -> (Self, Vec<u8>) {
+        let header = encode_header(HEADER_MAGIC, page_size);
+        (Self { page_size, offset: header.len() as u64, extents: BTreeMap::new() }, header)
+    }
+
+    /// Adds extent `index` with its content as of transaction `txid`; returns the bytes to append.
+    ///
+    /// # Errors
+    /// When zstd fails.
+    pub fn encode_extent(&mut self, index: u32, txid: u64, content: &[u8]) -> io::Result<Vec<u8>> {
+        let compressed = zstd::bulk::compress(content, LEVEL)?;
+        let record = ExtentRecord {
+            source: 0,
+            offset: self.offset,
+            compressed_len: u32::try_from(compressed.len()).map_err(io::Error::other)?,
+            crc32: crc32fast::hash(&compressed),
+            page_count: u32::try_from(content.len() / self.page_size as usize).map_err(io::Error::other)?,
+            content_hash: xxh3_64(content),
+            txid,
+        };
+        self.offset += compressed.len() as u64;
+        self.extents.insert(index, record);
+        Ok(compressed)
+    }
+
+    /// Bytes handed out so far.
+    #[must_use]
+    pub fn len_bytes(&self) -> u64 {
+        self.offset
+    }
+
+    /// The transaction that the oldest extent was read at.
+    #[must_use]
+    pub fn first_txid(&self) -> Option<u64> {
+        self.extents.values().map(|extent| extent.txid).min()
+    }
+
+    /// Ends the snapshot; returns its index and footer, the bytes to append. Extents behind the database's end are left
+    /// out: it shrank after they were read.
+    ///
+    /// # Errors
+    /// When an extent is missing, or zstd fails.
+    pub fn finish(mut self, info: &SnapshotInfo) -> io::Result<Vec<u8>> {
+        let extent_count = extent_count(info.size_pages, self.page_size);
+        self.extents.retain(|&index, _| index < extent_count);
+        if self.extents.len() != extent_count as usize {
+            return Err(io::Error::other("a snapshot was ended before it was whole"));
+        }
+        let mut bytes = Vec::new();
+        let mut index = BlockWriter::default();
+        // No other object is referred to: the list of sources holds this one alone.
+        index.push(&mut bytes, &encode_source(&info.span))?;
+        for extent in self.extents.values() {
+            index.push(&mut bytes, &encode_extent_record(extent))?;
+        }
+        index.finish(&mut bytes)?;
+        let footer = SnapshotFooter {
+            info: *info,
+            page_size: self.page_size,
+            index_offset: self.offset,
+            index_len: index.len_bytes,
+            index_block_count: index.block_count,
+            source_count: 1,
+            extent_count,
+        };
+        bytes.extend_from_slice(&footer.encode());
+        Ok(bytes)
+    }
+}
+
+fn encode_source(span: &Span) -> Vec<u8> {
+    let mut bytes = span.epoch.to_le_bytes().to_vec();
+    for field in [span.first_txid, span.last_txid, span.time_ms] {
+        bytes.extend_from_slice(&field.to_le_bytes());
+    }
+    bytes
+}
+
+fn encode_extent_record(extent: &ExtentRecord) -> Vec<u8> {
+    let mut bytes = Vec::with_capacity(EXTENT_LEN);
+    for field in [extent.offset, extent.content_hash, extent.txid] {
+        bytes.extend_from_slice(&field.to_le_bytes());
+    }
+    for field in [extent.source, extent.compressed_len, extent.crc32, extent.page_count] {
+        bytes.extend_from_slice(&field.to_le_bytes());
+    }
+    bytes
+}
+
+/// The last 100 bytes of a snapshot.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct SnapshotFooter {
+    /// What it is of.
+    pub info: SnapshotInfo,
+    /// Page size in bytes.
+    pub page_size: u32,
+    /// Where the index begins.
+    pub index_offset: u64,
+    /// Length of the index's blocks in bytes; the footer follows.
+    pub index_len: u64,
+    /// Number of the index's blocks.
+    pub index_block_count: u32,
+    /// Number of snapshot objects that extents are in.
+    pub source_count: u32,
+    /// Number of extents.
+    pub extent_count: u32,
+}
+
+impl SnapshotFooter {
+    fn encode(&self) -> Vec<u8> {
+        let mut bytes = Vec::with_capacity(FOOTER_LEN);
+        let SnapshotInfo { span, size_pages, schema_cookie, fingerprint } = self.info;
+        for field in [self.index_offset, self.index_len, span.first_txid, span.last_txid, span.time_ms, fingerprint] {
+            bytes.extend_from_slice(&field.to_le_bytes());
+        }
+        for field in [
+            self.index_block_count,
+            self.source_count,
+            self.extent_count,
+            size_pages,
+            schema_cookie,
+            self.page_size,
+            span.epoch,
+            0,
+            0,
+        ] {
+            bytes.extend_from_slice(&field.to_le_bytes());
+        }
+        // The checksum covers the magic as well, which stands behind it.
+        let crc32 = crc32fast::hash(&[&bytes, &FOOTER_MAGIC[..]].concat());
+        bytes.extend_from_slice(&crc32.to_le_bytes());
+        bytes.extend_from_slice(FOOTER_MAGIC);
+        bytes.resize(FOOTER_LEN, 0);
+        bytes
+    }
+
+    /// Reads the footer at the end of `tail`, the end of a snapshot of `object_len` bytes.
+    ///
+    /// # Errors
+    /// When the bytes are not a footer, or not one of a snapshot of that length.
+    pub fn decode(tail: &[u8], object_len: u64) -> Result<Self, FormatError> {
+        let what = "the snapshot's footer";
+        let bytes: &[u8; FOOTER_LEN] = tail.last_chunk().ok_or(FormatError::TooShort { what })?;
+        let mut fields = Fields::new(bytes, what);
+        let (index_offset, index_len) = (fields.u64()?, fields.u64()?);
+        let (first_txid, last_txid, time_ms, fingerprint) = (fields.u64()?, fields.u64()?, fields.u64()?, fields.u64()?);
+        let (index_block_count, source_count, extent_count) = (fields.u32()?, fields.u32()?, fields.u32()?);
+        let (size_pages, schema_cookie, page_size, epoch) = (fields.u32()?, fields.u32()?, fields.u32()?, fields.u32()?);
+        fields.u64()?;
+        let crc32 = fields.u32()?;
+        fields.magic(FOOTER_MAGIC)?;
+        if crc32fast::hash(&[&bytes[..84], &FOOTER_MAGIC[..]].concat()) != crc32 || bytes[96..] != [0; 4] {
+            return Err(FormatError::BadChecksum { what });
+        }
+        let end = index_offset.checked_add(index_len).and_then(|end| end.checked_add(FOOTER_LEN as u64));
+        let is_consistent = end == Some(object_len)
+            && index_offset >= HEADER_LEN as u64
+            && is_page_size(page_size)
+            && first_txid <= last_txid
+            && source_count >= 1
+            && extent_count == super::extent_count(size_pages, page_size);
+        if !is_consistent {
+            return Err(FormatError::Inconsistent("the snapshot's footer is not that of this object".into()));
+        }
+        let span = Span { epoch, first_txid, last_txid, time_ms };
+        Ok(Self {
+            info: SnapshotInfo { span, size_pages, schema_cookie, fingerprint },
+            page_size,
+            index_offset,
+            index_len,
+            index_block_count,
+            source_count,
+            extent_count,
+        })
+    }
+
+    /// Reads the index from its blocks, `index_len` bytes from `index_offset` on.
+    ///
+    /// # Errors
+    /// When the blocks are damaged, or the index contradicts itself or the footer.
+    pub fn decode_index(&self, blocks: &[u8]) -> Result<SnapshotIndex, FormatError> {
+        let what = "the snapshot's index";
+        let (sources, extents) = (u64::from(self.source_count), u64::from(self.extent_count));
+        let raw_len = sources * SOURCE_LEN as u64 + extents * EXTENT_LEN as u64;
+        let raw = read_section(blocks, self.index_block_count, raw_len, what)?;
+        let mut fields = Fields::new(&raw, what);
+        let sources = (0..sources).map(|_| decode_source(&mut fields)).collect::<Result<Vec<_>, _>>()?;
+        let mut index = SnapshotIndex { sources, extents: Vec::new() };
+        for number in 0..self.extent_count {
+            let extent = decode_extent_record(&mut fields)?;
+            self.check_extent(number, &extent)?;
+            index.extents.push(extent);
+        }
+        if index.sources.first() != Some(&SnapshotKey(self.info.span)) {
+            return Err(FormatError::Inconsistent("the snapshot's index is not that of this object".into()));
+        }
+        Ok(index)
+    }
+
+    fn check_extent(&self, number: u32, extent: &ExtentRecord) -> Result<(), FormatError> {
+        // The database may have grown after the last extent was read: then that extent has fewer pages than fit now.
+        let (_, most_pages) = extent_pages(number, u32::MAX, self.page_size);
+        let Span { first_txid, last_txid, .. } = self.info.span;
+        let is_right = extent.source < self.source_count
+            && (1..=most_pages).contains(&extent.page_count)
+            && extent.compressed_len as usize <= BLOCK_RAW_LIMIT
+            && extent.txid <= last_txid
+            && (extent.source != 0 || extent.txid >= first_txid);
+        if is_right {
+            Ok(())
+        } else {
+            Err(FormatError::Inconsistent(format!("extent {number} in the snapshot's index can't be right")))
+        }
+    }
+}
+
+fn decode_source(fields: &mut Fields<'_>) -> Result<SnapshotKey, FormatError> {
+    let (epoch, first_txid, last_txid, time_ms) = (fields.u32()?, fields.u64()?, fields.u64()?, fields.u64()?);
+    Ok(SnapshotKey(Span { epoch, first_txid, last_txid, time_ms }))
+}
+
+fn decode_extent_record(fields: &mut Fields<'_>) -> Result<ExtentRecord, FormatError> {
+    let (offset, content_hash, txid) = (fields.u64()?, fields.u64()?, fields.u64()?);
+    let (source, compressed_len, crc32, page_count) = (fields.u32()?, fields.u32()?, fields.u32()?, fields.u32()?);
+    Ok(ExtentRecord { source, offset, compressed_len, crc32, page_count, content_hash, txid })
+}
+
+/// Where every extent of a database is.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct SnapshotIndex {
+    /// The snapshot objects that extents are in.
+    pub sources: Vec<SnapshotKey>,
+    /// All extents of the database, in order.
+    pub extents: Vec<ExtentRecord>,
+}
+
+/// Checks a snapshot's header against its footer.
+///
+/// # Errors
+/// When it is not the header of such a snapshot.
+pub fn check_snapshot_header(bytes: &[u8], page_size: u32) -> Result<(), FormatError> {
+    if decode_header(bytes, HEADER_MAGIC, "the snapshot's header")? == page_size {
+        Ok(())
+    } else {
+        Err(FormatError::Inconsistent("the snapshot's header and footer give different page sizes".into()))
+    }
+}
+
+/// Reads an extent's content from its compressed bytes.
+///
+/// # Errors
+/// When they are not those that `record` describes.
+pub fn decode_extent(record: &ExtentRecord, bytes: &[u8], page_size: u32) -> Result<Vec<u8>, FormatError> {
+    let what = "an extent";
+    if bytes.len() != record.compressed_len as usize {
+        return Err(FormatError::TooShort { what });
+    }
+    if crc32fast::hash(bytes) != record.crc32 {
+        return Err(FormatError::BadChecksum { what });
+    }
+    let limit = pages_per_extent(page_size) as usize * page_size as usize;
+    let content = zstd::bulk::decompress(bytes, limit).map_err(|_| FormatError::BadCompression { what })?;
+    if content.len() != record.page_count as usize * page_size as usize || xxh3_64(&content) != record.content_hash {
+        return Err(FormatError::BadChecksum { what: "an extent's content" });
+    }
+    Ok(content)
+}

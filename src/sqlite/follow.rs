@@ -1,0 +1,368 @@
+//! Reading published transactions out of the WAL, each frame checked, and single pages as of the last one read.
+
+use std::collections::{BTreeMap, HashMap};
+
+use super::SqliteError;
+use super::live::Files;
+use super::wal::{Checksum, FRAME_HEADER_LEN, Salts, WAL_HEADER_LEN, WalHeader};
+use super::wal_index::WalIndex;
+
+/// How much of the WAL is read at a time, in bytes. A transaction that fits is never read twice.
+const WINDOW_LEN: usize = 1 << 20;
+
+/// A place in a WAL: after frame `frame_count` of the generation `salts`, where the running checksum is `checksum`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct WalPosition {
+    /// The generation.
+    pub salts: Salts,
+    /// Number of frames before the place.
+    pub frame_count: u32,
+    /// The running checksum of the frame before the place, or of the WAL's header.
+    pub checksum: Checksum,
+}
+
+/// One page of a transaction: where its image is, and the image's hash.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct PageImage {
+    /// The page.
+    pub page_number: u32,
+    /// Index of the frame that holds the image.
+    frame: u32,
+    /// Hash of the image, as the follower's hash function gives it.
+    pub hash: u64,
+}
+
+/// One committed transaction.
+#[derive(Debug)]
+pub struct WalTransaction<'a> {
+    /// Size of the database after it, in pages.
+    pub size_pages: u32,
+    /// Its pages in ascending order, each once, none above `size_pages`.
+    pub pages: &'a [PageImage],
+}
+
+/// Hands out the images of a transaction's pages while it is being delivered.
+#[derive(Debug)]
+pub struct Images<'a> {
+    files: &'a Files,
+    header: WalHeader,
+    window: &'a Window,
+    hash: PageHash,
+    scratch: Vec<u8>,
+}
+
+impl Images<'_> {
+    /// The image of a page of the transaction being delivered.
+    ///
+    /// From the buffer that was checked, if it is still there; otherwise read again and checked against its hash.
+    ///
+    /// # Errors
+    /// [`SqliteError::Unsettled`] when the bytes are not those that were checked.
+    pub fn get(&mut self, page: &PageImage) -> Result<&[u8], SqliteError> {
+        if let Some(frame) = self.window.frame(&self.header, page.frame) {
+            return Ok(&frame[FRAME_HEADER_LEN..]);
+        }
+        self.scratch.resize(self.header.page_size as usize, 0);
+        let offset = self.header.frame_offset(page.frame) + FRAME_HEADER_LEN as u64;
+        let read = self.files.read_wal(offset, &mut self.scratch)?;
+        if read == self.scratch.len() && (self.hash)(page.page_number, &self.scratch) == page.hash {
+            Ok(&self.scratch)
+        } else {
+            Err(SqliteError::Unsettled { path: self.files.path().to_owned() })
+        }
+    }
+}
+
+/// A run of frames as they were read.
+#[derive(Debug, Default)]
+struct Window {
+    first_frame: u32,
+    bytes: Vec<u8>,
+}
+
+impl Window {
+    fn frame(&self, header: &WalHeader, index: u32) -> Option<&[u8]> {
+        let start = index.checked_sub(self.first_frame)? as usize * header.frame_len();
+        self.bytes.get(start..start + header.frame_len())
+    }
+
+    /// Reads frames from `first_frame` on, up to `end_frame`, as many as fit (always at least one).
+    fn fill(&mut self, files: &Files, header: &WalHeader, first_frame: u32, end_frame: u32) -> Result<(), SqliteError> {
+        let frames = (WINDOW_LEN / header.frame_len()).clamp(1, (end_frame - first_frame) as usize);
+        self.bytes.resize(frames * header.frame_len(), 0);
+        let read = files.read_wal(header.frame_offset(first_frame), &mut self.bytes)?;
+        self.bytes.truncate(read);
+        self.first_frame = first_frame;
+        Ok(())
+    }
+}
+
+/// Hash of a page's image: page number, bytes.
+pub type PageHash = fn(u32, &[u8]) -> u64;
+
+/// Where the latest image of a page is in the WAL's current generation, and its hash.
+#[derive(Debug, Clone, Copy)]
+struct InWal {
+    frame: u32,
+    hash: u64,
+}
+
+/// Follows a database's WAL from commit to commit.
+///
+/// Correct only under the pin: see [`super::live`].
+#[derive(Debug)]
+pub struct Follower {
+    hash: PageHash,
+    page_size: u32,
+    header: Option<WalHeader>,
+    frame_count: u32,
+    checksum: Checksum,
+    size_pages: u32,
+    /// SQLite's count of commits at the last one read; `None` until the first is, after taking up an earlier place.
+    commit_counter: Option<u32>,
+    /// Every page of the current generation's frames that were read, so that pages can be read as of now.
+    in_wal: HashMap<u32, InWal>,
+    window: Window,
+}
+
+impl Follower {
+    /// Takes the database's state as it is now for the start, delivering nothing, or, if the WAL still holds `left_at`
+    /// and its checksum, takes the state there. The second value tells which: `true` means that nothing between
+    /// `left_at` and now is missing from the WAL.
+    ///
+    /// # Errors
+    /// As [`Follower::read_published`].
+    pub fn attach(
+        files: &Files,
+        hash: PageHash,
+        left_at: Option<WalPosition>,
+    ) -> Result<(Self, bool), SqliteError> {
+        for _ in 0..20 {
+            let mut follower = Self {
+                hash,
+                page_size: files.page_size,
+                header: None,
+                frame_count: 0,
+                checksum: Checksum::default(),
+                size_pages: 0,
+                commit_counter: None,
+                in_wal: HashMap::new(),
+                window: Window::default(),
+            };
+            match follower.attach_once(files, left_at) {
+                Err(SqliteError::Unsettled { .. }) => {}
+                Err(other) => return Err(other),
+                Ok(continues) => return Ok((follower, continues)),
+            }
+        }
+        Err(SqliteError::Unsettled { path: files.path().to_owned() })
+    }
+
+    fn attach_once(&mut self, files: &Files, left_at: Option<WalPosition>) -> Result<bool, SqliteError> {
+        let index = files.wal_index()?;
+        // A wal-index made anew over an empty WAL does not know the size; then SQLite, too, asks the file.
+        self.size_pages = if index.size_pages == 0 { files.main_size_pages()? } else { index.size_pages };
+        if index.frame_count == 0 {
+            self.commit_counter = Some(index.commit_counter);
+            return Ok(false);
+        }
+        self.begin_generation(files, &index)?;
+        let ignore = &mut |_: &WalTransaction<'_>, _: &mut Images<'_>| Ok::<(), SqliteError>(());
+        if let Some(left_at) = left_at
+            && self.header.is_some_and(|header| header.salts == left_at.salts)
+            && left_at.frame_count <= index.frame_count
+        {
+            self.read_frames(files, left_at.frame_count, ignore)?;
+            if (self.frame_count, self.checksum) == (left_at.frame_count, left_at.checksum) {
+                return Ok(true);
+            }
+        }
+        self.read_frames(files, index.frame_count, ignore)?;
+        self.commit_counter = Some(index.commit_counter);
+        Ok(false)
+    }
+
+    /// Where the follower stands in the WAL; `None` while no frame of any generation was seen.
+    #[must_use]
+    pub fn position(&self) -> Option<WalPosition> {
+        let salts = self.header?.salts;
+        Some(WalPosition { salts, frame_count: self.frame_count, checksum: self.checksum })
+    }
+
+    /// Size of the database in pages, as of the last transaction that was read.
+    #[must_use]
+    pub fn size_pages(&self) -> u32 {
+        self.size_pages
+    }
+
+    /// Bytes of the WAL's current generation that were read.
+    #[must_use]
+    pub fn wal_len_bytes(&self) -> u64 {
+        self.header.map_or(0, |header| header.frame_offset(self.frame_count))
+    }
+
+    /// Delivers every transaction that is published and was not delivered yet, in order; returns how many.
+    ///
+    /// # Errors
+    /// What `deliver` answers. [`SqliteError::Unsettled`] when the WAL was restarted meanwhile: call again.
+    /// [`SqliteError::Gap`] when SQLite counted other commits than were read. After an error the follower stands after the
+    /// last transaction that was delivered.
+    pub fn read_published<E: From<SqliteError>>(
+        &mut self,
+        files: &Files,
+        deliver: &mut impl FnMut(&WalTransaction<'_>, &mut Images<'_>) -> Result<(), E>,
+    ) -> Result<u32, E> {
+        let index = files.wal_index()?;
+        if index.frame_count == 0 {
+            // Begun anew, no frame yet: everything is in the main file.
+            self.in_wal.clear();
+            self.check_count(files, &index, 0)?;
+            return Ok(0);
+        }
+        let is_same_generation = self.header.is_some_and(|header| header.salts == index.salts);
+        if !is_same_generation {
+            self.begin_generation(files, &index)?;
+        } else if index.frame_count < self.frame_count {
+            return self.check_count(files, &index, 0).map(|()| 0).map_err(E::from);
+        }
+        let transactions = self.read_frames(files, index.frame_count, deliver)?;
+        if is_same_generation {
+            // The chain of checksums is the proof.
+            self.commit_counter = Some(index.commit_counter);
+        } else {
+            // The pin promises that the generation before was read to its end. SQLite's own count of commits shows it.
+            self.check_count(files, &index, transactions)?;
+        }
+        Ok(transactions)
+    }
+
+    fn check_count(&mut self, files: &Files, index: &WalIndex, seen: u32) -> Result<(), SqliteError> {
+        let before = self.commit_counter.replace(index.commit_counter);
+        match before.map(|before| index.commit_counter.wrapping_sub(before)) {
+            Some(committed) if committed == seen => Ok(()),
+            committed => {
+                Err(SqliteError::Gap { path: files.path().to_owned(), seen, committed: committed.unwrap_or(u32::MAX) })
+            }
+        }
+    }
+
+    /// Reads the WAL's header as that of the generation that `index` publishes.
+    fn begin_generation(&mut self, files: &Files, index: &WalIndex) -> Result<(), SqliteError> {
+        let unsettled = || SqliteError::Unsettled { path: files.path().to_owned() };
+        let mut bytes = [0; WAL_HEADER_LEN];
+        if files.read_wal(0, &mut bytes)? != bytes.len() {
+            return Err(unsettled());
+        }
+        let header = WalHeader::parse(&bytes).ok_or_else(unsettled)?;
+        if header.salts != index.salts {
+            return Err(unsettled());
+        }
+        if header.page_size != self.page_size {
+            return Err(SqliteError::Replaced { path: files.path().to_owned() });
+        }
+        // A generation begins when all of the one before is in the main file.
+        self.in_wal.clear();
+        self.header = Some(header);
+        self.frame_count = 0;
+        self.checksum = header.checksum;
+        Ok(())
+    }
+
+    /// Delivers the transactions up to frame `end_frame`, which ends one.
+    fn read_frames<E: From<SqliteError>>(
+        &mut self,
+        files: &Files,
+        end_frame: u32,
+        deliver: &mut impl FnMut(&WalTransaction<'_>, &mut Images<'_>) -> Result<(), E>,
+    ) -> Result<u32, E> {
+        let unsettled = || SqliteError::Unsettled { path: files.path().to_owned() };
+        let header = self.header.ok_or_else(unsettled)?;
+        let mut next = self.frame_count;
+        let mut checksum = self.checksum;
+        let mut images = BTreeMap::new();
+        let mut transactions = 0;
+        // What an earlier call read may have been overwritten since.
+        self.window.bytes.clear();
+        while next < end_frame {
+            if self.window.frame(&header, next).is_none() {
+                self.window.fill(files, &header, next, end_frame)?;
+            }
+            let bytes = self.window.frame(&header, next).ok_or_else(unsettled)?;
+            let frame = header.check_frame(checksum, bytes).ok_or_else(unsettled)?;
+            // A transaction that spilled holds a page several times; the last image counts.
+            let hash = (self.hash)(frame.page_number, &bytes[FRAME_HEADER_LEN..]);
+            images.insert(frame.page_number, InWal { frame: next, hash });
+            (next, checksum) = (next + 1, frame.checksum);
+            if frame.commit_size_pages != 0 {
+                images.retain(|&page_number, _| page_number <= frame.commit_size_pages);
+                self.deliver_transaction(files, header, frame.commit_size_pages, &images, deliver)?;
+                self.frame_count = next;
+                self.checksum = checksum;
+                self.take_in(frame.commit_size_pages, &mut images);
+                transactions += 1;
+            }
+        }
+        if images.is_empty() { Ok(transactions) } else { Err(unsettled().into()) }
+    }
+
+    fn deliver_transaction<E: From<SqliteError>>(
+        &mut self,
+        files: &Files,
+        header: WalHeader,
+        size_pages: u32,
+        images: &BTreeMap<u32, InWal>,
+        deliver: &mut impl FnMut(&WalTransaction<'_>, &mut Images<'_>) -> Result<(), E>,
+    ) -> Result<(), E> {
+        let pages: Vec<PageImage> = images
+            .iter()
+            .map(|(&page_number, image)| PageImage { page_number, frame: image.frame, hash: image.hash })
+            .collect();
+        let mut source = Images { files, header, window: &self.window, hash: self.hash, scratch: Vec::new() };
+        deliver(&WalTransaction { size_pages, pages: &pages }, &mut source)
+    }
+
+    /// Remembers where a delivered transaction's pages are.
+    fn take_in(&mut self, size_pages: u32, images: &mut BTreeMap<u32, InWal>) {
+        if size_pages < self.size_pages {
+            self.in_wal.retain(|&page_number, _| page_number <= size_pages);
+        }
+        self.size_pages = size_pages;
+        self.in_wal.extend(std::mem::take(images));
+    }
+
+    /// Reads consecutive pages from `first_page` on as of the last transaction that was read, whatever has been
+    /// committed since. The length of `pages` is a multiple of the page size.
+    ///
+    /// Under the pin, nothing newer than what it covers can be in the main file, and a page that no frame of this
+    /// generation holds is right there. A page that one does hold is in the WAL, or, when the WAL was restarted under a pin
+    /// at mark 0, in the main file; its hash tells.
+    ///
+    /// # Errors
+    /// [`SqliteError::PageChanged`] when neither place has a page as its last transaction wrote it.
+    pub fn read_pages(&self, files: &Files, first_page: u32, pages: &mut [u8]) -> Result<(), SqliteError> {
+        files.read_main_pages(first_page, pages)?;
+        for (page_number, page) in (first_page..).zip(pages.chunks_exact_mut(self.page_size as usize)) {
+            let Some((known, header)) = self.in_wal.get(&page_number).zip(self.header) else { continue };
+            if (self.hash)(page_number, page) == known.hash {
+                continue;
+            }
+            let offset = header.frame_offset(known.frame) + FRAME_HEADER_LEN as u64;
+            if files.read_wal(offset, page)? == page.len() && (self.hash)(page_number, page) == known.hash {
+                continue;
+            }
+            // The WAL was restarted between our two reads: now the main file has it.
+            files.read_main_pages(page_number, page)?;
+            if (self.hash)(page_number, page) != known.hash {
+                return Err(SqliteError::PageChanged { path: files.path().to_owned(), page_number });
+            }
+        }
+        Ok(())
+    }
+
+    /// Whether `index` publishes a transaction that was not read yet.
+    #[must_use]
+    pub fn is_behind(&self, index: &WalIndex) -> bool {
+        let is_same_generation = self.header.is_some_and(|header| header.salts == index.salts);
+        index.frame_count != 0 && !(is_same_generation && index.frame_count == self.frame_count)
+    }
+}

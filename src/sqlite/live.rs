@@ -1,0 +1,375 @@
+//! A database that applications have open: our connections to it, the pin, and the descriptors we read by.
+//!
+//! # The pin
+//!
+//! A read transaction in WAL mode holds a read mark. With a mark ≥ 1 the WAL can't be restarted, so no frame is
+//! overwritten; with mark 0 (all of the WAL was in the main file when the transaction began) the WAL may be restarted
+//! once, but nothing new can be copied into the main file, so the new frames can't be overwritten in their turn
+//! (`walRestartLog`, `walCheckpoint` in SQLite's `wal.c`). A pin always stands; [`LiveDatabase::advance_pin`] begins the
+//! new one before it ends the old one.
+//!
+//! # Descriptors
+//!
+//! POSIX locks belong to a process and a file: closing *any* descriptor of a file drops all locks that the process holds
+//! on it, SQLite's own too. The next application to close its last connection would then take us for gone and delete
+//! the WAL. So the main file and the `-shm` file are opened once, kept as long as the connections live, and closed after
+//! them. (`-wal` carries no locks.)
+
+use std::fs::{self, File};
+use std::io;
+use std::os::unix::fs::{FileExt, MetadataExt};
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use rusqlite::config::DbConfig;
+use rusqlite::wal::CheckpointMode;
+use rusqlite::{Connection, OpenFlags};
+
+use super::header::{DatabaseHeader, HEADER_LEN};
+use super::wal_index::{WAL_INDEX_LEN, WalIndex};
+use super::{SqliteError, sidecar};
+
+/// What tells one state of a file from another without reading it. Times in nanoseconds since 1970.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+pub struct FileIdentity {
+    device: u64,
+    inode: u64,
+    len_bytes: u64,
+    modified_ns: i128,
+    changed_ns: i128,
+}
+
+impl FileIdentity {
+    /// The identity of the file at `path`.
+    ///
+    /// # Errors
+    /// As the operating system answers.
+    pub fn of(path: &Path) -> io::Result<Self> {
+        Ok(Self::from_metadata(&fs::metadata(path)?))
+    }
+
+    fn from_metadata(metadata: &fs::Metadata) -> Self {
+        let nanoseconds = |seconds: i64, rest: i64| i128::from(seconds) * 1_000_000_000 + i128::from(rest);
+        Self {
+            device: metadata.dev(),
+            inode: metadata.ino(),
+            len_bytes: metadata.len(),
+            modified_ns: nanoseconds(metadata.mtime(), metadata.mtime_nsec()),
+            changed_ns: nanoseconds(metadata.ctime(), metadata.ctime_nsec()),
+        }
+    }
+
+    /// Whether both are the same file, in whatever state.
+    #[must_use]
+    pub fn is_same_file(&self, other: &Self) -> bool {
+        (self.device, self.inode) == (other.device, other.inode)
+    }
+}
+
+/// The descriptors that pages, frames and the wal-index are read by.
+#[derive(Debug)]
+pub struct Files {
+    path: PathBuf,
+    main: File,
+    wal: File,
+    shm: File,
+    /// Page size of the database in bytes.
+    pub page_size: u32,
+}
+
+impl Files {
+    /// The database's path.
+    #[must_use]
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// The wal-index as it is now.
+    ///
+    /// # Errors
+    /// [`SqliteError::Unsettled`] when a writer was in the middle of changing it each time we looked.
+    pub fn wal_index(&self) -> Result<WalIndex, SqliteError> {
+        let mut bytes = [0; WAL_INDEX_LEN];
+        for attempt in 0..100 {
+            self.shm.read_exact_at(&mut bytes, 0).map_err(SqliteError::io(&self.path, "read the wal-index of"))?;
+            if let Some(index) = WalIndex::parse(&bytes) {
+                return Ok(index);
+            }
+            if attempt > 10 {
+                std::thread::sleep(Duration::from_micros(100));
+            }
+        }
+        Err(SqliteError::Unsettled { path: self.path.clone() })
+    }
+
+    /// Reads from the WAL at `offset`; fewer bytes than asked for only where the file ends.
+    ///
+    /// # Errors
+    /// As the operating system answers.
+    pub fn read_wal(&self, offset: u64, buffer: &mut [u8]) -> Result<usize, SqliteError> {
+        read_at_most(&self.wal, offset, buffer).map_err(SqliteError::io(&self.path, "read the WAL of"))
+    }
+
+    /// Reads consecutive pages of the main file from `first_page` on. What lies behind its end is zeros.
+    ///
+    /// # Errors
+    /// As the operating system answers.
+    pub fn read_main_pages(&self, first_page: u32, pages: &mut [u8]) -> Result<(), SqliteError> {
+        let offset = u64::from(first_page - 1) * u64::from(self.page_size);
+        let read = read_at_most(&self.main, offset, pages).map_err(SqliteError::io(&self.path, "read"))?;
+        pages[read..].fill(0);
+        Ok(())
+    }
+
+    /// The main file's length in pages.
+    ///
+    /// # Errors
+    /// As the operating system answers.
+    pub fn main_size_pages(&self) -> Result<u32, SqliteError> {
+        let len_bytes = self.main.metadata().map_err(SqliteError::io(&self.path, "look at"))?.len();
+        // SQLite's limit is 2^32 - 2 pages.
+        Ok(u32::try_from(len_bytes / u64::from(self.page_size)).unwrap_or(u32::MAX))
+    }
+
+    /// What state the main file is in.
+    ///
+    /// # Errors
+    /// As the operating system answers.
+    pub fn main_identity(&self) -> Result<FileIdentity, SqliteError> {
+        let metadata = self.main.metadata().map_err(SqliteError::io(&self.path, "look at"))?;
+        Ok(FileIdentity::from_metadata(&metadata))
+    }
+
+    /// Whether the files at the paths are still those that are open.
+    ///
+    /// # Errors
+    /// [`SqliteError::Replaced`] when they are not.
+    pub fn check_still_there(&self) -> Result<(), SqliteError> {
+        for (path, file) in [(self.path.clone(), &self.main), (sidecar(&self.path, "-wal"), &self.wal)] {
+            let open = file.metadata().map_err(SqliteError::io(&path, "look at"))?;
+            let is_same = fs::metadata(&path).is_ok_and(|there| (there.dev(), there.ino()) == (open.dev(), open.ino()));
+            if !is_same {
+                return Err(SqliteError::Replaced { path: self.path.clone() });
+            }
+        }
+        Ok(())
+    }
+}
+
+fn read_at_most(file: &File, offset: u64, buffer: &mut [u8]) -> io::Result<usize> {
+    let mut filled = 0;
+    while filled < buffer.len() {
+        match file.read_at(&mut buffer[filled..], offset + filled as u64) {
+            Ok(0) => break,
+            Ok(read) => filled += read,
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(filled)
+}
+
+/// What a PASSIVE checkpoint found and did.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Checkpointed {
+    /// Frames in the WAL.
+    pub frame_count: u32,
+    /// Frames of them that are in the main file now.
+    pub backfilled_frames: u32,
+}
+
+/// Our connections to a database, with a pin standing, and its open files.
+///
+/// Fields are dropped in the order of their declaration: the connections first, then the descriptors (see the module).
+#[derive(Debug)]
+pub struct LiveDatabase {
+    pins: [Connection; 2],
+    pinned: usize,
+    control: Connection,
+    /// The open files.
+    pub files: Files,
+    /// Whether the database was in another journal mode and has been switched to WAL by this call.
+    pub was_switched_to_wal: bool,
+}
+
+impl LiveDatabase {
+    /// Opens the database at `path`, switches it to WAL mode if it is in another, and sets the pin.
+    ///
+    /// # Errors
+    /// [`SqliteError::NotThere`] while there is no file or an empty one; [`SqliteError::NotWal`] when it can't be
+    /// switched; otherwise what SQLite or the operating system answers.
+    pub fn open(path: &Path) -> Result<Self, SqliteError> {
+        let main = open_main(path)?;
+        let header = read_header(path, &main)?;
+        let control = connect(path)?;
+        let was_switched_to_wal = ensure_wal_mode(path, &control)?;
+        let pins = [connect(path)?, connect(path)?];
+        // The first read transaction makes `-wal` and `-shm` if they are not there.
+        begin_read(path, &pins[0])?;
+        let open = |suffix| {
+            let sidecar = sidecar(path, suffix);
+            File::open(&sidecar).map_err(SqliteError::io(&sidecar, "open"))
+        };
+        let (wal, shm) = (open("-wal")?, open("-shm")?);
+        let files = Files { path: path.to_owned(), main, wal, shm, page_size: header.page_size };
+        files.check_still_there()?;
+        Ok(Self { pins, pinned: 0, control, files, was_switched_to_wal })
+    }
+
+    /// Begins a new pin, runs `capture`, and ends the old pin. If `capture` fails the old pin stays instead, because
+    /// what it protects has not been read.
+    ///
+    /// # Errors
+    /// What `capture` answers, or SQLite.
+    pub fn advance_pin<T, E: From<SqliteError>>(
+        &mut self,
+        capture: impl FnOnce(&Files) -> Result<T, E>,
+    ) -> Result<T, E> {
+        let spare = 1 - self.pinned;
+        begin_read(&self.files.path, &self.pins[spare])?;
+        let captured = capture(&self.files);
+        let (ended, kept) = if captured.is_ok() { (self.pinned, spare) } else { (spare, self.pinned) };
+        self.pinned = kept;
+        end_read(&self.files.path, &self.pins[ended])?;
+        captured
+    }
+
+    /// Copies into the main file what readers allow, ourselves among them, and waits for nobody.
+    ///
+    /// Durable: our connections run with `synchronous=FULL`. Anything less would let the application overwrite frames
+    /// whose pages are not on the disk yet.
+    ///
+    /// # Errors
+    /// What SQLite answers; `None` when another checkpoint is running.
+    pub fn passive_checkpoint(&mut self) -> Result<Option<Checkpointed>, SqliteError> {
+        passive_checkpoint(&self.files.path, &self.pins[1 - self.pinned])
+    }
+
+    /// With the write lock held, so that nobody can commit: runs `capture`, ends the pin, checkpoints, and begins the pin
+    /// again, which now takes mark 0, so that the next writer restarts the WAL. Writes nothing.
+    ///
+    /// # Errors
+    /// What `capture` answers, or SQLite. `Ok(None)` when the write lock was not to be had at once, `Ok(Some(false))` when
+    /// frames are left that another reader holds back.
+    pub fn barrier<E: From<SqliteError>>(
+        &mut self,
+        capture: impl FnOnce(&Files) -> Result<(), E>,
+    ) -> Result<Option<bool>, E> {
+        let path = self.files.path.clone();
+        match self.control.prepare_cached("BEGIN IMMEDIATE").and_then(|mut begin| begin.execute([])) {
+            Ok(_) => {}
+            Err(error) => {
+                let error = SqliteError::sqlite(&path, "take the write lock")(error);
+                return if error.is_busy() { Ok(None) } else { Err(error.into()) };
+            }
+        }
+        let done = self.barrier_locked(capture);
+        let released = self.control.prepare_cached("ROLLBACK").and_then(|mut rollback| rollback.execute([]));
+        let is_checkpointed = done?;
+        released.map_err(SqliteError::sqlite(&path, "release the write lock"))?;
+        Ok(Some(is_checkpointed))
+    }
+
+    fn barrier_locked<E: From<SqliteError>>(
+        &mut self,
+        capture: impl FnOnce(&Files) -> Result<(), E>,
+    ) -> Result<bool, E> {
+        capture(&self.files)?;
+        let path = &self.files.path;
+        end_read(path, &self.pins[self.pinned])?;
+        // No pin stands from here to `begin_read`; the write lock is what keeps the WAL from going on.
+        let checkpointed = passive_checkpoint(path, &self.pins[1 - self.pinned]);
+        begin_read(path, &self.pins[self.pinned])?;
+        Ok(checkpointed?.is_some_and(|done| done.backfilled_frames >= done.frame_count))
+    }
+}
+
+fn open_main(path: &Path) -> Result<File, SqliteError> {
+    match fs::metadata(path) {
+        Ok(metadata) if metadata.len() > 0 => File::open(path).map_err(SqliteError::io(path, "open")),
+        Ok(_) => Err(SqliteError::NotThere { path: path.to_owned() }),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Err(SqliteError::NotThere { path: path.to_owned() }),
+        Err(error) => Err(SqliteError::io(path, "look at")(error)),
+    }
+}
+
+fn read_header(path: &Path, main: &File) -> Result<DatabaseHeader, SqliteError> {
+    let mut bytes = [0; HEADER_LEN];
+    let read = read_at_most(main, 0, &mut bytes).map_err(SqliteError::io(path, "read"))?;
+    DatabaseHeader::parse(&bytes[..read])
+        .map_err(|source| SqliteError::NotADatabase { path: path.to_owned(), source })
+}
+
+fn connect(path: &Path) -> Result<Connection, SqliteError> {
+    let open = || {
+        let flags = OpenFlags::SQLITE_OPEN_READ_WRITE | OpenFlags::SQLITE_OPEN_NO_MUTEX;
+        let connection = Connection::open_with_flags(path, flags)?;
+        connection.busy_timeout(Duration::ZERO)?;
+        // If ours is the last connection to close, the WAL stays: it is what proves at the next start that nothing
+        // was missed.
+        connection.set_db_config(DbConfig::SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, true)?;
+        connection.execute_batch("PRAGMA synchronous=FULL; PRAGMA mmap_size=0; PRAGMA cache_size=-64")?;
+        Ok(connection)
+    };
+    open().map_err(SqliteError::sqlite(path, "open"))
+}
+
+/// Whether the database had to be switched.
+fn ensure_wal_mode(path: &Path, control: &Connection) -> Result<bool, SqliteError> {
+    let not_wal = |why: String| SqliteError::NotWal { path: path.to_owned(), why };
+    let explain = |error: rusqlite::Error| match error.sqlite_error_code() {
+        Some(rusqlite::ErrorCode::DatabaseBusy | rusqlite::ErrorCode::DatabaseLocked) => not_wal(
+            "another process has it locked; let the application open it without locking_mode=EXCLUSIVE, \
+             or run `PRAGMA journal_mode=WAL` yourself while nothing uses it"
+                .into(),
+        ),
+        Some(rusqlite::ErrorCode::ReadOnly) => {
+            not_wal("it is read-only for this user; give waltrail write access to the file and its directory".into())
+        }
+        _ => SqliteError::sqlite(path, "set the journal mode")(error),
+    };
+    control.busy_timeout(Duration::from_millis(500)).map_err(SqliteError::sqlite(path, "open"))?;
+    let mode: String = control.query_row("PRAGMA journal_mode", [], |row| row.get(0)).map_err(explain)?;
+    if mode.eq_ignore_ascii_case("wal") {
+        control.busy_timeout(Duration::ZERO).map_err(SqliteError::sqlite(path, "open"))?;
+        return Ok(false);
+    }
+    let now: String = control.query_row("PRAGMA journal_mode=WAL", [], |row| row.get(0)).map_err(explain)?;
+    if !now.eq_ignore_ascii_case("wal") {
+        return Err(not_wal(format!("SQLite leaves it in mode '{now}'; is its file system or device read-only?")));
+    }
+    control.busy_timeout(Duration::ZERO).map_err(SqliteError::sqlite(path, "open"))?;
+    Ok(true)
+}
+
+/// Begins a read transaction. `PRAGMA user_version` reads page 1's header and nothing else: no schema is parsed.
+fn begin_read(path: &Path, connection: &Connection) -> Result<(), SqliteError> {
+    let begin = || {
+        connection.prepare_cached("BEGIN")?.execute([])?;
+        let read = connection.prepare_cached("PRAGMA user_version")?.query_row([], |row| row.get::<_, i64>(0));
+        if read.is_err() {
+            connection.prepare_cached("ROLLBACK")?.execute([])?;
+        }
+        read.map(|_| ())
+    };
+    begin().map_err(SqliteError::sqlite(path, "begin a read transaction"))
+}
+
+fn end_read(path: &Path, connection: &Connection) -> Result<(), SqliteError> {
+    let end = || connection.prepare_cached("COMMIT")?.execute([]).map(|_| ());
+    end().map_err(SqliteError::sqlite(path, "end a read transaction"))
+}
+
+/// Through SQLite's function and not its PRAGMA, which would parse the schema first.
+fn passive_checkpoint(path: &Path, connection: &Connection) -> Result<Option<Checkpointed>, SqliteError> {
+    match connection.wal_checkpoint_v2(Some(rusqlite::MAIN_DB), CheckpointMode::PASSIVE) {
+        Ok((frames, backfilled)) => Ok(Some(Checkpointed {
+            frame_count: u32::try_from(frames).unwrap_or(0),
+            backfilled_frames: u32::try_from(backfilled).unwrap_or(0),
+        })),
+        Err(error) => {
+            let error = SqliteError::sqlite(path, "checkpoint")(error);
+            if error.is_busy() { Ok(None) } else { Err(error) }
+        }
+    }
+}
