@@ -1,1 +1,3 @@
 //! TOML, environment and replica URLs, as one validated value.
+
+pub mod replica_url;

@@ -120,6 +120,10 @@ pub struct Follower {
     size_pages: u32,
     /// SQLite's count of commits at the last one read; `None` until the first is, after taking up an earlier place.
     commit_counter: Option<u32>,
+    /// Transactions read since then.
+    seen: u32,
+    /// Whether a generation was begun since then.
+    generation_is_new: bool,
     /// Every page of the current generation's frames that were read, so that pages can be read as of now.
     in_wal: HashMap<u32, InWal>,
     window: Window,
@@ -146,6 +150,8 @@ impl Follower {
                 checksum: Checksum::default(),
                 size_pages: 0,
                 commit_counter: None,
+                seen: 0,
+                generation_is_new: false,
                 in_wal: HashMap::new(),
                 window: Window::default(),
             };
@@ -173,11 +179,13 @@ impl Follower {
             && left_at.frame_count <= index.frame_count
         {
             self.read_frames(files, left_at.frame_count, ignore)?;
+            self.seen = 0;
             if (self.frame_count, self.checksum) == (left_at.frame_count, left_at.checksum) {
                 return Ok(true);
             }
         }
         self.read_frames(files, index.frame_count, ignore)?;
+        self.seen = 0;
         self.commit_counter = Some(index.commit_counter);
         Ok(false)
     }
@@ -216,34 +224,31 @@ impl Follower {
         if index.frame_count == 0 {
             // Begun anew, no frame yet: everything is in the main file.
             self.in_wal.clear();
-            self.check_count(files, &index, 0)?;
+            self.generation_is_new = true;
+            self.check_count(files, &index, false)?;
             return Ok(0);
         }
-        let is_same_generation = self.header.is_some_and(|header| header.salts == index.salts);
-        if !is_same_generation {
+        if self.header.is_none_or(|header| header.salts != index.salts) {
             self.begin_generation(files, &index)?;
-        } else if index.frame_count < self.frame_count {
-            return self.check_count(files, &index, 0).map(|()| 0).map_err(E::from);
+            self.generation_is_new = true;
         }
+        let before = self.frame_count;
         let transactions = self.read_frames(files, index.frame_count, deliver)?;
-        if is_same_generation {
-            // The chain of checksums is the proof.
-            self.commit_counter = Some(index.commit_counter);
-        } else {
-            // The pin promises that the generation before was read to its end. SQLite's own count of commits shows it.
-            self.check_count(files, &index, transactions)?;
-        }
+        self.check_count(files, &index, index.frame_count < before)?;
         Ok(transactions)
     }
 
-    fn check_count(&mut self, files: &Files, index: &WalIndex, seen: u32) -> Result<(), SqliteError> {
+    /// Within a generation the chain of checksums proves that nothing is missing. Where one ended, the pin promises that it
+    /// was read to its end, and SQLite's own count of commits shows it.
+    fn check_count(&mut self, files: &Files, index: &WalIndex, went_back: bool) -> Result<(), SqliteError> {
         let before = self.commit_counter.replace(index.commit_counter);
-        match before.map(|before| index.commit_counter.wrapping_sub(before)) {
-            Some(committed) if committed == seen => Ok(()),
-            committed => {
-                Err(SqliteError::Gap { path: files.path().to_owned(), seen, committed: committed.unwrap_or(u32::MAX) })
-            }
+        let seen = std::mem::take(&mut self.seen);
+        let needs_proof = std::mem::take(&mut self.generation_is_new) || went_back;
+        let committed = before.map(|before| index.commit_counter.wrapping_sub(before));
+        if !needs_proof || committed == Some(seen) {
+            return Ok(());
         }
+        Err(SqliteError::Gap { path: files.path().to_owned(), seen, committed: committed.unwrap_or(u32::MAX) })
     }
 
     /// Reads the WAL's header as that of the generation that `index` publishes.
@@ -299,6 +304,7 @@ impl Follower {
                 self.frame_count = next;
                 self.checksum = checksum;
                 self.take_in(frame.commit_size_pages, &mut images);
+                self.seen = self.seen.wrapping_add(1);
                 transactions += 1;
             }
         }

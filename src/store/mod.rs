@@ -2,6 +2,13 @@
 //!
 //! Behaviour that every store wants (retry, metering) is stacked on top as decorators of the same trait.
 
+pub mod directory;
+pub mod memory;
+pub mod metered;
+pub mod retry;
+pub mod s3;
+pub mod upload;
+
 use std::fmt;
 use std::sync::Arc;
 

@@ -1,0 +1,171 @@
+//! Where a replica is: `s3://bucket/prefix?endpoint=…`, `file:///directory`, or a plain path.
+
+use std::fmt;
+use std::path::PathBuf;
+use std::str::FromStr;
+use std::sync::Arc;
+
+use crate::store::SharedStore;
+use crate::store::directory::DirectoryStore;
+use crate::store::s3::{S3Options, S3Store};
+
+/// Query parameters that an `s3://` URL may have.
+const PARAMETERS: [&str; 4] = ["endpoint", "region", "path-style", "profile"];
+
+/// A place for a replica.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum ReplicaUrl {
+    /// A bucket and a prefix in it.
+    S3(S3Options),
+    /// A directory.
+    Directory(PathBuf),
+}
+
+/// Why a text is no replica URL.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("'{url}' is not a replica: {why}")]
+pub struct ReplicaUrlError {
+    url: String,
+    why: String,
+}
+
+impl FromStr for ReplicaUrl {
+    type Err = ReplicaUrlError;
+
+    fn from_str(text: &str) -> Result<Self, ReplicaUrlError> {
+        parse(text).map_err(|why| ReplicaUrlError { url: without_secrets(text), why })
+    }
+}
+
+/// What stands before an `@` and in the query may be secrets that somebody put there by mistake.
+fn without_secrets(text: &str) -> String {
+    let place = text.split_once('?').map_or(text, |(before, _)| before);
+    place.rsplit_once('@').map_or_else(|| place.to_owned(), |(_, after)| format!("…@{after}"))
+}
+
+fn parse(text: &str) -> Result<ReplicaUrl, String> {
+    let Some((scheme, rest)) = text.split_once("://") else {
+        return match text {
+            "" => Err("it is empty; write s3://bucket/prefix or the path of a directory".into()),
+            path => {
+                let absolute = std::path::absolute(path).map_err(|error| error.to_string())?;
+                Ok(ReplicaUrl::Directory(absolute))
+            }
+        };
+    };
+    match scheme {
+        "s3" => parse_s3(rest).map(ReplicaUrl::S3),
+        "file" if rest.starts_with('/') && !rest.contains('?') => {
+            let path = percent_encoding::percent_decode_str(rest).decode_utf8().map_err(|error| error.to_string())?;
+            Ok(ReplicaUrl::Directory(PathBuf::from(path.as_ref())))
+        }
+        "file" => Err("a file URL has an absolute path and nothing else: file:///backup/app".into()),
+        _ => Err(format!("unknown scheme '{scheme}'; write s3://bucket/prefix or file:///directory")),
+    }
+}
+
+fn parse_s3(rest: &str) -> Result<S3Options, String> {
+    let (place, query) = rest.split_once('?').unwrap_or((rest, ""));
+    let (bucket, prefix) = place.split_once('/').unwrap_or((place, ""));
+    if bucket.contains('@') {
+        return Err("credentials do not belong in a URL; use the environment or the configuration file".into());
+    }
+    let is_name = |name: &str| name.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"-._".contains(&byte));
+    if bucket.is_empty() || !is_name(bucket) {
+        return Err("it needs a bucket: s3://bucket/prefix".into());
+    }
+    let prefix = percent_encoding::percent_decode_str(prefix.trim_matches('/')).decode_utf8();
+    let prefix = prefix.map_err(|error| error.to_string())?.into_owned();
+    let mut options = S3Options { bucket: bucket.to_owned(), prefix, ..S3Options::default() };
+    for (name, value) in url::form_urlencoded::parse(query.as_bytes()) {
+        set_parameter(&mut options, &name, value.into_owned())?;
+    }
+    Ok(options)
+}
+
+fn set_parameter(options: &mut S3Options, name: &str, value: String) -> Result<(), String> {
+    match name {
+        "endpoint" => options.endpoint = Some(check_endpoint(value)?),
+        "region" => options.region = Some(value),
+        "path-style" => {
+            options.path_style = Some(value.parse().map_err(|_| "path-style is true or false".to_owned())?);
+        }
+        "profile" => options.profile = Some(value),
+        secret if secret.contains("key") || secret.contains("secret") || secret.contains("token") => {
+            return Err("credentials do not belong in a URL; use the environment (AWS_ACCESS_KEY_ID and \
+                        AWS_SECRET_ACCESS_KEY), a profile, or the configuration file"
+                .into());
+        }
+        unknown => return Err(format!("unknown parameter '{unknown}'; there are {}", PARAMETERS.join(", "))),
+    }
+    Ok(())
+}
+
+/// Checks that an endpoint is an http or https URL.
+///
+/// # Errors
+/// A sentence that says what it must be.
+pub fn check_endpoint(endpoint: String) -> Result<String, String> {
+    let is_http = url::Url::parse(&endpoint).is_ok_and(|url| matches!(url.scheme(), "http" | "https") && url.has_host());
+    if is_http { Ok(endpoint) } else { Err(format!("endpoint '{endpoint}' is not an http:// or https:// URL")) }
+}
+
+impl fmt::Display for ReplicaUrl {
+    /// Without parameters and secrets.
+    fn fmt(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::S3(options) => out.write_str(&options.location()),
+            Self::Directory(path) => write!(out, "file://{}", path.display()),
+        }
+    }
+}
+
+impl ReplicaUrl {
+    /// Opens the store there; sends nothing.
+    pub async fn open(&self) -> SharedStore {
+        match self {
+            Self::S3(options) => Arc::new(S3Store::open(options).await),
+            Self::Directory(path) => Arc::new(DirectoryStore::new(path.clone())),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_a_replica() {
+        let parsed: ReplicaUrl =
+            "s3://b-1/apps/shop/?endpoint=http://127.0.0.1:9000&region=eu-1&path-style=true".parse().unwrap();
+        let ReplicaUrl::S3(options) = &parsed else { panic!("{parsed:?}") };
+        assert_eq!((options.bucket.as_str(), options.prefix.as_str()), ("b-1", "apps/shop"));
+        assert_eq!(options.endpoint.as_deref(), Some("http://127.0.0.1:9000"));
+        assert_eq!((options.region.as_deref(), options.path_style), (Some("eu-1"), Some(true)));
+        assert_eq!(parsed.to_string(), "s3://b-1/apps/shop");
+        let directory = |path: &str| Ok(ReplicaUrl::Directory(PathBuf::from(path)));
+        assert_eq!("file:///back%20up/app".parse(), directory("/back up/app"));
+        assert_eq!("/backup".parse(), directory("/backup"));
+    }
+
+    #[test]
+    fn what_is_none() {
+        for (text, says) in [
+            ("", "empty"),
+            ("s3://", "needs a bucket"),
+            ("s3:///prefix", "needs a bucket"),
+            ("gs://bucket/x", "unknown scheme 'gs'"),
+            ("https://bucket.s3.amazonaws.com/x", "unknown scheme 'https'"),
+            ("file://relative/x", "absolute path"),
+            ("s3://b/x?color=red", "unknown parameter 'color'"),
+            ("s3://b/x?path-style=maybe", "true or false"),
+            ("s3://b/x?endpoint=localhost:9000", "not an http"),
+            ("s3://b/x?secret-access-key=hunter2", "do not belong in a URL"),
+            ("s3://key:hunter2@b/x", "do not belong in a URL"),
+        ] {
+            let error = text.parse::<ReplicaUrl>().unwrap_err().to_string();
+            assert!(error.contains(says), "{text}: {error}");
+            assert!(!error.contains("hunter2"), "{error}");
+        }
+    }
+}

@@ -1,0 +1,148 @@
+//! Capture: every transaction out of the WAL, under a pin that keeps moving.
+
+use crate::format::page_hash;
+use crate::sqlite::SqliteError;
+use crate::sqlite::follow::{Follower, Images, WalPosition, WalTransaction};
+use crate::sqlite::live::{Files, LiveDatabase};
+
+/// How often a read of the WAL is begun again when the WAL changes under it.
+const SETTLE_ATTEMPTS: usize = 20;
+
+/// Takes in transactions, one after another.
+pub trait Sink {
+    /// What can go wrong with it.
+    type Error: From<SqliteError>;
+    /// Takes in one transaction.
+    ///
+    /// # Errors
+    /// An error ends the capture; the sink must not be used any more.
+    fn take(&mut self, transaction: &WalTransaction<'_>, images: &mut Images<'_>) -> Result<(), Self::Error>;
+}
+
+/// A database and a place in its WAL.
+#[derive(Debug)]
+pub struct Capture {
+    live: LiveDatabase,
+    follower: Follower,
+    /// Whether the pin began when all of the WAL was in the main file: then it has mark 0 and holds up nobody.
+    pin_is_at_zero: bool,
+}
+
+impl Capture {
+    /// Takes up `live` at `left_at`, if the WAL still has that place, or else as it is now. The second value tells whether
+    /// it does: see [`Follower::attach`].
+    ///
+    /// # Errors
+    /// What SQLite or the operating system answers.
+    pub fn attach(live: LiveDatabase, left_at: Option<WalPosition>) -> Result<(Self, bool), SqliteError> {
+        let (follower, continues) = Follower::attach(&live.files, page_hash, left_at)?;
+        Ok((Self { live, follower, pin_is_at_zero: false }, continues))
+    }
+
+    /// The open files.
+    #[must_use]
+    pub fn files(&self) -> &Files {
+        &self.live.files
+    }
+
+    /// The place in the WAL.
+    #[must_use]
+    pub fn follower(&self) -> &Follower {
+        &self.follower
+    }
+
+    /// Whether an [`Capture::advance`] would do something: read a transaction, or let go of frames that an application's
+    /// RESTART or TRUNCATE checkpoint waits for.
+    ///
+    /// # Errors
+    /// As the operating system answers.
+    pub fn has_work(&self) -> Result<bool, SqliteError> {
+        let index = self.live.files.wal_index()?;
+        Ok(self.follower.is_behind(&index) || (index.is_checkpointed() && !self.pin_is_at_zero))
+    }
+
+    /// Whether frames stand in the WAL that are not in the main file.
+    ///
+    /// # Errors
+    /// As the operating system answers.
+    pub fn has_frames_to_checkpoint(&self) -> Result<bool, SqliteError> {
+        Ok(!self.live.files.wal_index()?.is_checkpointed())
+    }
+
+    /// Bytes of the WAL that were read and that the next writer can't overwrite yet.
+    #[must_use]
+    pub fn wal_len_bytes(&self) -> u64 {
+        if self.pin_is_at_zero { 0 } else { self.follower.wal_len_bytes() }
+    }
+
+    /// Moves the pin up and captures every published transaction; returns how many.
+    ///
+    /// # Errors
+    /// What the sink answers, SQLite, or the operating system. What was not captured stays pinned.
+    pub fn advance<S: Sink>(&mut self, sink: &mut S) -> Result<u32, S::Error> {
+        // Looked at before the new pin begins: what was in the main file then still is when it has begun.
+        let pin_will_be_at_zero = self.live.files.wal_index()?.is_checkpointed();
+        let follower = &mut self.follower;
+        let captured = self.live.advance_pin(|files| read_settled(follower, files, sink))?;
+        self.pin_is_at_zero = pin_will_be_at_zero && captured == 0;
+        Ok(captured)
+    }
+
+    /// Copies frames into the main file without waiting for anybody; tells whether all are there now.
+    ///
+    /// # Errors
+    /// What SQLite answers.
+    pub fn passive_checkpoint(&mut self) -> Result<bool, SqliteError> {
+        Ok(self.live.passive_checkpoint()?.is_some_and(|done| done.backfilled_frames >= done.frame_count))
+    }
+
+    /// Lets the WAL be begun anew, under any load: checkpoint, capture until little is left, take the write lock, capture
+    /// and checkpoint the rest, begin the pin again at mark 0. `Ok(false)` when a writer or reader was in the way: try again
+    /// later, the application comes first.
+    ///
+    /// # Errors
+    /// What the sink answers, SQLite, or the operating system.
+    pub fn barrier<S: Sink>(&mut self, sink: &mut S) -> Result<bool, S::Error> {
+        // The long copy and its fsync happen here, with no lock held; what is left for the lock is what came in meanwhile.
+        for _ in 0..3 {
+            self.live.passive_checkpoint()?;
+            if self.advance(sink)? <= 8 {
+                break;
+            }
+        }
+        let follower = &mut self.follower;
+        let done = self.live.barrier(|files| read_settled(follower, files, sink).map(|_| ()))?;
+        self.pin_is_at_zero = done == Some(true);
+        Ok(self.pin_is_at_zero)
+    }
+}
+
+/// Reads what is published. A WAL that changes while its header is read is read again; nothing was taken in then.
+fn read_settled<S: Sink>(follower: &mut Follower, files: &Files, sink: &mut S) -> Result<u32, S::Error> {
+    /// Tells an unsettled WAL from a failed sink, which must not be called again.
+    enum Failure<E> {
+        Sqlite(SqliteError),
+        Sink(E),
+    }
+    impl<E> From<SqliteError> for Failure<E> {
+        fn from(error: SqliteError) -> Self {
+            Self::Sqlite(error)
+        }
+    }
+    let mut captured = 0;
+    for attempt in 1.. {
+        let mut deliver = |transaction: &WalTransaction<'_>, images: &mut Images<'_>| {
+            captured += 1;
+            sink.take(transaction, images).map_err(Failure::Sink)
+        };
+        match follower.read_published(files, &mut deliver) {
+            Ok(_) => break,
+            Err(Failure::Sqlite(SqliteError::Unsettled { .. })) if attempt < SETTLE_ATTEMPTS => {
+                std::thread::yield_now();
+            }
+            Err(Failure::Sqlite(error)) => return Err(error.into()),
+            Err(Failure::Sink(error)) => return Err(error),
+        }
+    }
+    Ok(captured)
+}

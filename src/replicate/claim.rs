@@ -1,0 +1,240 @@
+//! Claiming an epoch: how a writer makes sure that it is the only one of its epoch, and says what it goes on from.
+//!
+//! On a store that honours `If-None-Match: *` the record is put under the epoch's plain name, once. A store that accepts the
+//! condition and ignores it (they exist) is found out by asking it to create the marker, which is known to be there: an
+//! honest store refuses, the other one overwrites it with the same bytes. There the record's name holds the writer's id,
+//! and after a listing the lowest name of the epoch wins.
+
+use bytes::Bytes;
+
+use crate::clock::{Clock, random_bytes};
+use crate::format::key::{EPOCHS_PREFIX, EpochKey, MARKER_KEY, SegmentKey, SnapshotKey, Span, log_prefix, snapshot_prefix};
+use crate::format::record::{EpochRecord, RECORD_LIMIT, ReplicaMarker};
+use crate::format::{FORMAT_VERSION, FormatError, Position};
+use crate::store::{PutMode, SharedStore, StoreError, StoreErrorKind};
+
+/// Claims that were lost to others in a row, before something must be wrong.
+const CLAIM_ATTEMPTS: usize = 20;
+
+/// Why an epoch could not be claimed.
+#[derive(Debug, thiserror::Error)]
+pub enum ClaimError {
+    /// The store failed.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    /// An object can't be read.
+    #[error("{key} in {location}: {source}")]
+    Format {
+        /// The store.
+        location: String,
+        /// The object.
+        key: String,
+        /// What is wrong with it.
+        source: FormatError,
+    },
+    /// Others claimed every epoch that was tried.
+    #[error("other writers keep claiming epochs in {0}")]
+    Contended(String),
+    /// The operating system has no randomness.
+    #[error("the operating system has no random numbers: {0}")]
+    Randomness(#[from] getrandom::Error),
+}
+
+/// A replica that was opened for writing.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct OpenReplica {
+    /// Its id.
+    pub id: String,
+    /// Whether the store honours conditional puts.
+    pub has_conditional_puts: bool,
+}
+
+/// What this writer can prove to go on from.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Continuing {
+    /// The replica's id.
+    pub replica: String,
+    /// The writer that claimed the epoch.
+    pub writer: String,
+    /// The last captured transaction.
+    pub captured: Position,
+}
+
+/// An epoch that was claimed.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Claimed {
+    /// Its record.
+    pub record: EpochRecord,
+    /// The replica's id.
+    pub replica: String,
+    /// Whether the store honours conditional puts.
+    pub has_conditional_puts: bool,
+    /// No transaction gets an earlier time, in milliseconds since 1970.
+    pub time_floor_ms: u64,
+}
+
+fn random_id() -> Result<String, ClaimError> {
+    Ok(random_bytes::<16>()?.iter().map(|byte| format!("{byte:02x}")).collect())
+}
+
+fn bad_object<'a>(store: &'a SharedStore, key: &'a str) -> impl FnOnce(FormatError) -> ClaimError + 'a {
+    move |source| ClaimError::Format { location: store.location(), key: key.to_owned(), source }
+}
+
+/// Opens a replica for writing; makes it if there is none.
+///
+/// # Errors
+/// When the store fails, or the replica is of a format that this program does not know.
+pub async fn open_replica(store: &SharedStore) -> Result<OpenReplica, ClaimError> {
+    let marker = match store.get(MARKER_KEY, RECORD_LIMIT).await {
+        Ok(bytes) => bytes,
+        Err(error) if matches!(error.kind, StoreErrorKind::NotFound) || is_missing_directory(store, &error) => {
+            let marker = Bytes::from(ReplicaMarker { format: FORMAT_VERSION, replica: random_id()? }.encode());
+            match store.put(MARKER_KEY, marker.clone(), PutMode::IfAbsent).await {
+                Ok(()) => marker,
+                Err(error) if error.kind == StoreErrorKind::AlreadyExists => store.get(MARKER_KEY, RECORD_LIMIT).await?,
+                Err(error) => return Err(error.into()),
+            }
+        }
+        Err(error) => return Err(error.into()),
+    };
+    let id = ReplicaMarker::decode(&marker).map_err(bad_object(store, MARKER_KEY))?.replica;
+    Ok(OpenReplica { id, has_conditional_puts: honours_conditions(store, &marker).await? })
+}
+
+/// A directory that is not there yet is made by the first put; a bucket is not.
+fn is_missing_directory(store: &SharedStore, error: &StoreError) -> bool {
+    error.kind == StoreErrorKind::NoSuchBucket && store.location().starts_with("file://")
+}
+
+/// Asked twice, because a put whose answer was lost and that was asked again counts as done.
+async fn honours_conditions(store: &SharedStore, marker: &Bytes) -> Result<bool, ClaimError> {
+    for _ in 0..2 {
+        match store.put(MARKER_KEY, marker.clone(), PutMode::IfAbsent).await {
+            Ok(()) => {}
+            Err(error) if error.kind == StoreErrorKind::AlreadyExists => return Ok(true),
+            Err(error) => return Err(error.into()),
+        }
+    }
+    Ok(false)
+}
+
+/// Claims the next epoch: one that goes on from `continuing`, if the replica knows that writer's epoch, and otherwise one
+/// that begins with the database as it was found.
+///
+/// # Errors
+/// When the store fails or a record can't be read.
+pub async fn claim(
+    store: &SharedStore,
+    replica: &OpenReplica,
+    continuing: Option<&Continuing>,
+    clock: &dyn Clock,
+) -> Result<Claimed, ClaimError> {
+    let writer = random_id()?;
+    for _ in 0..CLAIM_ATTEMPTS {
+        let epochs = list_epochs(store, None).await?;
+        let newest = epochs.last();
+        let newest_known = match newest {
+            Some(key) => Some(last_known(store, key).await?),
+            None => None,
+        };
+        let continued = match continuing {
+            Some(continuing) if is_known(store, replica, &epochs, continuing).await? => Some(continuing.captured),
+            _ => None,
+        };
+        let parent = continued.or(newest_known.map(|(position, _)| position));
+        let record = EpochRecord {
+            format: FORMAT_VERSION,
+            epoch: newest.map_or(1, |key| key.epoch + 1),
+            writer: writer.clone(),
+            claimed_ms: clock.now_ms(),
+            first_txid: parent.map_or(1, |parent| parent.txid + 1),
+            continues: continued.is_some(),
+            parent,
+            program: concat!("waltrail ", env!("CARGO_PKG_VERSION")).into(),
+            host: host_name(),
+        };
+        if put_claim(store, replica, &record).await? {
+            let time_floor_ms = newest_known.map_or(0, |(_, time_ms)| time_ms);
+            let (id, has_conditional_puts) = (replica.id.clone(), replica.has_conditional_puts);
+            return Ok(Claimed { record, replica: id, has_conditional_puts, time_floor_ms });
+        }
+    }
+    Err(ClaimError::Contended(store.location()))
+}
+
+/// The keys of all epochs after `after`, ascending; of several claims to one epoch the one that counts.
+///
+/// # Errors
+/// When the store fails.
+pub async fn list_epochs(store: &SharedStore, after: Option<u32>) -> Result<Vec<EpochKey>, StoreError> {
+    // `~` sorts after everything that a name of that epoch can hold.
+    let start_after = after.map(|epoch| format!("{}~", EpochKey { epoch, writer: None }));
+    let listed = store.list(EPOCHS_PREFIX, start_after.as_deref()).await?;
+    let mut keys: Vec<EpochKey> = listed.iter().filter_map(|object| EpochKey::parse(&object.key)).collect();
+    keys.sort();
+    keys.dedup_by_key(|key| key.epoch);
+    Ok(keys)
+}
+
+/// Reads an epoch's record.
+///
+/// # Errors
+/// When the store fails or the record can't be read.
+pub async fn read_record(store: &SharedStore, key: &EpochKey) -> Result<EpochRecord, ClaimError> {
+    let name = key.to_string();
+    let bytes = store.get(&name, RECORD_LIMIT).await?;
+    EpochRecord::decode(&bytes).map_err(bad_object(store, &name))
+}
+
+/// The last transaction that the newest epoch has in storage, and its time.
+async fn last_known(store: &SharedStore, epoch: &EpochKey) -> Result<(Position, u64), ClaimError> {
+    let record = read_record(store, epoch).await?;
+    let segments = store.list(&log_prefix(epoch.epoch), None).await?;
+    let snapshots = store.list(&snapshot_prefix(epoch.epoch), None).await?;
+    let spans = segments.iter().filter_map(|object| SegmentKey::parse(&object.key).map(|key| key.0));
+    let spans = spans.chain(snapshots.iter().filter_map(|object| SnapshotKey::parse(&object.key).map(|key| key.0)));
+    let newest = spans.max_by_key(|span: &Span| span.last_txid);
+    // An epoch that continues and holds nothing ends where its parent did.
+    let empty_txid = if record.continues { record.first_txid - 1 } else { record.first_txid };
+    let (txid, time_ms) = newest.map_or((empty_txid, 0), |span| (span.last_txid, span.time_ms));
+    Ok((Position { epoch: epoch.epoch, txid }, time_ms))
+}
+
+/// Whether this is the replica, and the epoch in it, that this writer left.
+async fn is_known(
+    store: &SharedStore,
+    replica: &OpenReplica,
+    epochs: &[EpochKey],
+    continuing: &Continuing,
+) -> Result<bool, ClaimError> {
+    let key = epochs.iter().find(|key| key.epoch == continuing.captured.epoch);
+    match key {
+        Some(key) if continuing.replica == replica.id => {
+            Ok(read_record(store, key).await?.writer == continuing.writer)
+        }
+        _ => Ok(false),
+    }
+}
+
+/// Whether the claim holds.
+async fn put_claim(store: &SharedStore, replica: &OpenReplica, record: &EpochRecord) -> Result<bool, ClaimError> {
+    let body = Bytes::from(record.encode());
+    if replica.has_conditional_puts {
+        let key = EpochKey { epoch: record.epoch, writer: None };
+        return match store.put(&key.to_string(), body, PutMode::IfAbsent).await {
+            Ok(()) => Ok(true),
+            Err(error) if error.kind == StoreErrorKind::AlreadyExists => Ok(false),
+            Err(error) => Err(error.into()),
+        };
+    }
+    let key = EpochKey { epoch: record.epoch, writer: Some(record.writer.clone()) };
+    store.put(&key.to_string(), body, PutMode::Overwrite).await?;
+    let epochs = list_epochs(store, record.epoch.checked_sub(1)).await?;
+    Ok(epochs.first() == Some(&key))
+}
+
+fn host_name() -> String {
+    let name = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
+    name.trim().to_owned()
+}

@@ -1,0 +1,258 @@
+//! The ledger: the hash of every page, and with it the fingerprint of the database.
+//!
+//! On disk it is a file of 8 bytes a page (little-endian, page 1 first), the *base*; in memory it is an *overlay* of what
+//! has changed since. The overlay is part of the saved state (see [`super::state`]) and goes into the base only after a
+//! state that holds it is durable. So base and overlay together are right after a crash at any moment: whatever part
+//! of the overlay had reached the base, the overlay of the saved state covers it.
+
+use std::collections::{BTreeMap, HashSet};
+use std::fs::File;
+use std::io;
+use std::os::unix::fs::FileExt;
+use std::path::Path;
+
+use crate::format::{lock_page, page_hash};
+
+/// When the overlay has so many entries it is time to fold it into the base: 16 bytes each in memory.
+pub const FOLD_AT_ENTRIES: usize = 8192;
+
+const ENTRY_LEN: u64 = 8;
+
+/// Hashes of the pages 1 to `known_pages`, and the fingerprint over them.
+#[derive(Debug)]
+pub struct Ledger {
+    base: File,
+    overlay: BTreeMap<u32, u64>,
+    page_size: u32,
+    size_pages: u32,
+    known_pages: u32,
+    fingerprint: u64,
+    zero_page: Vec<u8>,
+}
+
+impl Ledger {
+    /// A ledger that knows nothing of a database of `size_pages` pages yet; what the file held is discarded.
+    ///
+    /// # Errors
+    /// As the operating system answers.
+    pub fn create(path: &Path, page_size: u32, size_pages: u32) -> io::Result<Self> {
+        let base = File::options().read(true).write(true).create(true).truncate(true).open(path)?;
+        Ok(Self::with(base, page_size, size_pages, 0, 0, BTreeMap::new()))
+    }
+
+    /// The ledger of a saved state, which knows every page.
+    ///
+    /// # Errors
+    /// As the operating system answers.
+    pub fn open(
+        path: &Path,
+        page_size: u32,
+        size_pages: u32,
+        fingerprint: u64,
+        overlay: BTreeMap<u32, u64>,
+    ) -> io::Result<Self> {
+        let base = File::options().read(true).write(true).open(path)?;
+        Ok(Self::with(base, page_size, size_pages, size_pages, fingerprint, overlay))
+    }
+
+    fn with(
+        base: File,
+        page_size: u32,
+        size_pages: u32,
+        known_pages: u32,
+        fingerprint: u64,
+        overlay: BTreeMap<u32, u64>,
+    ) -> Self {
+        Self { base, overlay, page_size, size_pages, known_pages, fingerprint, zero_page: vec![0; page_size as usize] }
+    }
+
+    /// Size of the database in pages.
+    #[must_use]
+    pub fn size_pages(&self) -> u32 {
+        self.size_pages
+    }
+
+    /// How many pages are known, from page 1 on.
+    #[must_use]
+    pub fn known_pages(&self) -> u32 {
+        self.known_pages
+    }
+
+    /// The fingerprint, once every page is known.
+    #[must_use]
+    pub fn fingerprint(&self) -> Option<u64> {
+        (self.known_pages == self.size_pages).then_some(self.fingerprint)
+    }
+
+    /// What has changed since the base was written.
+    #[must_use]
+    pub fn overlay(&self) -> &BTreeMap<u32, u64> {
+        &self.overlay
+    }
+
+    /// The hash of a known page.
+    ///
+    /// # Errors
+    /// As the operating system answers; a base that is too short is an error.
+    pub fn get(&self, page_number: u32) -> io::Result<u64> {
+        if let Some(&hash) = self.overlay.get(&page_number) {
+            return Ok(hash);
+        }
+        let mut entry = [0; ENTRY_LEN as usize];
+        self.base.read_exact_at(&mut entry, u64::from(page_number - 1) * ENTRY_LEN)?;
+        Ok(u64::from_le_bytes(entry))
+    }
+
+    /// Takes in a page that was read while nothing changed; pages come in ascending order.
+    pub fn learn(&mut self, page_number: u32, image: &[u8]) {
+        if page_number == self.known_pages + 1 {
+            self.known_pages = page_number;
+            if page_number != lock_page(self.page_size) {
+                let hash = page_hash(page_number, image);
+                self.overlay.insert(page_number, hash);
+                self.fingerprint ^= hash;
+            }
+        }
+    }
+
+    /// Takes in a transaction: the size after it, and its pages (ascending) with their hashes.
+    ///
+    /// # Errors
+    /// As the operating system answers. The ledger is then not to be used any more.
+    pub fn apply(&mut self, size_pages: u32, pages: &[(u32, u64)]) -> io::Result<()> {
+        let was_complete = self.known_pages == self.size_pages;
+        let old_size_pages = self.size_pages;
+        for page_number in size_pages.saturating_add(1)..=self.known_pages {
+            self.forget(page_number)?;
+        }
+        self.known_pages = self.known_pages.min(size_pages);
+        for &(page_number, hash) in pages.iter().filter(|&&(page_number, _)| page_number <= self.known_pages) {
+            if page_number != lock_page(self.page_size) {
+                self.fingerprint ^= self.get(page_number)? ^ hash;
+                self.overlay.insert(page_number, hash);
+            }
+        }
+        self.size_pages = size_pages;
+        if was_complete {
+            self.grow(old_size_pages, pages);
+        }
+        Ok(())
+    }
+
+    fn forget(&mut self, page_number: u32) -> io::Result<()> {
+        if page_number != lock_page(self.page_size) {
+            self.fingerprint ^= self.get(page_number)?;
+            self.overlay.remove(&page_number);
+        }
+        Ok(())
+    }
+
+    /// A complete ledger stays complete: pages that the transaction added are in it, or count as zeros.
+    fn grow(&mut self, old_size_pages: u32, pages: &[(u32, u64)]) {
+        for &(page_number, hash) in pages.iter().filter(|&&(page_number, _)| page_number > old_size_pages) {
+            self.overlay.insert(page_number, hash);
+            self.fingerprint ^= hash;
+        }
+        let added = pages.iter().filter(|&&(page_number, _)| page_number > old_size_pages).count() as u64;
+        if u64::from(self.size_pages.saturating_sub(old_size_pages)) != added {
+            let given: HashSet<u32> = pages.iter().map(|&(page_number, _)| page_number).collect();
+            for page_number in old_size_pages + 1..=self.size_pages {
+                if !given.contains(&page_number) && page_number != lock_page(self.page_size) {
+                    let hash = page_hash(page_number, &self.zero_page);
+                    self.overlay.insert(page_number, hash);
+                    self.fingerprint ^= hash;
+                }
+            }
+        }
+        self.known_pages = self.size_pages;
+    }
+
+    /// Whether `image` is what the ledger knows of a page.
+    ///
+    /// # Errors
+    /// As the operating system answers.
+    pub fn matches(&self, page_number: u32, image: &[u8]) -> io::Result<bool> {
+        Ok(page_number == lock_page(self.page_size) || self.get(page_number)? == page_hash(page_number, image))
+    }
+
+    /// Moves the overlay into the base, durably. Call it only when a durable state holds the overlay.
+    ///
+    /// # Errors
+    /// As the operating system answers; the overlay stays.
+    pub fn fold(&mut self) -> io::Result<()> {
+        let mut entries = self.overlay.iter().peekable();
+        // Runs of neighbours go in one write.
+        while let Some((&first, hash)) = entries.next() {
+            let mut run = hash.to_le_bytes().to_vec();
+            let mut last = first;
+            while let Some((&next, hash)) = entries.next_if(|&(&next, _)| next == last + 1) {
+                run.extend_from_slice(&hash.to_le_bytes());
+                last = next;
+            }
+            self.base.write_all_at(&run, u64::from(first - 1) * ENTRY_LEN)?;
+        }
+        self.base.sync_data()?;
+        self.overlay.clear();
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const PAGE_SIZE: u32 = 512;
+
+    fn image(fill: u8) -> Vec<u8> {
+        vec![fill; PAGE_SIZE as usize]
+    }
+
+    fn fingerprint(images: &[u8]) -> u64 {
+        (1..).zip(images).fold(0, |sum, (number, &fill)| sum ^ page_hash(number, &image(fill)))
+    }
+
+    fn change(pages: &[(u32, u8)]) -> Vec<(u32, u64)> {
+        pages.iter().map(|&(number, fill)| (number, page_hash(number, &image(fill)))).collect()
+    }
+
+    #[test]
+    fn follows_changes_growth_and_shrinking() {
+        let directory = tempfile::tempdir().unwrap();
+        let mut ledger = Ledger::create(&directory.path().join("ledger"), PAGE_SIZE, 3).unwrap();
+        ledger.learn(1, &image(1));
+        // Page 3 is not known yet: its change is not taken in, page 1's is.
+        ledger.apply(3, &change(&[(1, 9), (3, 7)])).unwrap();
+        assert_eq!(ledger.fingerprint(), None);
+        ledger.learn(2, &image(2));
+        ledger.learn(3, &image(7));
+        assert_eq!(ledger.fingerprint(), Some(fingerprint(&[9, 2, 7])));
+        ledger.fold().unwrap();
+        // Page 5 is never written: it counts as zeros.
+        ledger.apply(6, &change(&[(2, 3), (4, 4), (6, 6)])).unwrap();
+        assert_eq!(ledger.fingerprint(), Some(fingerprint(&[9, 3, 7, 4, 0, 6])));
+        ledger.apply(2, &change(&[(1, 1)])).unwrap();
+        assert_eq!(ledger.fingerprint(), Some(fingerprint(&[1, 3])));
+        ledger.apply(4, &change(&[(3, 5), (4, 5)])).unwrap();
+        assert_eq!(ledger.fingerprint(), Some(fingerprint(&[1, 3, 5, 5])));
+        assert!(ledger.matches(3, &image(5)).unwrap());
+        assert!(!ledger.matches(3, &image(7)).unwrap());
+    }
+
+    #[test]
+    fn a_fold_that_a_crash_cut_short_changes_nothing() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("ledger");
+        let mut ledger = Ledger::create(&path, PAGE_SIZE, 0).unwrap();
+        ledger.apply(3, &change(&[(1, 1), (2, 2), (3, 3)])).unwrap();
+        ledger.fold().unwrap();
+        ledger.apply(3, &change(&[(2, 5), (3, 6)])).unwrap();
+        let (overlay, known) = (ledger.overlay().clone(), ledger.fingerprint().unwrap());
+        // Page 2's new hash has reached the base, page 3's has not; the state still holds both.
+        let base = File::options().write(true).open(&path).unwrap();
+        base.write_all_at(&overlay[&2].to_le_bytes(), 8).unwrap();
+        let reopened = Ledger::open(&path, PAGE_SIZE, 3, known, overlay).unwrap();
+        for (number, fill) in [(1, 1), (2, 5), (3, 6)] {
+            assert!(reopened.matches(number, &image(fill)).unwrap(), "page {number}");
+        }
+    }
+}

@@ -1,0 +1,159 @@
+//! The recorder: takes captured transactions into the ledger and into the segment that is being written.
+
+use std::fs::File;
+use std::io::{self, BufWriter};
+use std::sync::Arc;
+
+use super::capture::Sink;
+use super::ledger::Ledger;
+use super::spool::{Spool, Spooled};
+use crate::clock::Clock;
+use crate::format::Position;
+use crate::format::segment::{SegmentWriter, TransactionInfo};
+use crate::format::lock_page;
+use crate::sqlite::SqliteError;
+use crate::sqlite::follow::{Images, PageImage, WalTransaction};
+use crate::sqlite::header::schema_cookie;
+
+/// A clock that is behind by more than this is worth a line in the log.
+const CLOCK_JUMP_MS: u64 = 1000;
+
+/// Why a transaction could not be recorded.
+#[derive(Debug, thiserror::Error)]
+pub enum RecordError {
+    /// From the capture.
+    #[error(transparent)]
+    Sqlite(#[from] SqliteError),
+    /// From the local state: ledger or spool.
+    #[error("the local state directory failed: {0}")]
+    Local(#[from] io::Error),
+}
+
+/// Where an epoch begins.
+#[derive(Debug, Clone, Copy)]
+pub struct Start {
+    /// The last transaction before the first to be recorded, or, in an epoch that does not continue its parent, the state
+    /// found. The epoch may be 0 as long as none is claimed.
+    pub position: Position,
+    /// No transaction gets an earlier time, in milliseconds since 1970.
+    pub time_ms: u64,
+    /// The schema cookie at the start.
+    pub schema_cookie: u32,
+}
+
+/// Takes transactions in.
+pub struct Recorder {
+    spool: Spool,
+    clock: Arc<dyn Clock>,
+    /// The hashes of all pages.
+    pub ledger: Ledger,
+    page_size: u32,
+    segment: Option<SegmentWriter<BufWriter<File>>>,
+    last: Start,
+}
+
+impl std::fmt::Debug for Recorder {
+    fn fmt(&self, out: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        out.debug_struct("Recorder").field("last", &self.last).finish_non_exhaustive()
+    }
+}
+
+impl Recorder {
+    /// A recorder whose next transaction follows `start`.
+    #[must_use]
+    pub fn new(spool: Spool, clock: Arc<dyn Clock>, ledger: Ledger, page_size: u32, start: Start) -> Self {
+        Self { spool, clock, ledger, page_size, segment: None, last: start }
+    }
+
+    /// The last transaction that was recorded, its time, and the schema cookie after it.
+    #[must_use]
+    pub fn last(&self) -> Start {
+        self.last
+    }
+
+    /// The epoch has been claimed.
+    pub fn set_epoch(&mut self, epoch: u32) {
+        self.last.position.epoch = epoch;
+    }
+
+    /// Bytes of page images in the segment that is being written; `None` when it holds no transaction.
+    #[must_use]
+    pub fn open_len_bytes(&self) -> Option<u64> {
+        self.segment.as_ref().map(SegmentWriter::raw_len_bytes)
+    }
+
+    /// Ends the segment that is being written and puts it into the spool; `None` when there is none.
+    ///
+    /// # Errors
+    /// As the operating system answers; the recorder is then not to be used any more.
+    pub fn cut(&mut self) -> io::Result<Option<Spooled>> {
+        let Some(segment) = self.segment.take() else { return Ok(None) };
+        let Position { epoch, txid } = self.last.position;
+        let first_txid = txid + 1 - u64::from(segment.transaction_count());
+        let (_, key) = segment.finish(epoch, first_txid)?;
+        self.spool.accept(key).map(Some)
+    }
+
+    /// Commit times never run backwards, whatever the clock does.
+    fn commit_time_ms(&self) -> u64 {
+        let now_ms = self.clock.now_ms();
+        let behind_ms = self.last.time_ms.saturating_sub(now_ms);
+        if behind_ms > CLOCK_JUMP_MS {
+            tracing::warn!(behind_ms, "the clock stands behind the last transaction's time; that time is used");
+        }
+        now_ms.max(self.last.time_ms)
+    }
+
+    fn segment(&mut self) -> io::Result<&mut SegmentWriter<BufWriter<File>>> {
+        if self.segment.is_none() {
+            let file = File::create(self.spool.open_segment_path())?;
+            self.segment = Some(SegmentWriter::new(BufWriter::with_capacity(64 * 1024, file), self.page_size)?);
+        }
+        self.segment.as_mut().ok_or_else(|| io::Error::other("no segment"))
+    }
+}
+
+impl Sink for Recorder {
+    type Error = RecordError;
+
+    fn take(&mut self, transaction: &WalTransaction<'_>, images: &mut Images<'_>) -> Result<(), RecordError> {
+        let lock_page = lock_page(self.page_size);
+        let pages: Vec<&PageImage> = transaction.pages.iter().filter(|page| page.page_number != lock_page).collect();
+        let hashes: Vec<(u32, u64)> = pages.iter().map(|page| (page.page_number, page.hash)).collect();
+        self.ledger.apply(transaction.size_pages, &hashes)?;
+        let cookie = match pages.first() {
+            Some(page) if page.page_number == 1 => schema_cookie(images.get(page)?),
+            _ => self.last.schema_cookie,
+        };
+        let info = TransactionInfo {
+            time_ms: self.commit_time_ms(),
+            size_pages: transaction.size_pages,
+            schema_cookie: cookie,
+            fingerprint: self.ledger.fingerprint(),
+            coalesced: false,
+            schema_changed: cookie != self.last.schema_cookie,
+        };
+        let page_numbers: Vec<u32> = pages.iter().map(|page| page.page_number).collect();
+        let segment = self.segment()?;
+        segment.begin_transaction(&info, &page_numbers)?;
+        for page in pages {
+            segment.push_page(images.get(page)?)?;
+        }
+        self.last.position.txid += 1;
+        self.last.time_ms = info.time_ms;
+        self.last.schema_cookie = cookie;
+        Ok(())
+    }
+}
+
+/// Takes nothing in: follows the WAL while there is no epoch to record for.
+#[derive(Debug)]
+pub struct Ignore;
+
+impl Sink for Ignore {
+    type Error = RecordError;
+
+    fn take(&mut self, _: &WalTransaction<'_>, _: &mut Images<'_>) -> Result<(), RecordError> {
+        Ok(())
+    }
+}

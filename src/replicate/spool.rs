@@ -1,0 +1,91 @@
+//! The spool: segments on the local disk, from the moment that they are cut until they are confirmed.
+
+use std::fs::{self, File};
+use std::io;
+use std::path::{Path, PathBuf};
+
+use crate::format::key::SegmentKey;
+
+/// A segment that waits to be shipped.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Spooled {
+    /// Its key in storage.
+    pub key: SegmentKey,
+    /// Its file.
+    pub path: PathBuf,
+    /// Its length in bytes.
+    pub len_bytes: u64,
+}
+
+/// The directory of waiting segments.
+#[derive(Debug, Clone)]
+pub struct Spool {
+    directory: PathBuf,
+}
+
+impl Spool {
+    /// The spool in `directory`, which exists.
+    #[must_use]
+    pub fn new(directory: PathBuf) -> Self {
+        Self { directory }
+    }
+
+    /// Where the segment that is being written stands; what an earlier run left there is worth nothing.
+    #[must_use]
+    pub fn open_segment_path(&self) -> PathBuf {
+        self.directory.join("open")
+    }
+
+    fn path(&self, key: &SegmentKey) -> PathBuf {
+        self.directory.join(key.to_string().replace('/', "."))
+    }
+
+    /// Gives the segment that was written its name: it is whole.
+    ///
+    /// # Errors
+    /// As the operating system answers.
+    pub fn accept(&self, key: SegmentKey) -> io::Result<Spooled> {
+        let path = self.path(&key);
+        fs::rename(self.open_segment_path(), &path)?;
+        Ok(Spooled { key, len_bytes: fs::metadata(&path)?.len(), path })
+    }
+
+    /// All waiting segments, oldest first.
+    ///
+    /// # Errors
+    /// As the operating system answers.
+    pub fn waiting(&self) -> io::Result<Vec<Spooled>> {
+        let mut waiting = Vec::new();
+        for entry in fs::read_dir(&self.directory)? {
+            let entry = entry?;
+            let key = entry.file_name().to_str().and_then(|name| SegmentKey::parse(&name.replace('.', "/")));
+            if let Some(key) = key {
+                waiting.push(Spooled { key, path: entry.path(), len_bytes: entry.metadata()?.len() });
+            }
+        }
+        waiting.sort_by_key(|spooled| spooled.key);
+        Ok(waiting)
+    }
+
+    /// Makes what is in the spool outlive a power failure.
+    ///
+    /// # Errors
+    /// As the operating system answers.
+    pub fn sync(&self) -> io::Result<()> {
+        for spooled in self.waiting()? {
+            File::open(spooled.path)?.sync_all()?;
+        }
+        File::open(&self.directory)?.sync_all()
+    }
+}
+
+/// Removes a spooled file. That it is gone already is fine.
+///
+/// # Errors
+/// As the operating system answers.
+pub fn remove(path: &Path) -> io::Result<()> {
+    match fs::remove_file(path) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+        _ => Ok(()),
+    }
+}

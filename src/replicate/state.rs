@@ -1,0 +1,189 @@
+//! What a daemon knows of a database when it starts again: the state file beside the database.
+//!
+//! It is disposable: losing it costs a scan of the database and a snapshot, never data. It is written whole under another
+//! name, and renamed. Layout: magic, length and bytes of a JSON object, the ledger's overlay, CRC-32.
+
+use std::collections::BTreeMap;
+use std::fs::{self, DirBuilder, File};
+use std::io::{self, Write};
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+
+use crate::format::Position;
+use crate::sqlite::follow::WalPosition;
+use crate::sqlite::live::FileIdentity;
+use crate::sqlite::wal::{Checksum, Salts};
+
+const MAGIC: &[u8; 8] = b"WALTSTA1";
+
+/// What was captured last, and what proves that nothing has happened since.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct LocalState {
+    /// The replica's id.
+    pub replica: String,
+    /// The writer that claimed the epoch.
+    pub writer: String,
+    /// The last transaction that was captured. Everything up to it is confirmed or in the spool.
+    pub captured: Position,
+    /// Its time, in milliseconds since 1970.
+    pub time_ms: u64,
+    /// Page size of the database in bytes.
+    pub page_size: u32,
+    /// Size of the database after it, in pages.
+    pub size_pages: u32,
+    /// Schema cookie after it.
+    pub schema_cookie: u32,
+    /// Fingerprint of the database after it.
+    pub fingerprint: u64,
+    /// The WAL's generation, number of frames and checksum after it; `None` where no frame was ever seen.
+    pub wal: Option<([u8; 8], u32, (u32, u32))>,
+    /// The main file when the state was written.
+    pub main: FileIdentity,
+}
+
+impl LocalState {
+    /// The place in the WAL after the last captured transaction.
+    #[must_use]
+    pub fn wal_position(&self) -> Option<WalPosition> {
+        self.wal.map(|(salts, frame_count, (first, second))| WalPosition {
+            salts: Salts(salts),
+            frame_count,
+            checksum: Checksum(first, second),
+        })
+    }
+}
+
+/// The form that [`LocalState::wal`] has.
+#[must_use]
+pub fn wal_field(position: Option<WalPosition>) -> Option<([u8; 8], u32, (u32, u32))> {
+    position.map(|at| (at.salts.0, at.frame_count, (at.checksum.0, at.checksum.1)))
+}
+
+/// A database's state directory, locked for this process.
+#[derive(Debug)]
+pub struct StateDirectory {
+    path: PathBuf,
+    /// Held as long as the value lives; the operating system releases it however the process ends.
+    _lock: File,
+}
+
+/// Why a state directory can't be used.
+#[derive(Debug, thiserror::Error)]
+pub enum StateDirectoryError {
+    /// Another process holds the lock.
+    #[error("another waltrail works with {}", .0.display())]
+    Locked(PathBuf),
+    /// The operating system answered an error.
+    #[error("the state directory {} can't be used: {source}", path.display())]
+    Io {
+        /// The directory.
+        path: PathBuf,
+        /// The operating system's error.
+        source: io::Error,
+    },
+}
+
+impl StateDirectory {
+    /// Makes the directory if it is not there, private to the user, and locks it.
+    ///
+    /// # Errors
+    /// [`StateDirectoryError::Locked`] when another process has it.
+    pub fn open(path: &Path) -> Result<Self, StateDirectoryError> {
+        let failed = |source| StateDirectoryError::Io { path: path.to_owned(), source };
+        DirBuilder::new().recursive(true).mode(0o700).create(path.join("spool")).map_err(failed)?;
+        let mut options = File::options();
+        let lock = options.write(true).create(true).truncate(false).mode(0o600).open(path.join("lock")).map_err(failed)?;
+        match lock.try_lock() {
+            Ok(()) => Ok(Self { path: path.to_owned(), _lock: lock }),
+            Err(fs::TryLockError::WouldBlock) => Err(StateDirectoryError::Locked(path.to_owned())),
+            Err(fs::TryLockError::Error(source)) => Err(failed(source)),
+        }
+    }
+
+    /// Where the ledger's base is.
+    #[must_use]
+    pub fn ledger_path(&self) -> PathBuf {
+        self.path.join("ledger")
+    }
+
+    /// Where segments wait until they are confirmed.
+    #[must_use]
+    pub fn spool_path(&self) -> PathBuf {
+        self.path.join("spool")
+    }
+
+    fn state_path(&self) -> PathBuf {
+        self.path.join("state")
+    }
+
+    /// The saved state and the ledger's overlay; `None` when there is none, or none that is whole.
+    #[must_use]
+    pub fn load(&self) -> Option<(LocalState, BTreeMap<u32, u64>)> {
+        let bytes = fs::read(self.state_path()).ok()?;
+        let decoded = decode(&bytes);
+        if decoded.is_none() {
+            tracing::warn!(path = %self.state_path().display(), "the local state can't be read and is not used");
+        }
+        decoded
+    }
+
+    /// Replaces the saved state; `durably`, so that it outlives a power failure.
+    ///
+    /// # Errors
+    /// As the operating system answers; what was saved before is still there.
+    pub fn save(&self, state: &LocalState, overlay: &BTreeMap<u32, u64>, durably: bool) -> io::Result<()> {
+        let incoming = self.path.join("state.new");
+        let mut file = File::options().write(true).create(true).truncate(true).mode(0o600).open(&incoming)?;
+        file.write_all(&encode(state, overlay)?)?;
+        if durably {
+            file.sync_all()?;
+        }
+        fs::rename(incoming, self.state_path())?;
+        if durably { File::open(&self.path)?.sync_all() } else { Ok(()) }
+    }
+
+    /// Discards the saved state: from here on nothing is known.
+    ///
+    /// # Errors
+    /// As the operating system answers.
+    pub fn discard(&self) -> io::Result<()> {
+        match fs::remove_file(self.state_path()) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+            _ => Ok(()),
+        }
+    }
+}
+
+fn encode(state: &LocalState, overlay: &BTreeMap<u32, u64>) -> io::Result<Vec<u8>> {
+    let json = serde_json::to_vec(state)?;
+    let mut bytes = MAGIC.to_vec();
+    bytes.extend_from_slice(&u32::try_from(json.len()).map_err(io::Error::other)?.to_le_bytes());
+    bytes.extend_from_slice(&json);
+    for (page_number, hash) in overlay {
+        bytes.extend_from_slice(&page_number.to_le_bytes());
+        bytes.extend_from_slice(&hash.to_le_bytes());
+    }
+    let crc32 = crc32fast::hash(&bytes);
+    bytes.extend_from_slice(&crc32.to_le_bytes());
+    Ok(bytes)
+}
+
+fn decode(bytes: &[u8]) -> Option<(LocalState, BTreeMap<u32, u64>)> {
+    let (content, crc32) = bytes.split_last_chunk::<4>()?;
+    if crc32fast::hash(content) != u32::from_le_bytes(*crc32) {
+        return None;
+    }
+    let (len, rest) = content.strip_prefix(MAGIC.as_slice())?.split_first_chunk::<4>()?;
+    let (json, overlay) = rest.split_at_checked(u32::from_le_bytes(*len) as usize)?;
+    let entries = overlay.chunks_exact(12);
+    if !entries.remainder().is_empty() {
+        return None;
+    }
+    let entry = |entry: &[u8]| {
+        let (page_number, hash) = entry.split_first_chunk::<4>()?;
+        Some((u32::from_le_bytes(*page_number), u64::from_le_bytes(hash.try_into().ok()?)))
+    };
+    Some((serde_json::from_slice(json).ok()?, entries.map(entry).collect::<Option<_>>()?))
+}

@@ -1,0 +1,145 @@
+//! Retry: the one place that asks again. Bounded attempts, exponential waits with full jitter.
+
+use std::time::Duration;
+
+use async_trait::async_trait;
+use bytes::Bytes;
+
+use super::{ObjectInfo, ObjectStore, PartTag, PutMode, SharedStore, StoreError, StoreErrorKind};
+use crate::clock::jitter_below;
+
+/// How often to ask, and how long to wait in between.
+#[derive(Debug, Clone, Copy)]
+pub struct RetryPolicy {
+    /// Requests at most, the first one included.
+    pub attempts: u32,
+    /// The longest first wait; each next one may be twice as long.
+    pub base_ms: u64,
+    /// No wait is longer.
+    pub max_ms: u64,
+}
+
+impl RetryPolicy {
+    /// For a person or a job that waits: rides out about half a minute.
+    pub const PATIENT: Self = Self { attempts: 8, base_ms: 200, max_ms: 10_000 };
+
+    /// How long to wait after failed attempt number `attempt`, counted from 0: anything up to the exponential bound, so
+    /// that many clients that failed together don't come back together.
+    #[must_use]
+    pub fn wait(&self, attempt: u32) -> Duration {
+        let bound = self.base_ms.saturating_mul(1 << attempt.min(20)).min(self.max_ms);
+        Duration::from_millis(jitter_below(bound) + 1)
+    }
+}
+
+/// Asks again when a request failed in a way that asking again can mend.
+#[derive(Debug)]
+pub struct Retrying {
+    inner: SharedStore,
+    policy: RetryPolicy,
+}
+
+impl Retrying {
+    /// Stacks retry on `inner`.
+    #[must_use]
+    pub fn new(inner: SharedStore, policy: RetryPolicy) -> Self {
+        Self { inner, policy }
+    }
+
+    /// Calls `request` until it answers something else than "not available"; tells it whether an attempt went before.
+    async fn repeat<T, F: Future<Output = Result<T, StoreError>>>(
+        &self,
+        mut request: impl FnMut(bool) -> F,
+    ) -> Result<T, StoreError> {
+        let mut attempt = 0;
+        loop {
+            match request(attempt > 0).await {
+                Err(error) if error.is_retryable() && attempt + 1 < self.policy.attempts => {
+                    tracing::debug!(%error, attempt, "asking the store again");
+                    tokio::time::sleep(self.policy.wait(attempt)).await;
+                    attempt += 1;
+                }
+                answer => return answer,
+            }
+        }
+    }
+}
+
+#[async_trait]
+impl ObjectStore for Retrying {
+    fn location(&self) -> String {
+        self.inner.location()
+    }
+
+    /// Unsafe sequence: the put is carried out, its answer is lost, the next attempt finds the key taken. By us, if the
+    /// bytes are the same.
+    async fn put(&self, key: &str, body: Bytes, mode: PutMode) -> Result<(), StoreError> {
+        self.repeat(|is_again| {
+            let body = body.clone();
+            async move {
+                match self.inner.put(key, body.clone(), mode).await {
+                    Err(error) if is_again && error.kind == StoreErrorKind::AlreadyExists => {
+                        let stored = self.inner.get(key, body.len() as u64).await;
+                        match stored {
+                            Ok(stored) if stored == body => Ok(()),
+                            Err(unknown) if unknown.is_retryable() => Err(unknown),
+                            _ => Err(error),
+                        }
+                    }
+                    answer => answer,
+                }
+            }
+        })
+        .await
+    }
+
+    async fn get(&self, key: &str, limit_bytes: u64) -> Result<Bytes, StoreError> {
+        self.repeat(|_| self.inner.get(key, limit_bytes)).await
+    }
+
+    async fn get_range(&self, key: &str, offset: u64, len_bytes: u64) -> Result<Bytes, StoreError> {
+        self.repeat(|_| self.inner.get_range(key, offset, len_bytes)).await
+    }
+
+    async fn list(&self, prefix: &str, start_after: Option<&str>) -> Result<Vec<ObjectInfo>, StoreError> {
+        self.repeat(|_| self.inner.list(prefix, start_after)).await
+    }
+
+    async fn delete(&self, key: &str) -> Result<(), StoreError> {
+        self.repeat(|_| self.inner.delete(key)).await
+    }
+
+    async fn create_multipart(&self, key: &str) -> Result<String, StoreError> {
+        self.repeat(|_| self.inner.create_multipart(key)).await
+    }
+
+    async fn put_part(
+        &self,
+        key: &str,
+        upload_id: &str,
+        number: u32,
+        offset: u64,
+        body: Bytes,
+    ) -> Result<PartTag, StoreError> {
+        self.repeat(|_| self.inner.put_part(key, upload_id, number, offset, body.clone())).await
+    }
+
+    /// Unsafe sequence: the upload is completed, the answer is lost, the next attempt finds no upload of that id. Then the
+    /// object is there: the key was free before, because keys name their writer's epoch.
+    async fn complete_multipart(&self, key: &str, upload_id: &str, parts: &[PartTag]) -> Result<(), StoreError> {
+        self.repeat(|is_again| async move {
+            match self.inner.complete_multipart(key, upload_id, parts).await {
+                Err(error) if is_again && error.is_not_found() => {
+                    let listed = self.inner.list(key, None).await?;
+                    if listed.iter().any(|object| object.key == key) { Ok(()) } else { Err(error) }
+                }
+                answer => answer,
+            }
+        })
+        .await
+    }
+
+    async fn abort_multipart(&self, key: &str, upload_id: &str) -> Result<(), StoreError> {
+        self.repeat(|_| self.inner.abort_multipart(key, upload_id)).await
+    }
+}

@@ -1,0 +1,378 @@
+//! Objects in an S3-compatible bucket, through the AWS SDK.
+
+use std::error::Error as _;
+use std::fmt;
+use std::time::Duration;
+
+use async_trait::async_trait;
+use aws_config::BehaviorVersion;
+use aws_config::retry::RetryConfig;
+use aws_config::timeout::TimeoutConfig;
+use aws_credential_types::Credentials;
+use aws_sdk_s3::Client;
+use aws_sdk_s3::config::{
+    Region, RequestChecksumCalculation, ResponseChecksumValidation, StalledStreamProtectionConfig,
+};
+use aws_sdk_s3::error::{ProvideErrorMetadata, SdkError};
+use aws_sdk_s3::operation::get_object::GetObjectOutput;
+use aws_sdk_s3::primitives::ByteStream;
+use aws_sdk_s3::types::{CompletedMultipartUpload, CompletedPart};
+use aws_smithy_http_client::tls::rustls_provider::CryptoMode;
+use aws_smithy_http_client::{Builder, tls};
+use bytes::{Bytes, BytesMut};
+
+use super::{ObjectInfo, ObjectStore, PartTag, PutMode, StoreError, StoreErrorKind};
+
+/// No request takes longer, body included: enough for a 16 MiB part at 300 KB/s.
+const ATTEMPT_TIMEOUT: Duration = Duration::from_secs(60);
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// Where a bucket is and how to get in. What is not given comes from the environment, the AWS profile files or the
+/// machine's role, as with every AWS tool.
+#[derive(Clone, PartialEq, Eq, Default)]
+pub struct S3Options {
+    /// The bucket.
+    pub bucket: String,
+    /// What all keys begin with, without a slash at either end; may be empty.
+    pub prefix: String,
+    /// URL of the service, if it is not AWS.
+    pub endpoint: Option<String>,
+    /// The region. With an endpoint and no region: `us-east-1`.
+    pub region: Option<String>,
+    /// Whether the bucket stands in the path (`http://host/bucket`) and not in the host's name.
+    pub path_style: Option<bool>,
+    /// Profile of the AWS configuration files.
+    pub profile: Option<String>,
+    /// Access key, together with `secret_access_key`.
+    pub access_key_id: Option<String>,
+    /// Secret access key.
+    pub secret_access_key: Option<String>,
+}
+
+impl fmt::Debug for S3Options {
+    /// Without the keys.
+    fn fmt(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
+        out.debug_struct("S3Options")
+            .field("bucket", &self.bucket)
+            .field("prefix", &self.prefix)
+            .field("endpoint", &self.endpoint)
+            .field("region", &self.region)
+            .field("path_style", &self.path_style)
+            .field("profile", &self.profile)
+            .finish_non_exhaustive()
+    }
+}
+
+impl S3Options {
+    /// `s3://bucket/prefix`.
+    #[must_use]
+    pub fn location(&self) -> String {
+        let slash = if self.prefix.is_empty() { "" } else { "/" };
+        format!("s3://{}{slash}{}", self.bucket, self.prefix)
+    }
+}
+
+/// A store in a bucket.
+#[derive(Debug, Clone)]
+pub struct S3Store {
+    client: Client,
+    bucket: String,
+    /// Empty, or ending in a slash.
+    prefix: String,
+    location: String,
+}
+
+impl S3Store {
+    /// Sets a client up. Sends nothing: whether bucket and credentials are right is seen at the first request.
+    pub async fn open(options: &S3Options) -> Self {
+        let endpoint = options.endpoint.clone().or_else(|| environment("AWS_ENDPOINT_URL_S3")).or_else(|| environment("AWS_ENDPOINT_URL"));
+        let http_client = Builder::new().tls_provider(tls::Provider::Rustls(CryptoMode::Ring)).build_https();
+        let timeouts =
+            TimeoutConfig::builder().connect_timeout(CONNECT_TIMEOUT).operation_attempt_timeout(ATTEMPT_TIMEOUT).build();
+        let mut loader = aws_config::defaults(BehaviorVersion::v2026_01_12())
+            .http_client(http_client)
+            .timeout_config(timeouts)
+            // The one place that asks again is `store::retry`.
+            .retry_config(RetryConfig::disabled());
+        if let Some(profile) = &options.profile {
+            loader = loader.profile_name(profile);
+        }
+        if let (Some(id), Some(secret)) = (&options.access_key_id, &options.secret_access_key) {
+            loader = loader.credentials_provider(Credentials::new(id, secret, None, None, "waltrail configuration"));
+        }
+        let region = options.region.clone().or_else(|| {
+            let elsewhere = environment("AWS_REGION").or_else(|| environment("AWS_DEFAULT_REGION"));
+            elsewhere.or_else(|| endpoint.as_ref().map(|_| "us-east-1".to_owned()))
+        });
+        if let Some(region) = region {
+            loader = loader.region(Region::new(region));
+        }
+        let shared = loader.load().await;
+        let path_style = options.path_style.unwrap_or_else(|| match environment("AWS_S3_URL_STYLE").as_deref() {
+            Some("path") => true,
+            Some("virtual") => false,
+            _ => endpoint.as_deref().is_some_and(has_no_names_below),
+        });
+        let mut config = aws_sdk_s3::config::Builder::from(&shared)
+            .force_path_style(path_style)
+            // Checksums in trailers, which newer SDKs send by default, are refused by many S3-compatible servers.
+            .request_checksum_calculation(RequestChecksumCalculation::WhenRequired)
+            .response_checksum_validation(ResponseChecksumValidation::WhenRequired)
+            // Every attempt is bounded by its timeout already; a slow line is no error.
+            .stalled_stream_protection(StalledStreamProtectionConfig::disabled());
+        if let Some(endpoint) = endpoint {
+            config = config.endpoint_url(endpoint);
+        }
+        let prefix = if options.prefix.is_empty() { String::new() } else { format!("{}/", options.prefix) };
+        Self {
+            client: Client::from_conf(config.build()),
+            bucket: options.bucket.clone(),
+            prefix,
+            location: options.location(),
+        }
+    }
+
+    fn full(&self, key: &str) -> String {
+        format!("{}{key}", self.prefix)
+    }
+
+    /// Turns an error of the SDK into one of ours.
+    fn failed<E, R>(&self, operation: &'static str, key: &str) -> impl FnOnce(SdkError<E, R>) -> StoreError
+    where
+        E: ProvideErrorMetadata + std::error::Error + Send + Sync + 'static,
+        R: HttpStatus + fmt::Debug + Send + Sync + 'static,
+    {
+        let (location, key) = (self.location.clone(), key.to_owned());
+        move |error| {
+            let (kind, message) = explain(&error);
+            StoreError { kind, operation, location, key, message }
+        }
+    }
+
+    fn error(&self, kind: StoreErrorKind, key: &str, message: impl fmt::Display) -> StoreError {
+        StoreError {
+            kind,
+            operation: "get",
+            location: self.location.clone(),
+            key: key.to_owned(),
+            message: message.to_string(),
+        }
+    }
+
+    /// Reads a body, at most `limit_bytes` of it.
+    async fn body(&self, key: &str, answer: GetObjectOutput, limit_bytes: u64) -> Result<Bytes, StoreError> {
+        let too_large =
+            || self.error(StoreErrorKind::WrongSize, key, format!("the answer has more than {limit_bytes} bytes"));
+        let announced = u64::try_from(answer.content_length().unwrap_or(0)).unwrap_or(0);
+        if announced > limit_bytes {
+            return Err(too_large());
+        }
+        let mut stream = answer.body;
+        let mut body = BytesMut::with_capacity(announced as usize);
+        while let Some(chunk) = stream.next().await {
+            // A connection that breaks in the middle of a body.
+            let chunk = chunk.map_err(|error| self.error(StoreErrorKind::Unavailable, key, root_cause(&error)))?;
+            if (body.len() + chunk.len()) as u64 > limit_bytes {
+                return Err(too_large());
+            }
+            body.extend_from_slice(&chunk);
+        }
+        if (body.len() as u64) < announced {
+            return Err(self.error(StoreErrorKind::Unavailable, key, "the answer ended too early"));
+        }
+        Ok(body.freeze())
+    }
+}
+
+fn environment(name: &str) -> Option<String> {
+    std::env::var(name).ok().filter(|value| !value.is_empty())
+}
+
+/// An address or `localhost`: there are no host names below it that a bucket could be.
+fn has_no_names_below(endpoint: &str) -> bool {
+    url::Url::parse(endpoint).is_ok_and(|url| match url.host() {
+        Some(url::Host::Domain(name)) => name == "localhost" || !name.contains('.'),
+        Some(_) => true,
+        None => false,
+    })
+}
+
+/// The HTTP status of an answer, if there was one.
+trait HttpStatus {
+    fn status(&self) -> u16;
+}
+
+impl HttpStatus for aws_sdk_s3::config::http::HttpResponse {
+    fn status(&self) -> u16 {
+        self.status().as_u16()
+    }
+}
+
+fn explain<E, R>(error: &SdkError<E, R>) -> (StoreErrorKind, String)
+where
+    E: ProvideErrorMetadata + std::error::Error + Send + Sync + 'static,
+    R: HttpStatus + fmt::Debug + Send + Sync + 'static,
+{
+    let cause = || error.source().map_or_else(|| error.to_string(), root_cause);
+    match error {
+        SdkError::ServiceError(service) => {
+            let status = service.raw().status();
+            let code = service.err().code().unwrap_or_default();
+            let text = service.err().message().unwrap_or_default();
+            let message = match (code, text) {
+                ("", "") => format!("the store answered status {status}"),
+                (code, "") => format!("the store answered {code} (status {status})"),
+                ("", text) => format!("the store answered status {status}: {text}"),
+                (code, text) => format!("the store answered {code} (status {status}): {text}"),
+            };
+            (kind_of(status, code), message)
+        }
+        SdkError::TimeoutError(_) => (StoreErrorKind::Unavailable, "the store did not answer in time".into()),
+        SdkError::DispatchFailure(_) if is_credentials_failure(error) => {
+            (StoreErrorKind::Denied, format!("no usable credentials: {}", cause()))
+        }
+        SdkError::DispatchFailure(_) => (StoreErrorKind::Unavailable, cause()),
+        SdkError::ResponseError(broken) => match broken.raw().status() {
+            status if status >= 400 => (kind_of(status, ""), format!("the store answered status {status}")),
+            _ => (StoreErrorKind::Unavailable, cause()),
+        },
+        _ => (StoreErrorKind::Other, cause()),
+    }
+}
+
+/// The SDK reports missing credentials as a failure to send.
+fn is_credentials_failure(error: &(dyn std::error::Error + 'static)) -> bool {
+    let mut next = Some(error);
+    while let Some(error) = next {
+        if error.is::<aws_credential_types::provider::error::CredentialsError>() {
+            return true;
+        }
+        next = error.source();
+    }
+    false
+}
+
+fn kind_of(status: u16, code: &str) -> StoreErrorKind {
+    match (status, code) {
+        (_, "NoSuchBucket") => StoreErrorKind::NoSuchBucket,
+        // A conditional put that raced with another one: it was decided neither way.
+        (409, _) | (408 | 429 | 500..=599, _) | (_, "SlowDown" | "RequestTimeout" | "InternalError") => {
+            StoreErrorKind::Unavailable
+        }
+        (412, _) => StoreErrorKind::AlreadyExists,
+        (401 | 403, _) | (_, "InvalidAccessKeyId" | "SignatureDoesNotMatch" | "ExpiredToken" | "AccessDenied") => {
+            StoreErrorKind::Denied
+        }
+        (416, _) => StoreErrorKind::WrongSize,
+        (404, _) => StoreErrorKind::NotFound,
+        _ => StoreErrorKind::Other,
+    }
+}
+
+/// The innermost cause: "connection refused", not "dispatch failure".
+fn root_cause(error: &dyn std::error::Error) -> String {
+    let mut innermost = error;
+    while let Some(source) = innermost.source() {
+        innermost = source;
+    }
+    innermost.to_string()
+}
+
+#[async_trait]
+impl ObjectStore for S3Store {
+    fn location(&self) -> String {
+        self.location.clone()
+    }
+
+    async fn put(&self, key: &str, body: Bytes, mode: PutMode) -> Result<(), StoreError> {
+        let condition = (mode == PutMode::IfAbsent).then(|| "*".to_owned());
+        let request = self.client.put_object().bucket(&self.bucket).key(self.full(key)).set_if_none_match(condition);
+        request.body(ByteStream::from(body)).send().await.map_err(self.failed("put", key))?;
+        Ok(())
+    }
+
+    async fn get(&self, key: &str, limit_bytes: u64) -> Result<Bytes, StoreError> {
+        let request = self.client.get_object().bucket(&self.bucket).key(self.full(key));
+        let answer = request.send().await.map_err(self.failed("get", key))?;
+        self.body(key, answer, limit_bytes).await
+    }
+
+    async fn get_range(&self, key: &str, offset: u64, len_bytes: u64) -> Result<Bytes, StoreError> {
+        let Some(last) = len_bytes.checked_sub(1).and_then(|more| offset.checked_add(more)) else {
+            return Ok(Bytes::new());
+        };
+        let request = self.client.get_object().bucket(&self.bucket).key(self.full(key));
+        let answer = request.range(format!("bytes={offset}-{last}")).send().await.map_err(self.failed("get", key))?;
+        let body = self.body(key, answer, len_bytes).await?;
+        if body.len() as u64 != len_bytes {
+            let message = format!("the object ends before the bytes asked for ({} of {len_bytes})", body.len());
+            return Err(self.error(StoreErrorKind::WrongSize, key, message));
+        }
+        Ok(body)
+    }
+
+    async fn list(&self, prefix: &str, start_after: Option<&str>) -> Result<Vec<ObjectInfo>, StoreError> {
+        let request = self.client.list_objects_v2().bucket(&self.bucket).prefix(self.full(prefix));
+        let mut pages = request.set_start_after(start_after.map(|after| self.full(after))).into_paginator().send();
+        let mut found = Vec::new();
+        while let Some(page) = pages.next().await {
+            for object in page.map_err(self.failed("list", prefix))?.contents() {
+                let Some(key) = object.key().and_then(|key| key.strip_prefix(self.prefix.as_str())) else { continue };
+                let len_bytes = u64::try_from(object.size().unwrap_or(0)).unwrap_or(0);
+                found.push(ObjectInfo { key: key.to_owned(), len_bytes });
+            }
+        }
+        // S3 lists general-purpose buckets in order; not every server does.
+        found.sort_by(|left, right| left.key.cmp(&right.key));
+        found.retain(|object| start_after.is_none_or(|after| object.key.as_str() > after));
+        Ok(found)
+    }
+
+    async fn delete(&self, key: &str) -> Result<(), StoreError> {
+        let request = self.client.delete_object().bucket(&self.bucket).key(self.full(key));
+        match request.send().await.map_err(self.failed("delete", key)) {
+            Err(error) if !error.is_not_found() => Err(error),
+            _ => Ok(()),
+        }
+    }
+
+    async fn create_multipart(&self, key: &str) -> Result<String, StoreError> {
+        let operation = "begin an upload of";
+        let request = self.client.create_multipart_upload().bucket(&self.bucket).key(self.full(key));
+        let answer = request.send().await.map_err(self.failed(operation, key))?;
+        let missing = || self.error(StoreErrorKind::Other, key, "the store gave no id for the upload");
+        answer.upload_id().map(str::to_owned).ok_or_else(missing)
+    }
+
+    async fn put_part(
+        &self,
+        key: &str,
+        upload_id: &str,
+        number: u32,
+        _offset: u64,
+        body: Bytes,
+    ) -> Result<PartTag, StoreError> {
+        let request = self.client.upload_part().bucket(&self.bucket).key(self.full(key)).upload_id(upload_id);
+        let part_number = i32::try_from(number).map_err(|error| self.error(StoreErrorKind::Other, key, error))?;
+        let answer = request.part_number(part_number).body(ByteStream::from(body)).send().await;
+        let answer = answer.map_err(self.failed("put part of", key))?;
+        Ok(PartTag { number, tag: answer.e_tag().unwrap_or_default().to_owned() })
+    }
+
+    async fn complete_multipart(&self, key: &str, upload_id: &str, parts: &[PartTag]) -> Result<(), StoreError> {
+        let part = |part: &PartTag| {
+            CompletedPart::builder().part_number(part.number as i32).e_tag(part.tag.clone()).build()
+        };
+        let all = CompletedMultipartUpload::builder().set_parts(Some(parts.iter().map(part).collect())).build();
+        let request = self.client.complete_multipart_upload().bucket(&self.bucket).key(self.full(key));
+        let request = request.upload_id(upload_id).multipart_upload(all);
+        request.send().await.map_err(self.failed("complete", key))?;
+        Ok(())
+    }
+
+    async fn abort_multipart(&self, key: &str, upload_id: &str) -> Result<(), StoreError> {
+        let request = self.client.abort_multipart_upload().bucket(&self.bucket).key(self.full(key));
+        request.upload_id(upload_id).send().await.map_err(self.failed("give up the upload of", key))?;
+        Ok(())
+    }
+}

@@ -1,0 +1,119 @@
+//! Objects of unknown or large size: in parts, with memory for one part.
+
+use std::path::Path;
+
+use bytes::{Bytes, BytesMut};
+use tokio::io::AsyncReadExt;
+
+use super::{PartTag, PutMode, SharedStore, StoreError, StoreErrorKind};
+
+/// The first parts' size. Above S3's least (5 MiB).
+const PART_LEN: usize = 8 << 20;
+/// Parts grow by [`PART_LEN`] each time so many have gone: S3 takes 10,000 parts, so an object may have 440 GB.
+const PARTS_OF_ONE_SIZE: u32 = 1000;
+
+/// Writes one object from front to back. Nothing is visible before [`Upload::finish`].
+#[derive(Debug)]
+pub struct Upload {
+    store: SharedStore,
+    key: String,
+    buffer: BytesMut,
+    upload_id: Option<String>,
+    parts: Vec<PartTag>,
+    sent_bytes: u64,
+}
+
+impl Upload {
+    /// Begins an object; sends nothing yet.
+    #[must_use]
+    pub fn new(store: SharedStore, key: String) -> Self {
+        Self { store, key, buffer: BytesMut::new(), upload_id: None, parts: Vec::new(), sent_bytes: 0 }
+    }
+
+    fn part_len(&self) -> usize {
+        PART_LEN * (1 + self.parts.len() as u32 / PARTS_OF_ONE_SIZE) as usize
+    }
+
+    /// Adds bytes; sends a part each time that one is full.
+    ///
+    /// # Errors
+    /// What the store answers.
+    pub async fn write(&mut self, bytes: &[u8]) -> Result<(), StoreError> {
+        self.buffer.extend_from_slice(bytes);
+        while self.buffer.len() > self.part_len() {
+            let part = self.buffer.split_to(self.part_len()).freeze();
+            self.send(part).await?;
+        }
+        Ok(())
+    }
+
+    async fn send(&mut self, part: Bytes) -> Result<(), StoreError> {
+        let upload_id = match &self.upload_id {
+            Some(upload_id) => upload_id.clone(),
+            None => self.upload_id.insert(self.store.create_multipart(&self.key).await?).clone(),
+        };
+        let (number, len) = (self.parts.len() as u32 + 1, part.len() as u64);
+        let tag = self.store.put_part(&self.key, &upload_id, number, self.sent_bytes, part).await?;
+        self.parts.push(tag);
+        self.sent_bytes += len;
+        Ok(())
+    }
+
+    /// Makes the object visible, whole. What fits one part goes as one put with `mode`; a multipart upload has no mode:
+    /// its key must be the writer's own. Returns the object's length in bytes.
+    ///
+    /// # Errors
+    /// What the store answers.
+    pub async fn finish(mut self, mode: PutMode) -> Result<u64, StoreError> {
+        let last = self.buffer.split().freeze();
+        let len = self.sent_bytes + last.len() as u64;
+        if self.upload_id.is_none() {
+            self.store.put(&self.key, last, mode).await?;
+            return Ok(len);
+        }
+        self.send(last).await?;
+        let upload_id = self.upload_id.take().unwrap_or_default();
+        self.store.complete_multipart(&self.key, &upload_id, &self.parts).await?;
+        Ok(len)
+    }
+
+    /// Gives the object up and frees what the store holds of it.
+    ///
+    /// # Errors
+    /// What the store answers.
+    pub async fn abort(mut self) -> Result<(), StoreError> {
+        match self.upload_id.take() {
+            Some(upload_id) => self.store.abort_multipart(&self.key, &upload_id).await,
+            None => Ok(()),
+        }
+    }
+}
+
+/// Stores the file at `path` as object `key`, with memory for one part.
+///
+/// # Errors
+/// What the store answers, or the file system, as [`StoreErrorKind::Other`].
+pub async fn put_file(store: &SharedStore, key: &str, path: &Path, mode: PutMode) -> Result<u64, StoreError> {
+    let unreadable = |error: std::io::Error| StoreError {
+        kind: StoreErrorKind::Other,
+        operation: "put",
+        location: store.location(),
+        key: key.to_owned(),
+        message: format!("{} can't be read: {error}", path.display()),
+    };
+    let mut file = tokio::fs::File::open(path).await.map_err(unreadable)?;
+    let len = file.metadata().await.map_err(unreadable)?.len();
+    let mut upload = Upload::new(store.clone(), key.to_owned());
+    let mut chunk = vec![0; len.min(1 << 20) as usize];
+    loop {
+        let read = file.read(&mut chunk).await.map_err(unreadable)?;
+        if read == 0 {
+            return upload.finish(mode).await;
+        }
+        if let Err(error) = upload.write(&chunk[..read]).await {
+            // The first error is the one that counts.
+            upload.abort().await.ok();
+            return Err(error);
+        }
+    }
+}
