@@ -45,6 +45,12 @@ impl BlockHeader {
         }
         Ok(Self { raw_len, compressed_len, crc32 })
     }
+
+    /// Whether `compressed` are the bytes that the header is of.
+    #[must_use]
+    pub fn has_checksum_of(&self, compressed: &[u8]) -> bool {
+        compressed.len() == self.compressed_len && crc32fast::hash(compressed) == self.crc32
+    }
 }
 
 /// Writes a section of blocks to `sink`.
@@ -155,7 +161,7 @@ impl BlockReader {
         let header = BlockHeader::decode(bytes, what)?;
         let end = BLOCK_HEADER_LEN + header.compressed_len;
         let compressed = bytes.get(BLOCK_HEADER_LEN..end).ok_or(FormatError::TooShort { what })?;
-        if crc32fast::hash(compressed) != header.crc32 {
+        if !header.has_checksum_of(compressed) {
             return Err(FormatError::BadChecksum { what });
         }
         self.decompress(compressed, header.raw_len, raw)?;

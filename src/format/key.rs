@@ -20,36 +20,17 @@ pub fn snapshot_prefix(epoch: u32) -> String {
     format!("snap/{epoch:08x}/")
 }
 
-/// What the names of segments and snapshots tell: the epoch, a run of transactions, the time of the last one.
+/// A run of transactions of one epoch, and the time of the last one: what the name of a segment tells.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Span {
     /// The epoch.
     pub epoch: u32,
-    /// Segment: its first transaction. Snapshot: the transaction its oldest extent was read at.
+    /// The first transaction.
     pub first_txid: u64,
-    /// Segment: its last transaction. Snapshot: the one its newest extent was read at, whose state it serves.
+    /// The last transaction.
     pub last_txid: u64,
     /// Commit time of the last transaction, in milliseconds since 1970.
     pub time_ms: u64,
-}
-
-impl Span {
-    fn parse(key: &str, folder: &str) -> Option<Self> {
-        let (epoch, rest) = key.strip_prefix(folder)?.split_once('/')?;
-        let mut parts = rest.split('-');
-        let span = Self {
-            epoch: u32::try_from(hex(epoch, 8)?).ok()?,
-            first_txid: hex(parts.next()?, 16)?,
-            last_txid: hex(parts.next()?, 16)?,
-            time_ms: hex(parts.next()?, 12)?,
-        };
-        (parts.next().is_none() && span.first_txid <= span.last_txid).then_some(span)
-    }
-
-    fn write(&self, out: &mut fmt::Formatter<'_>, folder: &str) -> fmt::Result {
-        let Self { epoch, first_txid, last_txid, time_ms } = self;
-        write!(out, "{folder}{epoch:08x}/{first_txid:016x}-{last_txid:016x}-{time_ms:012x}")
-    }
 }
 
 /// Key of a segment: `log/<epoch>/<first txid>-<last txid>-<time>`.
@@ -60,31 +41,51 @@ impl SegmentKey {
     /// Reads a key; `None` when it is not exactly one of a segment.
     #[must_use]
     pub fn parse(key: &str) -> Option<Self> {
-        Span::parse(key, "log/").map(Self)
+        let (epoch, rest) = key.strip_prefix("log/")?.split_once('/')?;
+        let mut parts = rest.split('-');
+        let span = Span {
+            epoch: u32::try_from(hex(epoch, 8)?).ok()?,
+            first_txid: hex(parts.next()?, 16)?,
+            last_txid: hex(parts.next()?, 16)?,
+            time_ms: hex(parts.next()?, 12)?,
+        };
+        (parts.next().is_none() && span.first_txid <= span.last_txid).then_some(Self(span))
     }
 }
 
 impl fmt::Display for SegmentKey {
     fn fmt(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
-        self.0.write(out, "log/")
+        let Span { epoch, first_txid, last_txid, time_ms } = self.0;
+        write!(out, "log/{epoch:08x}/{first_txid:016x}-{last_txid:016x}-{time_ms:012x}")
     }
 }
 
-/// Key of a snapshot: `snap/<epoch>/<first txid>-<last txid>-<time>`.
+/// Key of a snapshot: `snap/<epoch>/<txid>-<time>`.
+///
+/// The name is what is known when the upload begins. Which state the snapshot serves, a later one, is in its footer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct SnapshotKey(pub Span);
+pub struct SnapshotKey {
+    /// The epoch.
+    pub epoch: u32,
+    /// The last transaction before it was begun: none of its extents is older, and the segments after it are needed.
+    pub txid: u64,
+    /// Commit time of that transaction, in milliseconds since 1970.
+    pub time_ms: u64,
+}
 
 impl SnapshotKey {
     /// Reads a key; `None` when it is not exactly one of a snapshot.
     #[must_use]
     pub fn parse(key: &str) -> Option<Self> {
-        Span::parse(key, "snap/").map(Self)
+        let (epoch, rest) = key.strip_prefix("snap/")?.split_once('/')?;
+        let (txid, time_ms) = rest.split_once('-')?;
+        Some(Self { epoch: u32::try_from(hex(epoch, 8)?).ok()?, txid: hex(txid, 16)?, time_ms: hex(time_ms, 12)? })
     }
 }
 
 impl fmt::Display for SnapshotKey {
     fn fmt(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
-        self.0.write(out, "snap/")
+        write!(out, "snap/{:08x}/{:016x}-{:012x}", self.epoch, self.txid, self.time_ms)
     }
 }
 
@@ -136,7 +137,10 @@ mod tests {
         let key = SegmentKey(span).to_string();
         assert_eq!(key, "log/0000001a/0000000000000005-00000000000000ff-01a0c3e71c00");
         assert_eq!(SegmentKey::parse(&key), Some(SegmentKey(span)));
-        assert_eq!(SnapshotKey::parse(&SnapshotKey(span).to_string()), Some(SnapshotKey(span)));
+        let snapshot = SnapshotKey { epoch: 2, txid: 7, time_ms: 9 };
+        assert_eq!(snapshot.to_string(), "snap/00000002/0000000000000007-000000000009");
+        assert_eq!(SnapshotKey::parse(&snapshot.to_string()), Some(snapshot));
+        assert_eq!(SnapshotKey::parse(&key), None);
         for wrong in [
             "log/0000001A/0000000000000005-00000000000000ff-01a0c3e71c00",
             "log/0000001a/0000000000000005-00000000000000ff-01a0c3e71c00-",

@@ -9,7 +9,7 @@ use std::io;
 use xxhash_rust::xxh3::xxh3_64;
 
 use super::block::{BLOCK_RAW_LIMIT, BlockWriter, read_section};
-use super::key::{SnapshotKey, Span};
+use super::key::SnapshotKey;
 use super::{
     Fields, FormatError, HEADER_LEN, decode_header, encode_header, extent_count, extent_pages, is_page_size,
     pages_per_extent,
@@ -19,7 +19,7 @@ const HEADER_MAGIC: &[u8; 8] = b"WALTSNP1";
 const FOOTER_MAGIC: &[u8; 8] = b"WALTSNPE";
 /// Length of the footer in bytes.
 pub const FOOTER_LEN: usize = 100;
-const SOURCE_LEN: usize = 28;
+const SOURCE_LEN: usize = 20;
 const EXTENT_LEN: usize = 40;
 const LEVEL: i32 = 3;
 
@@ -45,8 +45,12 @@ pub struct ExtentRecord {
 /// What a snapshot is of.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct SnapshotInfo {
-    /// What its key says.
-    pub span: Span,
+    /// Its key: none of its extents is older than the transaction there.
+    pub key: SnapshotKey,
+    /// The transaction whose state it serves, with the segments between: none of its extents is newer.
+    pub last_txid: u64,
+    /// Commit time of that transaction, in milliseconds since 1970.
+    pub time_ms: u64,
     /// Size of the database in pages after the last transaction.
     pub size_pages: u32,
     /// The schema cookie after the last transaction.
@@ -97,12 +101,6 @@ impl SnapshotWriter {
         self.offset
     }
 
-    /// The transaction that the oldest extent was read at.
-    #[must_use]
-    pub fn first_txid(&self) -> Option<u64> {
-        self.extents.values().map(|extent| extent.txid).min()
-    }
-
     /// Ends the snapshot; returns its index and footer, the bytes to append. Extents behind the database's end are left
     /// out: it shrank after they were read.
     ///
@@ -117,7 +115,7 @@ impl SnapshotWriter {
         let mut bytes = Vec::new();
         let mut index = BlockWriter::default();
         // No other object is referred to: the list of sources holds this one alone.
-        index.push(&mut bytes, &encode_source(&info.span))?;
+        index.push(&mut bytes, &encode_source(&info.key))?;
         for extent in self.extents.values() {
             index.push(&mut bytes, &encode_extent_record(extent))?;
         }
@@ -136,9 +134,9 @@ impl SnapshotWriter {
     }
 }
 
-fn encode_source(span: &Span) -> Vec<u8> {
-    let mut bytes = span.epoch.to_le_bytes().to_vec();
-    for field in [span.first_txid, span.last_txid, span.time_ms] {
+fn encode_source(key: &SnapshotKey) -> Vec<u8> {
+    let mut bytes = key.epoch.to_le_bytes().to_vec();
+    for field in [key.txid, key.time_ms] {
         bytes.extend_from_slice(&field.to_le_bytes());
     }
     bytes
@@ -177,8 +175,8 @@ pub struct SnapshotFooter {
 impl SnapshotFooter {
     fn encode(&self) -> Vec<u8> {
         let mut bytes = Vec::with_capacity(FOOTER_LEN);
-        let SnapshotInfo { span, size_pages, schema_cookie, fingerprint } = self.info;
-        for field in [self.index_offset, self.index_len, span.first_txid, span.last_txid, span.time_ms, fingerprint] {
+        let SnapshotInfo { key, last_txid, time_ms, size_pages, schema_cookie, fingerprint } = self.info;
+        for field in [self.index_offset, self.index_len, key.txid, key.time_ms, last_txid, time_ms, fingerprint] {
             bytes.extend_from_slice(&field.to_le_bytes());
         }
         for field in [
@@ -188,9 +186,7 @@ impl SnapshotFooter {
             size_pages,
             schema_cookie,
             self.page_size,
-            span.epoch,
-            0,
-            0,
+            key.epoch,
         ] {
             bytes.extend_from_slice(&field.to_le_bytes());
         }
@@ -211,10 +207,10 @@ impl SnapshotFooter {
         let bytes: &[u8; FOOTER_LEN] = tail.last_chunk().ok_or(FormatError::TooShort { what })?;
         let mut fields = Fields::new(bytes, what);
         let (index_offset, index_len) = (fields.u64()?, fields.u64()?);
-        let (first_txid, last_txid, time_ms, fingerprint) = (fields.u64()?, fields.u64()?, fields.u64()?, fields.u64()?);
+        let (txid, key_time_ms, last_txid) = (fields.u64()?, fields.u64()?, fields.u64()?);
+        let (time_ms, fingerprint) = (fields.u64()?, fields.u64()?);
         let (index_block_count, source_count, extent_count) = (fields.u32()?, fields.u32()?, fields.u32()?);
         let (size_pages, schema_cookie, page_size, epoch) = (fields.u32()?, fields.u32()?, fields.u32()?, fields.u32()?);
-        fields.u64()?;
         let crc32 = fields.u32()?;
         fields.magic(FOOTER_MAGIC)?;
         if crc32fast::hash(&[&bytes[..84], &FOOTER_MAGIC[..]].concat()) != crc32 || bytes[96..] != [0; 4] {
@@ -224,15 +220,15 @@ impl SnapshotFooter {
         let is_consistent = end == Some(object_len)
             && index_offset >= HEADER_LEN as u64
             && is_page_size(page_size)
-            && first_txid <= last_txid
+            && txid <= last_txid
             && source_count >= 1
             && extent_count == super::extent_count(size_pages, page_size);
         if !is_consistent {
             return Err(FormatError::Inconsistent("the snapshot's footer is not that of this object".into()));
         }
-        let span = Span { epoch, first_txid, last_txid, time_ms };
+        let key = SnapshotKey { epoch, txid, time_ms: key_time_ms };
         Ok(Self {
-            info: SnapshotInfo { span, size_pages, schema_cookie, fingerprint },
+            info: SnapshotInfo { key, last_txid, time_ms, size_pages, schema_cookie, fingerprint },
             page_size,
             index_offset,
             index_len,
@@ -259,7 +255,7 @@ impl SnapshotFooter {
             self.check_extent(number, &extent)?;
             index.extents.push(extent);
         }
-        if index.sources.first() != Some(&SnapshotKey(self.info.span)) {
+        if index.sources.first() != Some(&self.info.key) {
             return Err(FormatError::Inconsistent("the snapshot's index is not that of this object".into()));
         }
         Ok(index)
@@ -268,12 +264,11 @@ impl SnapshotFooter {
     fn check_extent(&self, number: u32, extent: &ExtentRecord) -> Result<(), FormatError> {
         // The database may have grown after the last extent was read: then that extent has fewer pages than fit now.
         let (_, most_pages) = extent_pages(number, u32::MAX, self.page_size);
-        let Span { first_txid, last_txid, .. } = self.info.span;
         let is_right = extent.source < self.source_count
             && (1..=most_pages).contains(&extent.page_count)
             && extent.compressed_len as usize <= BLOCK_RAW_LIMIT
-            && extent.txid <= last_txid
-            && (extent.source != 0 || extent.txid >= first_txid);
+            && extent.txid <= self.info.last_txid
+            && (extent.source != 0 || extent.txid >= self.info.key.txid);
         if is_right {
             Ok(())
         } else {
@@ -283,8 +278,7 @@ impl SnapshotFooter {
 }
 
 fn decode_source(fields: &mut Fields<'_>) -> Result<SnapshotKey, FormatError> {
-    let (epoch, first_txid, last_txid, time_ms) = (fields.u32()?, fields.u64()?, fields.u64()?, fields.u64()?);
-    Ok(SnapshotKey(Span { epoch, first_txid, last_txid, time_ms }))
+    Ok(SnapshotKey { epoch: fields.u32()?, txid: fields.u64()?, time_ms: fields.u64()? })
 }
 
 fn decode_extent_record(fields: &mut Fields<'_>) -> Result<ExtentRecord, FormatError> {

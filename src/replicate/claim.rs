@@ -8,7 +8,7 @@
 use bytes::Bytes;
 
 use crate::clock::{Clock, random_bytes};
-use crate::format::key::{EPOCHS_PREFIX, EpochKey, MARKER_KEY, SegmentKey, SnapshotKey, Span, log_prefix, snapshot_prefix};
+use crate::format::key::{EPOCHS_PREFIX, EpochKey, MARKER_KEY, SegmentKey, log_prefix};
 use crate::format::record::{EpochRecord, RECORD_LIMIT, ReplicaMarker};
 use crate::format::{FORMAT_VERSION, FormatError, Position};
 use crate::store::{PutMode, SharedStore, StoreError, StoreErrorKind};
@@ -135,7 +135,7 @@ pub async fn claim(
         let epochs = list_epochs(store, None).await?;
         let newest = epochs.last();
         let newest_known = match newest {
-            Some(key) => Some(last_known(store, key).await?),
+            Some(key) => Some(last_known(store, &read_record(store, key).await?).await?),
             None => None,
         };
         let continued = match continuing {
@@ -187,34 +187,30 @@ pub async fn read_record(store: &SharedStore, key: &EpochKey) -> Result<EpochRec
     EpochRecord::decode(&bytes).map_err(bad_object(store, &name))
 }
 
-/// The last transaction that the newest epoch has in storage, and its time.
-async fn last_known(store: &SharedStore, epoch: &EpochKey) -> Result<(Position, u64), ClaimError> {
-    let record = read_record(store, epoch).await?;
-    let segments = store.list(&log_prefix(epoch.epoch), None).await?;
-    let snapshots = store.list(&snapshot_prefix(epoch.epoch), None).await?;
+/// The last transaction that an epoch has in storage, and its time (0 where it has none).
+async fn last_known(store: &SharedStore, record: &EpochRecord) -> Result<(Position, u64), ClaimError> {
+    let segments = store.list(&log_prefix(record.epoch), None).await?;
     let spans = segments.iter().filter_map(|object| SegmentKey::parse(&object.key).map(|key| key.0));
-    let spans = spans.chain(snapshots.iter().filter_map(|object| SnapshotKey::parse(&object.key).map(|key| key.0)));
-    let newest = spans.max_by_key(|span: &Span| span.last_txid);
+    let newest = spans.max_by_key(|span| span.last_txid);
     // An epoch that continues and holds nothing ends where its parent did.
     let empty_txid = if record.continues { record.first_txid - 1 } else { record.first_txid };
     let (txid, time_ms) = newest.map_or((empty_txid, 0), |span| (span.last_txid, span.time_ms));
-    Ok((Position { epoch: epoch.epoch, txid }, time_ms))
+    Ok((Position { epoch: record.epoch, txid }, time_ms))
 }
 
-/// Whether this is the replica, and the epoch in it, that this writer left.
+/// Whether this is the replica that the writer left, its epoch is there, and everything it captured has arrived.
 async fn is_known(
     store: &SharedStore,
     replica: &OpenReplica,
     epochs: &[EpochKey],
     continuing: &Continuing,
 ) -> Result<bool, ClaimError> {
-    let key = epochs.iter().find(|key| key.epoch == continuing.captured.epoch);
-    match key {
-        Some(key) if continuing.replica == replica.id => {
-            Ok(read_record(store, key).await?.writer == continuing.writer)
-        }
-        _ => Ok(false),
+    let Some(key) = epochs.iter().find(|key| key.epoch == continuing.captured.epoch) else { return Ok(false) };
+    if continuing.replica != replica.id {
+        return Ok(false);
     }
+    let record = read_record(store, key).await?;
+    Ok(record.writer == continuing.writer && last_known(store, &record).await?.0 == continuing.captured)
 }
 
 /// Whether the claim holds.

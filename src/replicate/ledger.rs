@@ -175,7 +175,8 @@ impl Ledger {
         Ok(page_number == lock_page(self.page_size) || self.get(page_number)? == page_hash(page_number, image))
     }
 
-    /// Moves the overlay into the base, durably. Call it only when a durable state holds the overlay.
+    /// Moves the overlay into the base. Call it only when a durable state holds the overlay, or none relies on the base,
+    /// and [`Ledger::sync`] before the next state is saved.
     ///
     /// # Errors
     /// As the operating system answers; the overlay stays.
@@ -191,9 +192,16 @@ impl Ledger {
             }
             self.base.write_all_at(&run, u64::from(first - 1) * ENTRY_LEN)?;
         }
-        self.base.sync_data()?;
         self.overlay.clear();
         Ok(())
+    }
+
+    /// Makes the base durable.
+    ///
+    /// # Errors
+    /// As the operating system answers.
+    pub fn sync(&self) -> io::Result<()> {
+        self.base.sync_data()
     }
 }
 

@@ -1,1 +1,325 @@
-//! Following a live database and shipping every transaction: capture, ledger, spool, epochs, snapshots.
+//! Following live databases and shipping every transaction.
+//!
+//! One thread a database does the blocking file work ([`database`]); one task a database does the storage work ([`ship`]).
+//! Between them: a queue of jobs, a mailbox, and the spool on the disk. One database's trouble is its own.
+
+pub mod capture;
+pub mod claim;
+pub mod database;
+pub mod ledger;
+pub mod record;
+pub mod scan;
+pub mod ship;
+pub mod spool;
+pub mod state;
+pub mod wake;
+
+use std::io;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use tokio::sync::mpsc;
+use tokio::task::JoinSet;
+use tokio_util::sync::CancellationToken;
+
+use self::database::{DatabaseError, DatabaseSettings, Surroundings, follow};
+use self::ship::{Progress, ShipError, Shipper};
+use self::spool::Spool;
+use self::state::{StateDirectory, StateDirectoryError};
+use self::wake::{Event, Mailbox, WatchHub};
+use crate::clock::Clock;
+use crate::format::Position;
+use crate::sqlite::SqliteError;
+use crate::store::SharedStore;
+use crate::store::retry::RetryPolicy;
+
+/// How a database that fails is taken up again.
+const RESTART: RetryPolicy = RetryPolicy { attempts: u32::MAX, base_ms: 1000, max_ms: 30_000 };
+
+/// One database and where it goes.
+#[derive(Debug, Clone)]
+pub struct Job {
+    /// The database.
+    pub settings: DatabaseSettings,
+    /// Where local state is kept.
+    pub state_dir: PathBuf,
+    /// Where it goes.
+    pub store: SharedStore,
+}
+
+/// Why replication ended otherwise than it was told to.
+#[derive(Debug, thiserror::Error)]
+pub enum ReplicateError {
+    /// The local state can't be used.
+    #[error(transparent)]
+    StateDirectory(#[from] StateDirectoryError),
+    /// Shipping can't go on.
+    #[error("{}: {source}", database.display())]
+    Ship {
+        /// The database.
+        database: PathBuf,
+        /// Why.
+        source: ShipError,
+    },
+    /// Stopped before everything that was captured was confirmed.
+    #[error("{}: stopped with transactions not confirmed ({what})", database.display())]
+    NotConfirmed {
+        /// The database.
+        database: PathBuf,
+        /// What is missing.
+        what: String,
+    },
+    /// A database could not be captured at the stop.
+    #[error("{}: {source}", database.display())]
+    Database {
+        /// The database.
+        database: PathBuf,
+        /// Why.
+        source: DatabaseError,
+    },
+    /// A thread or task ended by a panic: a mistake in this program.
+    #[error("an internal error ended the replication of {}: {what}", database.display())]
+    Panicked {
+        /// The database.
+        database: PathBuf,
+        /// What the panic said.
+        what: String,
+    },
+}
+
+/// Replicates `databases` until `stop` is cancelled; then captures what is left and ships it within `shutdown_timeout`.
+/// Returns what went wrong, a database each; nothing when all ended as told with everything confirmed.
+pub async fn run(
+    databases: Vec<Job>,
+    stop: CancellationToken,
+    shutdown_timeout: Duration,
+    clock: Arc<dyn Clock>,
+) -> Vec<ReplicateError> {
+    let hub = Arc::new(WatchHub::new());
+    let mut running = JoinSet::new();
+    for job in databases {
+        let (hub, stop, clock) = (hub.clone(), stop.clone(), clock.clone());
+        running.spawn(async move {
+            let database = job.settings.path.clone();
+            let ended = supervise(job, &hub, stop, shutdown_timeout, clock).await;
+            if let Err(error) = &ended {
+                tracing::error!(%error, database = %database.display(), "not replicated any more");
+            }
+            ended
+        });
+    }
+    let mut failed = Vec::new();
+    while let Some(ended) = running.join_next().await {
+        match ended {
+            Ok(Ok(())) => {}
+            Ok(Err(error)) => failed.push(error),
+            Err(panic) => {
+                failed.push(ReplicateError::Panicked { database: PathBuf::new(), what: panic.to_string() });
+            }
+        }
+    }
+    failed
+}
+
+/// Follows a database, again and again, until told to stop or until going on makes no sense.
+async fn supervise(
+    job: Job,
+    hub: &WatchHub,
+    stop: CancellationToken,
+    shutdown_timeout: Duration,
+    clock: Arc<dyn Clock>,
+) -> Result<(), ReplicateError> {
+    let directory = Arc::new(open_state_directory(&job, &stop, &clock).await?);
+    let database = job.settings.path.display().to_string();
+    let mut failures = 0;
+    let mut is_waiting = false;
+    loop {
+        let begun = clock.monotonic();
+        match follow_once(&job, &directory, hub, &stop, shutdown_timeout, &clock).await? {
+            None => return Ok(()),
+            Some(DatabaseError::Sqlite(SqliteError::NotThere { .. })) => {
+                if !is_waiting {
+                    tracing::info!(database, "not there yet; waiting for the application to make it");
+                }
+                is_waiting = true;
+                failures = 0;
+                sleep_or_stop(job.settings.poll_interval, &stop).await;
+            }
+            Some(error) => {
+                is_waiting = false;
+                if clock.monotonic().saturating_sub(begun) > Duration::from_secs(60) {
+                    failures = 0;
+                }
+                let wait = RESTART.wait(failures).max(Duration::from_secs(1));
+                failures += 1;
+                report(&database, &error, wait);
+                if error.disproves_state() {
+                    forget(&directory, &error);
+                }
+                sleep_or_stop(wait, &stop).await;
+            }
+        }
+        if stop.is_cancelled() {
+            return Ok(());
+        }
+    }
+}
+
+fn report(database: &str, error: &DatabaseError, wait: Duration) {
+    let wait_ms = wait.as_millis() as u64;
+    match error {
+        DatabaseError::Sqlite(SqliteError::Unsettled { .. } | SqliteError::Replaced { .. }) => {
+            tracing::warn!(database, %error, wait_ms, "taking the database up again");
+        }
+        _ => tracing::error!(database, %error, wait_ms, "the database can't be followed; trying again"),
+    }
+}
+
+/// Discards local state that is not to be relied on. A spool that outgrew its limit goes, too.
+fn forget(directory: &StateDirectory, error: &DatabaseError) {
+    let discard = || -> io::Result<()> {
+        directory.discard()?;
+        if matches!(error, DatabaseError::SpoolFull { .. }) {
+            let waiting = Spool::new(directory.spool_path()).waiting()?;
+            for spooled in &waiting {
+                spool::remove(&spooled.path)?;
+            }
+            tracing::error!(
+                segments = waiting.len(),
+                "the spool is full and was dropped: this history is lost; a new snapshot follows when storage is back"
+            );
+        }
+        Ok(())
+    };
+    if let Err(error) = discard() {
+        tracing::error!(%error, "the local state can't be discarded");
+    }
+}
+
+async fn sleep_or_stop(wait: Duration, stop: &CancellationToken) {
+    tokio::select! {
+        () = tokio::time::sleep(wait) => {}
+        () = stop.cancelled() => {}
+    }
+}
+
+/// The directory of a database that is not there yet may not be there either.
+async fn open_state_directory(
+    job: &Job,
+    stop: &CancellationToken,
+    clock: &Arc<dyn Clock>,
+) -> Result<StateDirectory, ReplicateError> {
+    let mut complained = None;
+    loop {
+        match StateDirectory::open(&job.state_dir) {
+            Ok(directory) => return Ok(directory),
+            Err(locked @ StateDirectoryError::Locked(_)) => return Err(locked.into()),
+            Err(error) => {
+                let now = clock.monotonic();
+                if complained.is_none_or(|at| now.saturating_sub(at) > Duration::from_secs(60)) {
+                    complained = Some(now);
+                    tracing::error!(%error, "waiting for the state directory");
+                }
+                sleep_or_stop(Duration::from_secs(1), stop).await;
+                if stop.is_cancelled() {
+                    return Err(error.into());
+                }
+            }
+        }
+    }
+}
+
+/// Follows a database once. `Ok(None)` when it was told to stop and all is confirmed, `Ok(Some(_))` when it failed in a way
+/// that a new try may mend.
+async fn follow_once(
+    job: &Job,
+    directory: &Arc<StateDirectory>,
+    hub: &WatchHub,
+    stop: &CancellationToken,
+    shutdown_timeout: Duration,
+    clock: &Arc<dyn Clock>,
+) -> Result<Option<DatabaseError>, ReplicateError> {
+    let database = job.settings.path.clone();
+    let mailbox = Arc::new(Mailbox::default());
+    let progress = Arc::new(Progress::default());
+    hub.watch(&database, &mailbox);
+    let (jobs, queue) = mpsc::unbounded_channel();
+    let around = Surroundings {
+        settings: job.settings.clone(),
+        mailbox: mailbox.clone(),
+        jobs,
+        progress: progress.clone(),
+        clock: clock.clone(),
+    };
+    let shipper = Shipper {
+        store: job.store.clone(),
+        mailbox: mailbox.clone(),
+        progress: progress.clone(),
+        clock: clock.clone(),
+    };
+    let mut shipping = tokio::spawn(shipper.run(queue));
+    let thread_directory = directory.clone();
+    let mut following = tokio::task::spawn_blocking(move || follow(around, &thread_directory));
+    let panicked = |panic: tokio::task::JoinError| ReplicateError::Panicked {
+        database: database.clone(),
+        what: panic.to_string(),
+    };
+    let failed_to_ship = |source| ReplicateError::Ship { database: database.clone(), source };
+    let mut stopped_at = None;
+    let captured = loop {
+        tokio::select! {
+            () = stop.cancelled(), if stopped_at.is_none() => {
+                stopped_at = Some(clock.monotonic());
+                mailbox.send(Event::Stop);
+            }
+            ended = &mut following => break ended.map_err(panicked)?,
+            // It ends before the thread only when it can't go on.
+            shipped = &mut shipping => {
+                mailbox.send(Event::Stop);
+                following.await.map_err(panicked)?.ok();
+                return match shipped.map_err(panicked)? {
+                    Ok(()) => Ok(None),
+                    Err(ShipError::Spool(what)) => Ok(Some(DatabaseError::Local(io::Error::other(what)))),
+                    Err(source) => Err(failed_to_ship(source)),
+                };
+            }
+        }
+    };
+    let Some(stopped_at) = stopped_at else {
+        shipping.abort();
+        return Ok(captured.err());
+    };
+    let used = clock.monotonic().saturating_sub(stopped_at);
+    let shipped = tokio::time::timeout(shutdown_timeout.saturating_sub(used), &mut shipping).await;
+    shipping.abort();
+    let captured = match captured {
+        Err(DatabaseError::Sqlite(SqliteError::NotThere { .. })) => return Ok(None),
+        captured => captured.map_err(|source| ReplicateError::Database { database: database.clone(), source })?,
+    };
+    let is_shipped = match shipped {
+        Ok(ended) => ended.map_err(panicked)?.map(|()| true).map_err(failed_to_ship)?,
+        Err(_out_of_time) => false,
+    };
+    let confirmed_txid = *progress.confirmed.borrow();
+    match not_confirmed(captured, confirmed_txid, progress.snapshot_is_missing.load(Ordering::Relaxed)) {
+        Some(what) => Err(ReplicateError::NotConfirmed { database, what }),
+        None if is_shipped => Ok(None),
+        None => Err(ReplicateError::NotConfirmed { database, what: "storage did not answer in time".into() }),
+    }
+}
+
+/// What is missing when the time for shipping is over, in words; `None` when nothing is.
+fn not_confirmed(captured: Option<Position>, confirmed_txid: u64, snapshot_is_missing: bool) -> Option<String> {
+    match captured {
+        None => Some("storage could not be reached".into()),
+        Some(Position { txid, .. }) if txid > confirmed_txid => {
+            Some(format!("captured up to {txid}, confirmed up to {confirmed_txid}; the next start ships the rest"))
+        }
+        Some(_) if snapshot_is_missing => {
+            Some("the first snapshot is not stored yet; the next start begins it again".into())
+        }
+        Some(_) => None,
+    }
+}

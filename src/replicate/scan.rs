@@ -5,14 +5,15 @@ use std::io;
 
 use super::capture::Capture;
 use super::ledger::Ledger;
-use super::record::{RecordError, Recorder};
-use crate::format::key::Span;
+use super::record::{RecordError, Recorder, Start};
+use crate::format::key::SnapshotKey;
 use crate::format::snapshot::{SnapshotInfo, SnapshotWriter};
 use crate::format::{extent_count, extent_pages, lock_page};
 
 /// A snapshot that is being read.
 #[derive(Debug)]
 pub struct SnapshotScan {
+    key: SnapshotKey,
     writer: SnapshotWriter,
     next_extent: u32,
 }
@@ -27,11 +28,18 @@ pub enum Step {
 }
 
 impl SnapshotScan {
-    /// Begins a snapshot; the second value is its first bytes.
+    /// Begins a snapshot after the transaction `last`; the second value is its first bytes.
     #[must_use]
-    pub fn new(page_size: u32) -> (Self, Vec<u8>) {
+    pub fn new(page_size: u32, last: &Start) -> (Self, Vec<u8>) {
         let (writer, header) = SnapshotWriter::new(page_size);
-        (Self { writer, next_extent: 0 }, header)
+        let key = SnapshotKey { epoch: last.position.epoch, txid: last.position.txid, time_ms: last.time_ms };
+        (Self { key, writer, next_extent: 0 }, header)
+    }
+
+    /// The key that it is to be stored under.
+    #[must_use]
+    pub fn key(&self) -> SnapshotKey {
+        self.key
     }
 
     /// Reads the next extent as of the last captured transaction. Teaches the ledger pages that it does not know, and
@@ -64,13 +72,14 @@ impl SnapshotScan {
         let last = recorder.last();
         let size_pages = recorder.ledger.size_pages();
         let fingerprint = recorder.ledger.fingerprint().ok_or_else(|| io::Error::other("pages are not known yet"))?;
-        let span = Span {
-            epoch: last.position.epoch,
-            first_txid: self.writer.first_txid().unwrap_or(last.position.txid),
+        let info = SnapshotInfo {
+            key: self.key,
             last_txid: last.position.txid,
             time_ms: last.time_ms,
+            size_pages,
+            schema_cookie: last.schema_cookie,
+            fingerprint,
         };
-        let info = SnapshotInfo { span, size_pages, schema_cookie: last.schema_cookie, fingerprint };
         let (spent, _) = SnapshotWriter::new(0);
         let writer = std::mem::replace(&mut self.writer, spent);
         Ok(Step::Finished(writer.finish(&info)?, info))

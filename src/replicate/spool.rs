@@ -2,9 +2,12 @@
 
 use std::fs::{self, File};
 use std::io;
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
+use crate::format::block::{BLOCK_HEADER_LEN, BlockHeader};
 use crate::format::key::SegmentKey;
+use crate::format::segment::{FOOTER_LEN, SegmentFooter};
 
 /// A segment that waits to be shipped.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -15,6 +18,37 @@ pub struct Spooled {
     pub path: PathBuf,
     /// Its length in bytes.
     pub len_bytes: u64,
+}
+
+impl Spooled {
+    /// Whether the file is the segment that its name says, every block of it.
+    #[must_use]
+    pub fn is_whole(&self) -> bool {
+        self.check().unwrap_or(false)
+    }
+
+    /// Reads the file block by block.
+    fn check(&self) -> io::Result<bool> {
+        let file = File::open(&self.path)?;
+        let mut tail = vec![0; FOOTER_LEN];
+        let len_bytes = file.metadata()?.len();
+        let Some(footer_at) = len_bytes.checked_sub(FOOTER_LEN as u64) else { return Ok(false) };
+        file.read_exact_at(&mut tail, footer_at)?;
+        let Ok(footer) = SegmentFooter::decode(&tail, len_bytes) else { return Ok(false) };
+        let mut at = footer.pages_offset;
+        while at < footer_at {
+            let mut header = [0; BLOCK_HEADER_LEN];
+            file.read_exact_at(&mut header, at)?;
+            let Ok(header) = BlockHeader::decode(&header, "a spooled block") else { return Ok(false) };
+            let mut compressed = vec![0; header.compressed_len];
+            file.read_exact_at(&mut compressed, at + BLOCK_HEADER_LEN as u64)?;
+            if !header.has_checksum_of(&compressed) {
+                return Ok(false);
+            }
+            at += (BLOCK_HEADER_LEN + header.compressed_len) as u64;
+        }
+        Ok(at == footer_at && footer.span == self.key.0)
+    }
 }
 
 /// The directory of waiting segments.

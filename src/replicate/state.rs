@@ -41,6 +41,8 @@ pub struct LocalState {
     pub wal: Option<([u8; 8], u32, (u32, u32))>,
     /// The main file when the state was written.
     pub main: FileIdentity,
+    /// Whether a snapshot that the line of this epoch can be restored from is confirmed.
+    pub has_snapshot: bool,
 }
 
 impl LocalState {

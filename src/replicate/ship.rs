@@ -1,0 +1,334 @@
+//! Shipping: what a database's thread has cut goes to storage, in order, until it is confirmed.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::Duration;
+
+use tokio::sync::{mpsc, watch};
+use tokio::task::JoinSet;
+
+use super::claim::{ClaimError, Claimed, Continuing, claim, list_epochs, open_replica, read_record};
+use super::spool::{self, Spooled};
+use super::wake::{Event, Mailbox};
+use crate::clock::Clock;
+use crate::format::key::SnapshotKey;
+use crate::format::snapshot::SnapshotInfo;
+use crate::store::retry::RetryPolicy;
+use crate::store::upload::{Upload, put_file};
+use crate::store::{PutMode, SharedStore, StoreError, StoreErrorKind};
+
+/// How a failed request is asked again, for as long as it takes.
+const FOREVER: RetryPolicy = RetryPolicy { attempts: u32::MAX, base_ms: 250, max_ms: 30_000 };
+/// How often a writer that ships looks whether another one has taken over.
+const SUCCESSOR_CHECK_INTERVAL: Duration = Duration::from_secs(3600);
+/// A store that fails is complained of this often.
+const COMPLAINT_INTERVAL: Duration = Duration::from_secs(60);
+
+/// What a database's thread asks for.
+#[derive(Debug)]
+pub enum Job {
+    /// Claim an epoch: after shipping what an earlier run left.
+    Claim {
+        /// What can be proven to go on from.
+        continuing: Option<Continuing>,
+        /// What an earlier run left in the spool.
+        leftovers: Vec<Spooled>,
+    },
+    /// Ship a segment.
+    Ship(Spooled),
+    /// Store a snapshot from its pieces.
+    Snapshot {
+        /// Where.
+        key: SnapshotKey,
+        /// The pieces, in order.
+        pieces: mpsc::Receiver<Piece>,
+    },
+}
+
+/// A part of a snapshot that is being read.
+#[derive(Debug)]
+pub enum Piece {
+    /// Bytes to append.
+    Bytes(Vec<u8>),
+    /// The last bytes.
+    End(Vec<u8>, SnapshotInfo),
+}
+
+/// What both sides see.
+#[derive(Debug)]
+pub struct Progress {
+    /// Bytes of segments that wait in the spool.
+    pub waiting_bytes: AtomicU64,
+    /// The last transaction of the epoch that is confirmed.
+    pub confirmed: watch::Sender<u64>,
+    /// Whether the last snapshot that was asked for was not stored.
+    pub snapshot_is_missing: AtomicBool,
+}
+
+impl Default for Progress {
+    fn default() -> Self {
+        Self { waiting_bytes: AtomicU64::new(0), confirmed: watch::Sender::new(0), snapshot_is_missing: AtomicBool::new(false) }
+    }
+}
+
+/// Why shipping ended.
+#[derive(Debug, thiserror::Error)]
+pub enum ShipError {
+    /// The epoch could not be claimed, and asking again does not help.
+    #[error(transparent)]
+    Claim(#[from] ClaimError),
+    /// Another writer has taken over.
+    #[error("{location} was taken over by {host} (epoch {epoch}) at {claimed_ms} ms since 1970")]
+    Replaced {
+        /// The replica.
+        location: String,
+        /// The machine that took over.
+        host: String,
+        /// Its epoch.
+        epoch: u32,
+        /// When, in milliseconds since 1970.
+        claimed_ms: u64,
+    },
+    /// An object stands under a key of ours that is not ours.
+    #[error("{location}/{key} was written by somebody else")]
+    Foreign {
+        /// The replica.
+        location: String,
+        /// The object.
+        key: String,
+    },
+    /// A spooled file can't be read or removed.
+    #[error("the local state directory failed: {0}")]
+    Spool(String),
+}
+
+/// Ships one database's objects.
+pub struct Shipper {
+    /// The replica.
+    pub store: SharedStore,
+    /// The database's thread.
+    pub mailbox: Arc<Mailbox>,
+    /// What both sides see.
+    pub progress: Arc<Progress>,
+    /// Time.
+    pub clock: Arc<dyn Clock>,
+}
+
+impl Shipper {
+    /// Does jobs until there are no more.
+    ///
+    /// # Errors
+    /// When going on makes no sense: see [`ShipError`]. A store that fails is asked again without end.
+    pub async fn run(self, mut jobs: mpsc::UnboundedReceiver<Job>) -> Result<(), ShipError> {
+        let mut snapshots = JoinSet::new();
+        let mut claimed: Option<Claimed> = None;
+        let mut checked = self.clock.monotonic();
+        while let Some(job) = jobs.recv().await {
+            match job {
+                Job::Claim { continuing, leftovers } => {
+                    let new = self.claim_patiently(continuing.as_ref(), &leftovers).await?;
+                    // Known before the thread records anything: the state found, or the parent's last transaction.
+                    let start_txid = new.record.first_txid - u64::from(new.record.continues);
+                    self.progress.confirmed.send_replace(start_txid);
+                    self.mailbox.send(Event::Claimed(Box::new(new.clone())));
+                    claimed = Some(new);
+                }
+                Job::Ship(spooled) => {
+                    if self.clock.monotonic().saturating_sub(checked) > SUCCESSOR_CHECK_INTERVAL {
+                        checked = self.clock.monotonic();
+                        self.check_successor(claimed.as_ref()).await?;
+                    }
+                    self.ship(&spooled, claimed.as_ref()).await?;
+                    self.progress.confirmed.send_replace(spooled.key.0.last_txid);
+                }
+                Job::Snapshot { key, pieces } => {
+                    let (store, mailbox) = (self.store.clone(), self.mailbox.clone());
+                    let progress = self.progress.clone();
+                    progress.snapshot_is_missing.store(true, Ordering::Relaxed);
+                    snapshots.spawn(async move {
+                        let confirmed = progress.confirmed.subscribe();
+                        let stored = store_snapshot(store, key, pieces, confirmed).await;
+                        progress.snapshot_is_missing.store(stored.is_err(), Ordering::Relaxed);
+                        mailbox.send(match stored {
+                            Ok(()) => Event::SnapshotStored,
+                            Err(error) => {
+                                tracing::warn!(%error, "the snapshot was not stored; it is read again later");
+                                Event::SnapshotFailed
+                            }
+                        });
+                    });
+                }
+            }
+        }
+        while snapshots.join_next().await.is_some() {}
+        Ok(())
+    }
+
+    async fn claim_patiently(
+        &self,
+        continuing: Option<&Continuing>,
+        leftovers: &[Spooled],
+    ) -> Result<Claimed, ShipError> {
+        let mut complaint = Complaint::new(self.clock.clone());
+        for attempt in 0.. {
+            match self.try_claim(continuing, leftovers).await {
+                Err(ShipError::Claim(ClaimError::Store(error))) => complaint.hear(&error),
+                answer => return answer,
+            }
+            tokio::time::sleep(FOREVER.wait(attempt)).await;
+        }
+        Err(ClaimError::Contended(self.store.location()).into())
+    }
+
+    async fn try_claim(&self, continuing: Option<&Continuing>, leftovers: &[Spooled]) -> Result<Claimed, ShipError> {
+        let replica = open_replica(&self.store).await?;
+        if !leftovers.is_empty() {
+            let epochs = list_epochs(&self.store, None).await.map_err(ClaimError::Store)?;
+            for spooled in leftovers.iter().filter(|spooled| spooled.path.exists()) {
+                let is_ours = epochs.iter().any(|key| key.epoch == spooled.key.0.epoch);
+                if is_ours && spooled.is_whole() {
+                    // Under the epoch that they were captured in; they may be there already.
+                    self.ship(spooled, None).await?;
+                } else {
+                    // Of another replica, or cut short by a power failure. The claim sees what is missing.
+                    tracing::warn!(key = %spooled.key, "a spooled segment can't be used and is discarded");
+                    self.discard(spooled)?;
+                }
+            }
+        }
+        Ok(claim(&self.store, &replica, continuing, self.clock.as_ref()).await?)
+    }
+
+    /// Puts a segment, for as long as it takes.
+    async fn ship(&self, spooled: &Spooled, claimed: Option<&Claimed>) -> Result<(), ShipError> {
+        let key = spooled.key.to_string();
+        let is_conditional = claimed.is_none_or(|claimed| claimed.has_conditional_puts);
+        let mode = if is_conditional { PutMode::IfAbsent } else { PutMode::Overwrite };
+        let mut complaint = Complaint::new(self.clock.clone());
+        for attempt in 0.. {
+            match put_file(&self.store, &key, &spooled.path, mode).await {
+                Ok(_) => break,
+                Err(error) if error.kind == StoreErrorKind::AlreadyExists => match self.is_mine(spooled, &key).await {
+                    Ok(true) => break,
+                    Ok(false) => {
+                        self.check_successor(claimed).await?;
+                        return Err(ShipError::Foreign { location: self.store.location(), key });
+                    }
+                    Err(error) => complaint.hear(&error),
+                },
+                Err(error) if error.kind == StoreErrorKind::Other && !spooled.path.exists() => {
+                    return Err(ShipError::Spool(format!("{} is gone", spooled.path.display())));
+                }
+                Err(error) => complaint.hear(&error),
+            }
+            tokio::time::sleep(FOREVER.wait(attempt)).await;
+        }
+        tracing::debug!(key, len_bytes = spooled.len_bytes, "confirmed");
+        self.discard(spooled)
+    }
+
+    /// A put whose answer was lost left our own bytes.
+    async fn is_mine(&self, spooled: &Spooled, key: &str) -> Result<bool, StoreError> {
+        let stored = match self.store.get(key, spooled.len_bytes).await {
+            Err(error) if error.kind == StoreErrorKind::WrongSize => return Ok(false),
+            other => other?,
+        };
+        let local = tokio::fs::read(&spooled.path).await;
+        Ok(local.is_ok_and(|local| local == stored))
+    }
+
+    fn discard(&self, spooled: &Spooled) -> Result<(), ShipError> {
+        spool::remove(&spooled.path).map_err(|error| ShipError::Spool(error.to_string()))?;
+        let less = |waiting: u64| Some(waiting.saturating_sub(spooled.len_bytes));
+        self.progress.waiting_bytes.fetch_update(Ordering::Relaxed, Ordering::Relaxed, less).ok();
+        Ok(())
+    }
+
+    async fn check_successor(&self, claimed: Option<&Claimed>) -> Result<(), ShipError> {
+        let Some(claimed) = claimed else { return Ok(()) };
+        let newer = match list_epochs(&self.store, Some(claimed.record.epoch)).await {
+            Ok(newer) => newer,
+            Err(error) => {
+                tracing::debug!(%error, "could not look for another writer");
+                return Ok(());
+            }
+        };
+        let Some(newest) = newer.last() else { return Ok(()) };
+        let successor = read_record(&self.store, newest).await?;
+        Err(ShipError::Replaced {
+            location: self.store.location(),
+            host: successor.host,
+            epoch: successor.epoch,
+            claimed_ms: successor.claimed_ms,
+        })
+    }
+}
+
+/// Stores a snapshot. It becomes visible only when every transaction it needs is confirmed: from then on the database can
+/// be restored.
+async fn store_snapshot(
+    store: SharedStore,
+    key: SnapshotKey,
+    mut pieces: mpsc::Receiver<Piece>,
+    mut confirmed: watch::Receiver<u64>,
+) -> Result<(), StoreError> {
+    let given_up = || StoreError {
+        kind: StoreErrorKind::Other,
+        operation: "put",
+        location: store.location(),
+        key: key.to_string(),
+        message: "the snapshot was given up before it was whole".into(),
+    };
+    let mut upload = Upload::new(store.clone(), key.to_string());
+    let written = loop {
+        match pieces.recv().await {
+            Some(Piece::Bytes(bytes)) => {
+                if let Err(error) = upload.write(&bytes).await {
+                    break Err(error);
+                }
+            }
+            Some(Piece::End(bytes, info)) => {
+                let wanted = info.last_txid;
+                let is_covered = confirmed.wait_for(|&confirmed| confirmed >= wanted).await.is_ok();
+                break if is_covered { upload.write(&bytes).await.map(|()| info) } else { Err(given_up()) };
+            }
+            None => break Err(given_up()),
+        }
+    };
+    match written {
+        Ok(info) => {
+            let len_bytes = upload.finish(PutMode::Overwrite).await?;
+            tracing::info!(%key, len_bytes, txid = info.last_txid, "snapshot confirmed");
+            Ok(())
+        }
+        Err(error) => {
+            // The first error is the one that counts.
+            upload.abort().await.ok();
+            Err(error)
+        }
+    }
+}
+
+/// Says that the store fails, at once and then at a decent pace.
+struct Complaint {
+    clock: Arc<dyn Clock>,
+    last: Option<Duration>,
+}
+
+impl Complaint {
+    fn new(clock: Arc<dyn Clock>) -> Self {
+        Self { clock, last: None }
+    }
+
+    fn hear(&mut self, error: &StoreError) {
+        let now = self.clock.monotonic();
+        if self.last.is_none_or(|last| now.saturating_sub(last) >= COMPLAINT_INTERVAL) {
+            self.last = Some(now);
+            if error.is_retryable() {
+                tracing::warn!(%error, "the store fails; trying again");
+            } else {
+                tracing::error!(%error, "the store refuses; trying again, but somebody should look");
+            }
+        }
+    }
+}
