@@ -70,3 +70,10 @@ pub fn random_bytes<const N: usize>() -> Result<[u8; N], getrandom::Error> {
 pub fn jitter_below(bound: u64) -> u64 {
     random_bytes::<8>().map_or(0, |bytes| u64::from_le_bytes(bytes) % bound.max(1))
 }
+
+/// A time in milliseconds since 1970 as people write it: `2026-03-01T14:00:05.123Z`.
+#[must_use]
+pub fn format_time(time_ms: u64) -> String {
+    let timestamp = i64::try_from(time_ms).ok().and_then(|ms| jiff::Timestamp::from_millisecond(ms).ok());
+    timestamp.map_or_else(|| format!("{time_ms} ms since 1970"), |timestamp| format!("{timestamp:.3}"))
+}

@@ -1,1 +1,175 @@
-//! The command line: one file per command; arguments, output, exit codes.
+//! The command line: arguments, output, exit codes. One file a command.
+
+pub mod demo;
+pub mod exit_code;
+pub mod log;
+pub mod moment;
+pub mod replicate;
+pub mod restore;
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::sync::Arc;
+
+use clap::{Args, Parser, Subcommand};
+use tracing_subscriber::EnvFilter;
+
+use self::exit_code::Failure;
+use crate::config::replica_url::ReplicaUrl;
+use crate::config::{Config, LogConfig, LogFormat, LogLevel, file};
+use crate::store::SharedStore;
+use crate::store::retry::{RetryPolicy, Retrying};
+
+const SYSTEM_CONFIG: &str = "/etc/waltrail.toml";
+
+/// Continuous backup for SQLite: every transaction to S3-compatible storage, restored to any point in time.
+#[derive(Debug, Parser)]
+#[command(name = "waltrail", version, long_version = long_version(), max_term_width = 100, after_help = EXIT_CODES)]
+struct Arguments {
+    /// How much to log [default: info, or what the configuration says]
+    #[arg(long, global = true, value_enum)]
+    log_level: Option<LogLevel>,
+    /// How to write the log [default: text, or what the configuration says]
+    #[arg(long, global = true, value_enum)]
+    log_format: Option<LogFormat>,
+    #[command(subcommand)]
+    command: Command,
+}
+
+const EXIT_CODES: &str = "\
+Exit codes: 0 done · 1 failed · 10 usage or configuration · 11 storage not reachable or refused · 12 no such backup or \
+point in time · 13 damaged object or unknown format · 14 target refused (exists, in use, not writable) · 15 stopped with \
+transactions not confirmed · 16 another writer took over";
+
+fn long_version() -> &'static str {
+    static VERSION: std::sync::OnceLock<String> = std::sync::OnceLock::new();
+    VERSION.get_or_init(|| format!("{} (SQLite {})", env!("CARGO_PKG_VERSION"), rusqlite::version()))
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Follow databases and ship every transaction, until SIGTERM or SIGINT
+    Replicate(replicate::ReplicateArguments),
+    /// Rebuild a database as it was after any transaction
+    Restore(restore::RestoreArguments),
+    /// Show what a replica holds
+    Log(log::LogArguments),
+    /// Show the main job on a database of its own: replicate, crash, restore, compare
+    Demo(demo::DemoArguments),
+}
+
+/// Where the configuration is.
+#[derive(Debug, Args)]
+struct ConfigArgument {
+    /// Configuration file [default: /etc/waltrail.toml, if it is there]
+    #[arg(long, env = "WALTRAIL_CONFIG", value_name = "FILE")]
+    config: Option<PathBuf>,
+}
+
+impl ConfigArgument {
+    /// The configuration that was named, or the system's; `None` when there is neither.
+    fn load(&self) -> Result<Option<Config>, Failure> {
+        match &self.config {
+            Some(path) => Ok(Some(file::load(path)?)),
+            None if std::path::Path::new(SYSTEM_CONFIG).exists() => Ok(Some(file::load(SYSTEM_CONFIG.as_ref())?)),
+            None => Ok(None),
+        }
+    }
+
+    /// The replica that `source` names: a replica URL, or the path of a database of the configuration.
+    fn resolve(&self, source: &str) -> Result<Source, Failure> {
+        if source.contains("://") {
+            return Ok(Source { replica: source.parse()?, database: None });
+        }
+        let path = std::path::absolute(source).map_err(|error| Failure::usage(format!("'{source}': {error}")))?;
+        let config = self.load()?;
+        let known = config.iter().flat_map(|config| &config.databases).find(|database| database.path == path);
+        match known {
+            Some(database) => Ok(Source { replica: database.replica.clone(), database: Some(path) }),
+            None if path.is_dir() => Ok(Source { replica: ReplicaUrl::Directory(path), database: None }),
+            None => Err(Failure::usage(format!(
+                "'{source}' is not a replica: it is no URL, no directory, and no database of {}",
+                config.map_or("a configuration (there is none)".into(), |_| "the configuration".to_owned())
+            ))),
+        }
+    }
+}
+
+/// What is restored or shown.
+struct Source {
+    replica: ReplicaUrl,
+    /// The database's path, when it was named by it.
+    database: Option<PathBuf>,
+}
+
+/// Opens a replica for a command that a person or a job waits for.
+async fn open_patiently(replica: &ReplicaUrl) -> SharedStore {
+    Arc::new(Retrying::new(replica.open().await, RetryPolicy::PATIENT))
+}
+
+/// Runs the command line and gives the process's exit code.
+#[must_use]
+pub fn main() -> ExitCode {
+    let arguments = match Arguments::try_parse() {
+        Ok(arguments) => arguments,
+        Err(shown) => {
+            // Help and version are no failures. Where the output is closed there is nobody to tell.
+            shown.print().ok();
+            return if shown.use_stderr() { ExitCode::from(exit_code::USAGE) } else { ExitCode::SUCCESS };
+        }
+    };
+    match run(arguments) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(failure) => failure.report(),
+    }
+}
+
+fn run(arguments: Arguments) -> Result<(), Failure> {
+    let flags = LogConfig { level: arguments.log_level, format: arguments.log_format };
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(2)
+        .enable_all()
+        .build()
+        .map_err(|error| Failure::other(format!("can't start: {error}")))?;
+    let done = match arguments.command {
+        Command::Replicate(arguments) => {
+            let config = arguments.config()?;
+            start_log(&flags, Some(&config.log), LogLevel::Info);
+            runtime.block_on(replicate::run(config))
+        }
+        Command::Restore(arguments) => {
+            start_log(&flags, None, LogLevel::Warn);
+            runtime.block_on(restore::run(arguments))
+        }
+        Command::Log(arguments) => {
+            start_log(&flags, None, LogLevel::Warn);
+            runtime.block_on(log::run(arguments))
+        }
+        Command::Demo(arguments) => {
+            start_log(&flags, None, LogLevel::Warn);
+            runtime.block_on(demo::run(arguments))
+        }
+    };
+    // A request that hangs must not keep a process that has done its work.
+    runtime.shutdown_background();
+    done
+}
+
+/// The log goes to standard error. Libraries speak up only from warnings on, or when everything is asked for.
+fn start_log(flags: &LogConfig, config: Option<&LogConfig>, default: LogLevel) {
+    let level = flags.level.or(config.and_then(|config| config.level)).unwrap_or(default);
+    let format = flags.format.or(config.and_then(|config| config.format)).unwrap_or(LogFormat::Text);
+    let name = match level {
+        LogLevel::Error => "error",
+        LogLevel::Warn => "warn",
+        LogLevel::Info => "info",
+        LogLevel::Debug => "debug",
+        LogLevel::Trace => "trace",
+    };
+    let filter = EnvFilter::new(format!("error,waltrail={name}"));
+    let builder = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_target(false);
+    match format {
+        LogFormat::Text => builder.with_ansi(std::io::IsTerminal::is_terminal(&std::io::stderr())).init(),
+        LogFormat::Json => builder.json().init(),
+    }
+}

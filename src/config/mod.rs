@@ -1,3 +1,122 @@
 //! TOML, environment and replica URLs, as one validated value.
 
+pub mod file;
 pub mod replica_url;
+pub mod units;
+
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use self::replica_url::ReplicaUrl;
+
+/// How long a stop may take. Docker kills after 10 seconds.
+pub const DEFAULT_SHUTDOWN_TIMEOUT: Duration = Duration::from_secs(8);
+
+/// The whole configuration.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Config {
+    /// Logging.
+    pub log: LogConfig,
+    /// At a stop, shipping what is left may take so long.
+    pub shutdown_timeout: Duration,
+    /// The databases; at least one.
+    pub databases: Vec<DatabaseConfig>,
+}
+
+/// Logging.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct LogConfig {
+    /// What is logged; `None` leaves it to the command line or the default.
+    pub level: Option<LogLevel>,
+    /// How it is written.
+    pub format: Option<LogFormat>,
+}
+
+/// How much is logged.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "lowercase")]
+pub enum LogLevel {
+    /// Only what a person must act on.
+    Error,
+    /// And what a person should know of.
+    Warn,
+    /// And what happens in the large.
+    Info,
+    /// And every object.
+    Debug,
+    /// And every request.
+    Trace,
+}
+
+/// How the log is written.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "lowercase")]
+pub enum LogFormat {
+    /// For people.
+    Text,
+    /// For machines: one JSON object a line.
+    Json,
+}
+
+/// One database and where it goes.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct DatabaseConfig {
+    /// The database's absolute path.
+    pub path: PathBuf,
+    /// Where it is replicated to.
+    pub replica: ReplicaUrl,
+    /// Where local state is kept.
+    pub state_dir: PathBuf,
+    /// Under load, what was captured is shipped this often.
+    pub sync_interval: Duration,
+    /// The WAL is looked at this often, events or not.
+    pub poll_interval: Duration,
+    /// The WAL is made to begin anew when it has this many bytes.
+    pub checkpoint_threshold_bytes: u64,
+    /// No more than so many bytes wait on the local disk while storage is away.
+    pub spool_limit_bytes: u64,
+}
+
+impl DatabaseConfig {
+    /// A database with everything else as it is by default.
+    #[must_use]
+    pub fn new(path: PathBuf, replica: ReplicaUrl) -> Self {
+        Self {
+            state_dir: default_state_dir(&path),
+            path,
+            replica,
+            sync_interval: Duration::from_secs(1),
+            poll_interval: Duration::from_secs(1),
+            checkpoint_threshold_bytes: 4 << 20,
+            spool_limit_bytes: 256 << 20,
+        }
+    }
+}
+
+/// `.app.db-waltrail` beside `app.db`.
+#[must_use]
+pub fn default_state_dir(database: &Path) -> PathBuf {
+    let name = database.file_name().unwrap_or_default().to_string_lossy();
+    database.with_file_name(format!(".{name}-waltrail"))
+}
+
+/// Why there is no configuration.
+#[derive(Debug, thiserror::Error)]
+pub enum ConfigError {
+    /// The file can't be read.
+    #[error("the configuration {} can't be read: {source}", path.display())]
+    Unreadable {
+        /// The file.
+        path: PathBuf,
+        /// The operating system's error.
+        source: std::io::Error,
+    },
+    /// The file says something that can't be.
+    #[error("{}: {what}", path.display())]
+    Wrong {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong, and where.
+        what: String,
+    },
+}

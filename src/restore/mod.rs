@@ -1,1 +1,123 @@
-//! The history of a replica, the plan of a restore (a value), and its execution.
+//! Getting a database back: the history of a replica, the plan of a restore (a value), and its execution.
+
+pub mod execute;
+pub mod history;
+pub mod install;
+pub mod plan;
+
+use std::io;
+use std::path::{Path, PathBuf};
+
+use crate::format::{FormatError, Position};
+use crate::store::{StoreError, StoreErrorKind};
+
+/// Why a database could not be restored. Nothing that was there before is harmed by any of these.
+#[derive(Debug, thiserror::Error)]
+pub enum RestoreError {
+    /// There is no replica at that place.
+    #[error("there is no backup in {location}")]
+    NoReplica {
+        /// The place.
+        location: String,
+    },
+    /// There is a replica, but nothing in it can be restored yet.
+    #[error("nothing can be restored from {location} yet: its first snapshot is not there")]
+    NothingYet {
+        /// The place.
+        location: String,
+    },
+    /// An epoch that is not there was asked for.
+    #[error("there is no epoch {epoch} in {location}; there are {first} to {last}")]
+    NoSuchEpoch {
+        /// The place.
+        location: String,
+        /// The epoch that was asked for.
+        epoch: u32,
+        /// The oldest that is there.
+        first: u32,
+        /// The newest that is there.
+        last: u32,
+    },
+    /// What was asked for is outside of what can be restored.
+    #[error("{asked} can't be restored from {location}; what can be: {range}")]
+    OutOfRange {
+        /// The place.
+        location: String,
+        /// What was asked for, in words.
+        asked: String,
+        /// What there is, in words.
+        range: String,
+    },
+    /// An object is missing, damaged, or not what its name says.
+    #[error("{object} in {location} is damaged: {what}")]
+    Damaged {
+        /// The place.
+        location: String,
+        /// The object's key.
+        object: String,
+        /// What is wrong.
+        what: String,
+    },
+    /// Transactions are missing in the middle of the history.
+    #[error("transactions from {first_missing} on are missing in {location}; the newest one that can be restored is {newest}")]
+    Gap {
+        /// The place.
+        location: String,
+        /// The first that is missing.
+        first_missing: u64,
+        /// The last one before.
+        newest: u64,
+    },
+    /// The restored pages are not those that the writer had.
+    #[error("the restored database is not what it was: its fingerprint is {found:016x}, that of {position} is {expected:016x}")]
+    FingerprintMismatch {
+        /// The state that was to be restored.
+        position: Position,
+        /// Its recorded fingerprint.
+        expected: u64,
+        /// That of the restored pages.
+        found: u64,
+    },
+    /// The target is there already.
+    #[error("{} is there already", .0.display())]
+    TargetExists(PathBuf),
+    /// Somebody uses the target.
+    #[error("{} is open in another process", .0.display())]
+    TargetInUse(PathBuf),
+    /// The store failed.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    /// A local file could not be written or read.
+    #[error("{doing} {}: {source}", path.display())]
+    Io {
+        /// The file.
+        path: PathBuf,
+        /// What was being done.
+        doing: &'static str,
+        /// The operating system's error.
+        source: io::Error,
+    },
+}
+
+impl RestoreError {
+    fn io(path: &Path, doing: &'static str) -> impl FnOnce(io::Error) -> Self {
+        move |source| Self::Io { path: path.to_owned(), doing, source }
+    }
+
+    fn damaged(location: &str, object: &impl ToString, what: &impl ToString) -> Self {
+        Self::Damaged { location: location.to_owned(), object: object.to_string(), what: what.to_string() }
+    }
+
+    fn format(location: &str, object: &impl ToString) -> impl FnOnce(FormatError) -> Self {
+        move |error| Self::damaged(location, object, &error)
+    }
+
+    /// An object that a plan needs: that it is missing or too short is damage, not a state of the store.
+    fn object(location: &str, object: &impl ToString) -> impl FnOnce(StoreError) -> Self {
+        move |error| match error.kind {
+            StoreErrorKind::NotFound => Self::damaged(location, object, &"it is missing"),
+            StoreErrorKind::WrongSize => Self::damaged(location, object, &error.message),
+            _ => Self::Store(error),
+        }
+    }
+}

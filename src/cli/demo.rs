@@ -1,0 +1,321 @@
+//! `waltrail demo`: the main job on a database of its own, with the same program doing each part.
+
+use std::fs::{self, File};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Output, Stdio};
+use std::time::Duration;
+
+use clap::Args;
+use rusqlite::{Connection, params};
+use xxhash_rust::xxh3::Xxh3;
+
+use super::exit_code::Failure;
+use super::open_patiently;
+use crate::clock::{Clock, SystemClock, format_time, random_bytes};
+use crate::config::replica_url::ReplicaUrl;
+use crate::restore::history::History;
+use crate::restore::plan::{Target, plan};
+
+/// Rows before the first transaction that is watched.
+const CUSTOMERS: i64 = 2000;
+/// Transactions of the show, and those after which a moment is noted.
+const TRANSACTIONS: usize = 1000;
+const MOMENTS: [usize; 2] = [300, 650];
+/// Around a noted moment nothing is written, so that its time means one state.
+const PAUSE: Duration = Duration::from_millis(150);
+const TRANSACTION_INTERVAL: Duration = Duration::from_millis(4);
+const FIRST_SNAPSHOT_LIMIT: Duration = Duration::from_secs(120);
+
+/// Arguments of `demo`.
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  waltrail demo
+  waltrail demo --replica s3://my-bucket/scratch
+
+Everything is made in a temporary directory, which is removed in the end. Objects in a bucket stay.")]
+pub struct DemoArguments {
+    /// Replicate below this place instead of to a temporary directory
+    #[arg(long, value_name = "URL")]
+    replica: Option<String>,
+}
+
+/// A moment of the show, to come back to.
+struct Moment {
+    transactions: usize,
+    time_ms: u64,
+}
+
+/// Runs the show.
+///
+/// # Errors
+/// When any part of it does not do what it should.
+pub async fn run(arguments: DemoArguments) -> Result<(), Failure> {
+    let work = tempfile::tempdir().map_err(|error| Failure::other(format!("no temporary directory: {error}")))?;
+    let replica = match &arguments.replica {
+        Some(url) => below(url)?,
+        None => work.path().join("replica").display().to_string(),
+    };
+    let show = Show { work: work.path().to_owned(), replica, clock: SystemClock::new() };
+    show.run().await
+}
+
+/// A new place below `url`.
+fn below(url: &str) -> Result<String, Failure> {
+    let random = random_bytes::<4>().map_err(|error| Failure::other(error.to_string()))?;
+    let (place, query) = url.split_once('?').unwrap_or((url, ""));
+    let separator = if query.is_empty() { "" } else { "?" };
+    let name = format!("demo-{:08x}", u32::from_le_bytes(random));
+    Ok(format!("{}/{name}{separator}{query}", place.trim_end_matches('/')))
+}
+
+fn failed(doing: &str) -> impl FnOnce(std::io::Error) -> Failure {
+    let doing = doing.to_owned();
+    move |error| Failure::other(format!("{doing}: {error}"))
+}
+
+fn sqlite_failed(error: rusqlite::Error) -> Failure {
+    Failure::other(format!("the demo's database: {error}"))
+}
+
+struct Show {
+    work: PathBuf,
+    replica: String,
+    clock: SystemClock,
+}
+
+impl Show {
+    fn database(&self) -> PathBuf {
+        self.work.join("app.db")
+    }
+
+    async fn run(&self) -> Result<(), Failure> {
+        let replica: ReplicaUrl = self.replica.parse()?;
+        println!("1. An application makes a database: {}", self.database().display());
+        let application = Connection::open(self.database()).map_err(sqlite_failed)?;
+        create(&application).map_err(sqlite_failed)?;
+        println!("   {CUSTOMERS} customers, SQLite in WAL mode.");
+
+        println!("\n2. A second process replicates it: waltrail replicate app.db {replica}");
+        let mut replicator = Replicator(self.start_replicator()?);
+        let waited = self.wait_for_snapshot(&replica, &mut replicator).await?;
+        println!("   The first snapshot is stored after {} ms: from now on the database can be restored.", waited.as_millis());
+
+        println!("\n3. The application goes on: {TRANSACTIONS} transactions, a few milliseconds apart.");
+        let (moments, committed_ms) = self.write(&application)?;
+        for moment in &moments {
+            println!("   Noted: at {} there were {} transactions.", format_time(moment.time_ms), moment.transactions);
+        }
+
+        println!("\n4. In the middle of it the replicator is killed (SIGKILL) and the machine is lost.");
+        replicator.kill()?;
+        drop(application);
+        let database_len = fs::metadata(self.database()).map_or(0, |found| found.len());
+        self.lose_machine()?;
+        println!("   Database, WAL and local state ({database_len} bytes of database) are deleted.");
+
+        println!("\n5. Restore, elsewhere, from the replica alone:");
+        let newest = self.restore("newest", &[])?;
+        self.report_loss(newest, &committed_ms);
+        for moment in &moments {
+            let time = format_time(moment.time_ms);
+            let found = self.restore(&format!("{} transactions", moment.transactions), &["--at", &time])?;
+            if found != moment.transactions {
+                return Err(Failure::other(format!("restored to {found} transactions instead of {}", moment.transactions)));
+            }
+        }
+        self.report_storage(&replica).await?;
+        println!("\nEverything restored is what the application had written. That is the whole job.");
+        Ok(())
+    }
+
+    fn start_replicator(&self) -> Result<Child, Failure> {
+        let log = File::create(self.work.join("replicate.log")).map_err(failed("make the replicator's log"))?;
+        let program = std::env::current_exe().map_err(failed("find this program"))?;
+        let mut command = Command::new(program);
+        command.arg("replicate").arg(self.database()).arg(&self.replica).stdout(Stdio::null()).stderr(log);
+        command.spawn().map_err(failed("start the replicator"))
+    }
+
+    async fn wait_for_snapshot(&self, replica: &ReplicaUrl, replicator: &mut Replicator) -> Result<Duration, Failure> {
+        let store = open_patiently(replica).await;
+        let begun = self.clock.monotonic();
+        loop {
+            let waited = self.clock.monotonic().saturating_sub(begun);
+            if let Ok(history) = History::load(&store).await
+                && plan(&store, &history, Target::Latest, None).await.is_ok()
+            {
+                return Ok(waited);
+            }
+            let is_gone = replicator.0.try_wait().map_err(failed("look after the replicator"))?.is_some();
+            if is_gone || waited > FIRST_SNAPSHOT_LIMIT {
+                let log = fs::read_to_string(self.work.join("replicate.log")).unwrap_or_default();
+                return Err(Failure::other(format!("the replicator did not store a snapshot; it said:\n{log}")));
+            }
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+    }
+
+    /// Runs the application's transactions; gives the moments that were noted and the time of each commit.
+    fn write(&self, application: &Connection) -> Result<(Vec<Moment>, Vec<u64>), Failure> {
+        let mut moments = Vec::new();
+        let mut committed_ms = Vec::new();
+        for number in 1..=TRANSACTIONS {
+            transaction(application, number).map_err(sqlite_failed)?;
+            committed_ms.push(self.clock.now_ms());
+            if MOMENTS.contains(&number) {
+                std::thread::sleep(PAUSE);
+                moments.push(Moment { transactions: number, time_ms: self.clock.now_ms() });
+                std::thread::sleep(PAUSE);
+            } else {
+                std::thread::sleep(TRANSACTION_INTERVAL);
+            }
+        }
+        Ok((moments, committed_ms))
+    }
+
+    fn lose_machine(&self) -> Result<(), Failure> {
+        for name in ["app.db", "app.db-wal", "app.db-shm"] {
+            match fs::remove_file(self.work.join(name)) {
+                Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+                    return Err(failed("delete the database")(error));
+                }
+                _ => {}
+            }
+        }
+        fs::remove_dir_all(self.work.join(".app.db-waltrail")).map_err(failed("delete the local state"))
+    }
+
+    /// Restores with the program itself, compares with the same transactions run again, and returns how many there were.
+    fn restore(&self, what: &str, arguments: &[&str]) -> Result<usize, Failure> {
+        let output = self.work.join(format!("{}.db", what.replace(' ', "-")));
+        let program = std::env::current_exe().map_err(failed("find this program"))?;
+        let begun = self.clock.monotonic();
+        let done = Command::new(program).arg("restore").arg(&self.replica).arg("--output").arg(&output).args(arguments).output();
+        let Output { status, stderr, .. } = done.map_err(failed("start the restore"))?;
+        let took = self.clock.monotonic().saturating_sub(begun);
+        if !status.success() {
+            return Err(Failure::other(format!("restore failed ({status}):\n{}", String::from_utf8_lossy(&stderr))));
+        }
+        let transactions = check(&output)?;
+        println!(
+            "   {what:<18} {transactions:>5} transactions in {:>4} ms: content as written, fingerprint and integrity_check ok",
+            took.as_millis()
+        );
+        Ok(transactions)
+    }
+
+    fn report_loss(&self, restored: usize, committed_ms: &[u64]) {
+        let lost = committed_ms.len() - restored;
+        let span_ms = match (committed_ms.get(restored), committed_ms.last()) {
+            (Some(first), Some(last)) => last - first,
+            _ => 0,
+        };
+        println!("   {:<18} {lost:>5} transactions were not confirmed yet at the kill: the last {span_ms} ms", "");
+    }
+
+    async fn report_storage(&self, replica: &ReplicaUrl) -> Result<(), Failure> {
+        let history = History::load(&open_patiently(replica).await).await?;
+        let segments = history.epochs.values().flat_map(|epoch| &epoch.segments);
+        let (count, bytes) = segments.fold((0, 0), |(count, bytes), stored| (count + 1, bytes + stored.len_bytes));
+        let snapshots = history.epochs.values().flat_map(|epoch| &epoch.snapshots);
+        let snapshot_bytes: u64 = snapshots.map(|stored| stored.len_bytes).sum();
+        println!("\n6. In storage: a snapshot of {snapshot_bytes} bytes, and {count} segments of {bytes} bytes in all.");
+        Ok(())
+    }
+}
+
+/// A child process that does not outlive the show.
+struct Replicator(Child);
+
+impl Replicator {
+    fn kill(&mut self) -> Result<(), Failure> {
+        self.0.kill().and_then(|()| self.0.wait()).map(|_| ()).map_err(failed("kill the replicator"))
+    }
+}
+
+impl Drop for Replicator {
+    fn drop(&mut self) {
+        // It has ended already, or the show has failed.
+        self.0.kill().ok();
+        self.0.wait().ok();
+    }
+}
+
+fn create(connection: &Connection) -> rusqlite::Result<()> {
+    connection.execute_batch(
+        "PRAGMA journal_mode=WAL; PRAGMA synchronous=NORMAL;
+         CREATE TABLE customer(id INTEGER PRIMARY KEY, name TEXT, orders INT DEFAULT 0);
+         CREATE TABLE purchase(id INTEGER PRIMARY KEY, customer INT, article TEXT, price INT);
+         CREATE INDEX purchase_customer ON purchase(customer);
+         CREATE TABLE progress(transactions INT);
+         INSERT INTO progress VALUES(0);
+         BEGIN;",
+    )?;
+    for id in 1..=CUSTOMERS {
+        connection.execute("INSERT INTO customer(id, name) VALUES(?1, ?2)", params![id, format!("customer number {id}")])?;
+    }
+    connection.execute_batch("COMMIT")
+}
+
+/// Transaction `number`: what it does follows from its number alone, so that it can be run again to compare.
+fn transaction(connection: &Connection, number: usize) -> rusqlite::Result<()> {
+    let number = number as i64;
+    connection.execute_batch("BEGIN IMMEDIATE")?;
+    for line in 0..3 {
+        let customer = (number * 7919 + line * 104_729) % CUSTOMERS + 1;
+        let article = format!("article {} of the catalogue, in colour {}", number * 31 % 997, line);
+        connection.execute(
+            "INSERT INTO purchase(customer, article, price) VALUES(?1, ?2, ?3)",
+            params![customer, article, number * 13 % 5000],
+        )?;
+        connection.execute("UPDATE customer SET orders = orders + 1 WHERE id = ?1", params![customer])?;
+    }
+    if number % 5 == 0 {
+        connection.execute("DELETE FROM purchase WHERE id = ?1", params![number * 2])?;
+    }
+    connection.execute("UPDATE progress SET transactions = ?1", params![number])?;
+    connection.execute_batch("COMMIT")
+}
+
+/// Checks a restored database against the same transactions run again; returns how many it holds.
+fn check(path: &Path) -> Result<usize, Failure> {
+    let restored = Connection::open(path).map_err(sqlite_failed)?;
+    let verdict: String =
+        restored.query_row("PRAGMA integrity_check", [], |row| row.get(0)).map_err(sqlite_failed)?;
+    if verdict != "ok" {
+        return Err(Failure::other(format!("integrity_check of the restored database says: {verdict}")));
+    }
+    let transactions: i64 =
+        restored.query_row("SELECT transactions FROM progress", [], |row| row.get(0)).map_err(sqlite_failed)?;
+    let again = Connection::open_in_memory().map_err(sqlite_failed)?;
+    let replay = || {
+        create(&again)?;
+        (1..=transactions as usize).try_for_each(|number| transaction(&again, number))
+    };
+    replay().map_err(sqlite_failed)?;
+    if content(&restored).map_err(sqlite_failed)? == content(&again).map_err(sqlite_failed)? {
+        Ok(transactions as usize)
+    } else {
+        Err(Failure::other(format!("the restored database differs from what {transactions} transactions wrote")))
+    }
+}
+
+/// A hash of every row.
+fn content(connection: &Connection) -> rusqlite::Result<u64> {
+    let mut hash = Xxh3::new();
+    for query in [
+        "SELECT id, name, orders FROM customer ORDER BY id",
+        "SELECT id, customer || ' ' || article, price FROM purchase ORDER BY id",
+    ] {
+        let mut statement = connection.prepare(query)?;
+        let mut rows = statement.query([])?;
+        while let Some(row) = rows.next()? {
+            let (id, text, number): (i64, String, i64) = (row.get(0)?, row.get(1)?, row.get(2)?);
+            hash.update(&id.to_le_bytes());
+            hash.update(text.as_bytes());
+            hash.update(&number.to_le_bytes());
+        }
+    }
+    Ok(hash.digest())
+}

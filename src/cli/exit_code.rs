@@ -1,0 +1,150 @@
+//! The one place that turns errors into text, a hint and an exit code.
+
+use std::process::ExitCode;
+
+use crate::config::ConfigError;
+use crate::config::replica_url::ReplicaUrlError;
+use crate::format::FormatError;
+use crate::replicate::ReplicateError;
+use crate::replicate::claim::ClaimError;
+use crate::replicate::ship::ShipError;
+use crate::replicate::state::StateDirectoryError;
+use crate::restore::RestoreError;
+use crate::store::{StoreError, StoreErrorKind};
+
+/// Failed, for a reason without a code of its own.
+pub const FAILED: u8 = 1;
+/// Wrong arguments or configuration.
+pub const USAGE: u8 = 10;
+/// Storage is not to be reached or refuses.
+pub const STORAGE: u8 = 11;
+/// There is no such backup or point in time.
+pub const NOT_THERE: u8 = 12;
+/// An object is damaged or of an unknown format.
+pub const DAMAGED: u8 = 13;
+/// The target of a restore can't be written.
+pub const TARGET: u8 = 14;
+/// Stopped with transactions not confirmed.
+pub const NOT_CONFIRMED: u8 = 15;
+/// Another writer took over.
+pub const REPLACED: u8 = 16;
+
+/// What a command failed with.
+#[derive(Debug)]
+pub struct Failure {
+    message: String,
+    hint: Option<String>,
+    code: u8,
+}
+
+impl Failure {
+    fn new(code: u8, message: impl ToString, hint: Option<&str>) -> Self {
+        Self { message: message.to_string(), hint: hint.map(str::to_owned), code }
+    }
+
+    /// Wrong arguments.
+    #[must_use]
+    pub fn usage(message: String) -> Self {
+        Self::new(USAGE, message, Some("`waltrail help COMMAND` has examples"))
+    }
+
+    /// A failure without a code of its own.
+    #[must_use]
+    pub fn other(message: String) -> Self {
+        Self::new(FAILED, message, None)
+    }
+
+    /// Writes it to standard error; gives the exit code.
+    #[must_use]
+    pub fn report(&self) -> ExitCode {
+        eprintln!("error: {}", self.message);
+        if let Some(hint) = &self.hint {
+            eprintln!("hint: {hint}");
+        }
+        ExitCode::from(self.code)
+    }
+}
+
+impl From<ConfigError> for Failure {
+    fn from(error: ConfigError) -> Self {
+        Self::new(USAGE, error, Some("config/waltrail.toml shows every key there is"))
+    }
+}
+
+impl From<ReplicaUrlError> for Failure {
+    fn from(error: ReplicaUrlError) -> Self {
+        Self::new(USAGE, error, None)
+    }
+}
+
+impl From<StoreError> for Failure {
+    fn from(error: StoreError) -> Self {
+        let (code, hint) = match error.kind {
+            StoreErrorKind::Denied => (
+                STORAGE,
+                "check AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (or the profile), and what the key may do in the bucket",
+            ),
+            StoreErrorKind::NoSuchBucket => (STORAGE, "check the bucket's or directory's name, the endpoint and the region"),
+            StoreErrorKind::Unavailable => (STORAGE, "check the endpoint and the network; the same command can be tried again"),
+            StoreErrorKind::NotFound | StoreErrorKind::WrongSize | StoreErrorKind::AlreadyExists => {
+                (DAMAGED, "the object changed or went while it was used; try again")
+            }
+            StoreErrorKind::Other => (STORAGE, "check the endpoint, the region and path-style"),
+        };
+        Self::new(code, error, Some(hint))
+    }
+}
+
+impl From<RestoreError> for Failure {
+    fn from(error: RestoreError) -> Self {
+        let (code, hint) = match error {
+            RestoreError::Store(error) => return error.into(),
+            RestoreError::NoReplica { .. } => (NOT_THERE, "check the bucket and the prefix; `replicate` makes a backup"),
+            RestoreError::NothingYet { .. } => (NOT_THERE, "the backup is complete when its first snapshot is stored"),
+            RestoreError::NoSuchEpoch { .. } | RestoreError::OutOfRange { .. } => {
+                (NOT_THERE, "`waltrail log REPLICA` shows what there is")
+            }
+            RestoreError::Damaged { ref what, .. } if what.contains("format version") => {
+                (DAMAGED, "it was written by a newer waltrail; use that version")
+            }
+            RestoreError::Damaged { .. } | RestoreError::FingerprintMismatch { .. } => {
+                (DAMAGED, "nothing was written; an earlier point may not need the object: try --at or --txid")
+            }
+            RestoreError::Gap { .. } => (DAMAGED, "restore to the newest one before the gap with --txid"),
+            RestoreError::TargetExists(_) => {
+                (TARGET, "--force replaces it, --if-missing leaves it and exits 0, --output names another place")
+            }
+            RestoreError::TargetInUse(_) => (TARGET, "stop what uses it, or restore beside it with --output"),
+            RestoreError::Io { .. } => (TARGET, "nothing was changed; check space and permissions there"),
+        };
+        Self::new(code, error, Some(hint))
+    }
+}
+
+impl From<FormatError> for Failure {
+    fn from(error: FormatError) -> Self {
+        Self::new(DAMAGED, error, None)
+    }
+}
+
+impl From<ReplicateError> for Failure {
+    fn from(error: ReplicateError) -> Self {
+        let (code, hint) = match &error {
+            ReplicateError::StateDirectory(StateDirectoryError::Locked(_)) => {
+                (FAILED, Some("one waltrail a database; stop the other one first"))
+            }
+            ReplicateError::StateDirectory(_) => {
+                (FAILED, Some("the user needs write access to the database's directory, or state-dir elsewhere"))
+            }
+            ReplicateError::Ship { source: ShipError::Replaced { .. } | ShipError::Foreign { .. }, .. } => {
+                (REPLACED, Some("two daemons replicate to one place; let only one run, and start this one again to take over"))
+            }
+            ReplicateError::Ship { source: ShipError::Claim(ClaimError::Format { .. }), .. } => {
+                (DAMAGED, Some("was the replica written by a newer waltrail?"))
+            }
+            ReplicateError::NotConfirmed { .. } => (NOT_CONFIRMED, None),
+            _ => (FAILED, None),
+        };
+        Self::new(code, error, hint)
+    }
+}

@@ -1,0 +1,222 @@
+//! `waltrail log`
+
+use std::io::{self, Write};
+
+use clap::{Args, ValueEnum};
+use serde::Serialize;
+
+use super::exit_code::Failure;
+use super::{ConfigArgument, open_patiently};
+use crate::clock::format_time;
+use crate::format::Position;
+use crate::restore::history::{Epoch, History};
+use crate::restore::plan::read_table;
+use crate::store::SharedStore;
+
+/// Arguments of `log`.
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  waltrail log s3://my-bucket/app
+  waltrail log s3://my-bucket/app --transactions
+  waltrail log --config /etc/waltrail.toml /data/app.db --format json")]
+pub struct LogArguments {
+    /// A replica URL, or the path of a database of the configuration
+    source: String,
+    /// One line for each transaction instead of for each object
+    #[arg(long)]
+    transactions: bool,
+    /// How to write it
+    #[arg(long, value_enum, default_value_t = LogOutput::Text)]
+    format: LogOutput,
+    #[command(flatten)]
+    config: ConfigArgument,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum LogOutput {
+    /// Columns.
+    Text,
+    /// One JSON object a line.
+    Json,
+}
+
+/// A line of the log.
+#[derive(Debug, Serialize)]
+#[serde(tag = "kind", rename_all = "kebab-case")]
+enum Line {
+    Epoch {
+        epoch: u32,
+        claimed_ms: u64,
+        first_txid: u64,
+        continues: bool,
+        parent: Option<Position>,
+        writer: String,
+        host: String,
+        program: String,
+    },
+    Snapshot {
+        epoch: u32,
+        txid: u64,
+        time_ms: u64,
+        len_bytes: u64,
+    },
+    Segment {
+        epoch: u32,
+        first_txid: u64,
+        last_txid: u64,
+        time_ms: u64,
+        len_bytes: u64,
+    },
+    Transaction {
+        epoch: u32,
+        txid: u64,
+        time_ms: u64,
+        pages: usize,
+        bytes: u64,
+        database_bytes: u64,
+        schema_changed: bool,
+    },
+}
+
+impl Line {
+    fn text(&self) -> String {
+        match self {
+            Self::Epoch { epoch, claimed_ms, first_txid, continues, parent, writer, host, program } => {
+                let from = match (parent, continues) {
+                    (None, _) => "begins".to_owned(),
+                    (Some(parent), true) => format!("continues {parent}"),
+                    (Some(parent), false) => format!("begins anew after {parent}"),
+                };
+                format!(
+                    "epoch {epoch}  {}  {from}, first transaction {first_txid}  ({program} on {host}, writer {writer})",
+                    format_time(*claimed_ms)
+                )
+            }
+            Self::Snapshot { txid, time_ms, len_bytes, .. } => {
+                format!("  snapshot  {}  begun after {txid:<25} {len_bytes:>12} bytes", format_time(*time_ms))
+            }
+            Self::Segment { first_txid, last_txid, time_ms, len_bytes, .. } => {
+                let range = format!("{first_txid} to {last_txid}");
+                format!("  segment   {}  {range:<37} {len_bytes:>12} bytes", format_time(*time_ms))
+            }
+            Self::Transaction { txid, time_ms, pages, bytes, database_bytes, schema_changed, .. } => {
+                let mark = if *schema_changed { "  schema" } else { "" };
+                format!(
+                    "  {txid:>12}  {}  {pages:>6} pages  {bytes:>10} bytes  database {database_bytes:>12} bytes{mark}",
+                    format_time(*time_ms)
+                )
+            }
+        }
+    }
+}
+
+/// Shows what a replica holds.
+///
+/// # Errors
+/// See [`crate::restore::RestoreError`].
+pub async fn run(arguments: LogArguments) -> Result<(), Failure> {
+    let source = arguments.config.resolve(&arguments.source)?;
+    let store = open_patiently(&source.replica).await;
+    let history = History::load(&store).await?;
+    let mut out = io::BufWriter::new(io::stdout().lock());
+    let shown = show(&store, &history, &arguments, &mut out).await?.and_then(|()| out.flush());
+    match shown {
+        // `| head` has read enough.
+        Err(error) if error.kind() != io::ErrorKind::BrokenPipe => {
+            Err(Failure::other(format!("can't write to standard output: {error}")))
+        }
+        _ => {
+            for stranger in &history.strangers {
+                eprintln!("note: {stranger} belongs to no epoch and is not used");
+            }
+            Ok(())
+        }
+    }
+}
+
+async fn show(
+    store: &SharedStore,
+    history: &History,
+    arguments: &LogArguments,
+    out: &mut impl Write,
+) -> Result<io::Result<()>, Failure> {
+    for epoch in history.epochs.values() {
+        let mut lines = vec![epoch_line(epoch)];
+        if !arguments.transactions {
+            lines.extend(object_lines(epoch));
+        }
+        if let Err(error) = write(out, arguments.format, &lines) {
+            return Ok(Err(error));
+        }
+        if arguments.transactions {
+            for stored in &epoch.segments {
+                let (footer, transactions) = read_table(store, &history.location, stored).await?;
+                let lines: Vec<Line> = transactions
+                    .iter()
+                    .map(|transaction| Line::Transaction {
+                        epoch: epoch.record.epoch,
+                        txid: transaction.txid,
+                        time_ms: transaction.info.time_ms,
+                        pages: transaction.page_numbers.len(),
+                        bytes: transaction.page_numbers.len() as u64 * u64::from(footer.page_size),
+                        database_bytes: u64::from(transaction.info.size_pages) * u64::from(footer.page_size),
+                        schema_changed: transaction.info.schema_changed,
+                    })
+                    .collect();
+                if let Err(error) = write(out, arguments.format, &lines) {
+                    return Ok(Err(error));
+                }
+            }
+        }
+    }
+    Ok(Ok(()))
+}
+
+fn write(out: &mut impl Write, format: LogOutput, lines: &[Line]) -> io::Result<()> {
+    for line in lines {
+        match format {
+            LogOutput::Text => writeln!(out, "{}", line.text())?,
+            LogOutput::Json => writeln!(out, "{}", serde_json::to_string(line)?)?,
+        }
+    }
+    Ok(())
+}
+
+fn epoch_line(epoch: &Epoch) -> Line {
+    let record = epoch.record.clone();
+    Line::Epoch {
+        epoch: record.epoch,
+        claimed_ms: record.claimed_ms,
+        first_txid: record.first_txid,
+        continues: record.continues,
+        parent: record.parent,
+        writer: record.writer,
+        host: record.host,
+        program: record.program,
+    }
+}
+
+/// Snapshots and segments of an epoch in the order of their transactions.
+fn object_lines(epoch: &Epoch) -> Vec<Line> {
+    let snapshots = epoch.snapshots.iter().map(|stored| {
+        let key = stored.key;
+        let line =
+            Line::Snapshot { epoch: key.epoch, txid: key.txid, time_ms: key.time_ms, len_bytes: stored.len_bytes };
+        (key.txid, line)
+    });
+    let segments = epoch.segments.iter().map(|stored| {
+        let span = stored.key.0;
+        let line = Line::Segment {
+            epoch: span.epoch,
+            first_txid: span.first_txid,
+            last_txid: span.last_txid,
+            time_ms: span.time_ms,
+            len_bytes: stored.len_bytes,
+        };
+        (span.first_txid, line)
+    });
+    let mut lines: Vec<(u64, Line)> = snapshots.chain(segments).collect();
+    lines.sort_by_key(|(txid, _)| *txid);
+    lines.into_iter().map(|(_, line)| line).collect()
+}

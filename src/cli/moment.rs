@@ -1,0 +1,71 @@
+//! Times and transaction numbers as people write them.
+
+use jiff::civil::DateTime;
+use jiff::{SignedDuration, Timestamp, tz::TimeZone};
+
+/// Reads a time: RFC 3339 (`2026-03-01T14:00:00.5Z`, `…+02:00`), `2026-03-01 14:00` in UTC, or `10 minutes ago`.
+/// Returns milliseconds since 1970.
+///
+/// # Errors
+/// A sentence with examples.
+pub fn parse_moment(text: &str, now_ms: u64) -> Result<u64, String> {
+    let text = text.trim();
+    let parsed = text
+        .parse::<Timestamp>()
+        .ok()
+        .or_else(|| text.parse::<DateTime>().ok()?.to_zoned(TimeZone::UTC).ok().map(|zoned| zoned.timestamp()))
+        .map(|timestamp| timestamp.as_millisecond())
+        .or_else(|| ago(text, now_ms));
+    parsed.and_then(|ms| u64::try_from(ms).ok()).ok_or_else(|| {
+        format!(
+            "'{text}' is not a time; write 2026-03-01T14:00:00Z, '2026-03-01 14:00' (UTC), or '10 minutes ago'"
+        )
+    })
+}
+
+fn ago(text: &str, now_ms: u64) -> Option<i64> {
+    let (span, word) = text.rsplit_once(char::is_whitespace)?;
+    let span: SignedDuration = (word == "ago").then(|| span.trim().parse().ok()).flatten()?;
+    i64::try_from(now_ms).ok()?.checked_sub(i64::try_from(span.as_millis()).ok()?)
+}
+
+/// Reads a transaction number: decimal, or hexadecimal as 16 digits or after `0x`, as object names have it.
+///
+/// # Errors
+/// A sentence with examples.
+pub fn parse_txid(text: &str) -> Result<u64, String> {
+    let parsed = match text.strip_prefix("0x") {
+        Some(hexadecimal) => u64::from_str_radix(hexadecimal, 16),
+        None if text.len() == 16 => u64::from_str_radix(text, 16),
+        None => text.parse(),
+    };
+    parsed.map_err(|_| format!("'{text}' is not a transaction number; write 1234, 0x4d2 or 00000000000004d2"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn moments() {
+        let now = 1_800_000_000_000;
+        for (text, ms) in [
+            ("2026-03-01T14:00:00Z", 1_772_373_600_000),
+            ("2026-03-01T14:00:00.123Z", 1_772_373_600_123),
+            ("2026-03-01T16:00:00+02:00", 1_772_373_600_000),
+            ("2026-03-01 14:00", 1_772_373_600_000),
+            ("2026-03-01 14:00:05", 1_772_373_605_000),
+            ("10 minutes ago", now - 600_000),
+            ("90s ago", now - 90_000),
+            ("1h 30m ago", now - 5_400_000),
+        ] {
+            assert_eq!(parse_moment(text, now), Ok(ms), "{text}");
+        }
+        for wrong in ["", "yesterday", "10 minutes", "ago", "1960-01-01T00:00:00Z", "14:00"] {
+            assert!(parse_moment(wrong, now).is_err(), "{wrong}");
+        }
+        assert_eq!(parse_txid("0x4d2"), Ok(1234));
+        assert_eq!(parse_txid("00000000000004d2"), Ok(1234));
+        assert!(parse_txid("12x").is_err());
+    }
+}

@@ -1,0 +1,235 @@
+//! The configuration file. `config/waltrail.toml` shows every key.
+
+use std::collections::HashSet;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use serde::{Deserialize, Deserializer};
+
+use super::replica_url::{ReplicaUrl, check_endpoint};
+use super::units::{parse_duration, parse_size};
+use super::{Config, ConfigError, DEFAULT_SHUTDOWN_TIMEOUT, DatabaseConfig, LogConfig, LogFormat, LogLevel};
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case")]
+struct ConfigFile {
+    #[serde(default)]
+    log: LogTable,
+    shutdown_timeout: Option<DurationText>,
+    #[serde(default)]
+    database: Vec<DatabaseTable>,
+}
+
+#[derive(Deserialize, Default)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case")]
+struct LogTable {
+    level: Option<LogLevel>,
+    format: Option<LogFormat>,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case")]
+struct DatabaseTable {
+    path: PathBuf,
+    replica: ReplicaValue,
+    state_dir: Option<PathBuf>,
+    sync_interval: Option<DurationText>,
+    poll_interval: Option<DurationText>,
+    checkpoint_threshold: Option<SizeText>,
+    spool_limit: Option<SizeText>,
+}
+
+/// A URL, or a table with one.
+enum ReplicaValue {
+    Url(String),
+    Table(ReplicaTable),
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case")]
+struct ReplicaTable {
+    url: String,
+    endpoint: Option<String>,
+    region: Option<String>,
+    path_style: Option<bool>,
+    profile: Option<String>,
+    access_key_id: Option<String>,
+    secret_access_key: Option<String>,
+}
+
+impl<'de> Deserialize<'de> for ReplicaValue {
+    /// By hand, because an untagged enum would say nothing of an unknown key.
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Visitor;
+        impl<'de> serde::de::Visitor<'de> for Visitor {
+            type Value = ReplicaValue;
+
+            fn expecting(&self, out: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+                out.write_str("a replica URL, or a table with a url")
+            }
+
+            fn visit_str<E>(self, text: &str) -> Result<ReplicaValue, E> {
+                Ok(ReplicaValue::Url(text.to_owned()))
+            }
+
+            fn visit_map<M: serde::de::MapAccess<'de>>(self, map: M) -> Result<ReplicaValue, M::Error> {
+                let table = serde::de::value::MapAccessDeserializer::new(map);
+                ReplicaTable::deserialize(table).map(ReplicaValue::Table)
+            }
+        }
+        deserializer.deserialize_any(Visitor)
+    }
+}
+
+struct DurationText(Duration);
+
+impl<'de> Deserialize<'de> for DurationText {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let text = String::deserialize(deserializer)?;
+        parse_duration(&text).map(Self).map_err(serde::de::Error::custom)
+    }
+}
+
+struct SizeText(u64);
+
+impl<'de> Deserialize<'de> for SizeText {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let text = String::deserialize(deserializer)?;
+        parse_size(&text).map(Self).map_err(serde::de::Error::custom)
+    }
+}
+
+impl ReplicaValue {
+    fn resolve(self) -> Result<ReplicaUrl, String> {
+        let table = match self {
+            Self::Url(url) => return url.parse().map_err(|error: super::replica_url::ReplicaUrlError| error.to_string()),
+            Self::Table(table) => table,
+        };
+        let mut replica = table.url.parse().map_err(|error: super::replica_url::ReplicaUrlError| error.to_string())?;
+        let ReplicaUrl::S3(options) = &mut replica else {
+            let is_plain = table.endpoint.is_none() && table.region.is_none() && table.path_style.is_none();
+            let is_plain = is_plain && table.profile.is_none() && table.access_key_id.is_none();
+            return if is_plain && table.secret_access_key.is_none() {
+                Ok(replica)
+            } else {
+                Err(format!("{replica} is a directory; endpoint, region, path-style, profile and keys are for s3://"))
+            };
+        };
+        if table.access_key_id.is_some() != table.secret_access_key.is_some() {
+            return Err("access-key-id and secret-access-key go together".into());
+        }
+        if let Some(endpoint) = table.endpoint {
+            options.endpoint = Some(check_endpoint(endpoint)?);
+        }
+        options.region = table.region.or(options.region.take());
+        options.path_style = table.path_style.or(options.path_style);
+        options.profile = table.profile.or(options.profile.take());
+        options.access_key_id = table.access_key_id;
+        options.secret_access_key = table.secret_access_key;
+        Ok(replica)
+    }
+}
+
+impl DatabaseTable {
+    fn resolve(self) -> Result<DatabaseConfig, String> {
+        let shown = self.path.display().to_string();
+        let path = std::path::absolute(&self.path).map_err(|error| format!("path '{shown}': {error}"))?;
+        let mut database = DatabaseConfig::new(path, self.replica.resolve().map_err(|why| format!("database '{shown}': {why}"))?);
+        if let Some(state_dir) = self.state_dir {
+            database.state_dir = state_dir;
+        }
+        if let Some(DurationText(interval)) = self.sync_interval {
+            database.sync_interval = interval;
+        }
+        if let Some(DurationText(interval)) = self.poll_interval {
+            if interval.is_zero() {
+                return Err(format!("database '{shown}': poll-interval must not be 0"));
+            }
+            database.poll_interval = interval;
+        }
+        if let Some(SizeText(bytes)) = self.checkpoint_threshold {
+            database.checkpoint_threshold_bytes = bytes;
+        }
+        if let Some(SizeText(bytes)) = self.spool_limit {
+            database.spool_limit_bytes = bytes;
+        }
+        Ok(database)
+    }
+}
+
+/// Reads and checks the configuration at `path`.
+///
+/// # Errors
+/// When the file can't be read, has a key that there is not (the error names key and line), or contradicts itself.
+pub fn load(path: &Path) -> Result<Config, ConfigError> {
+    let text = fs::read_to_string(path)
+        .map_err(|source| ConfigError::Unreadable { path: path.to_owned(), source })?;
+    parse(&text).map_err(|what| ConfigError::Wrong { path: path.to_owned(), what })
+}
+
+/// Reads a configuration from its text.
+///
+/// # Errors
+/// A sentence that says what is wrong, and where.
+pub fn parse(text: &str) -> Result<Config, String> {
+    let file: ConfigFile = toml::from_str(text).map_err(|error| error.to_string().trim_end().to_owned())?;
+    let databases = file.database.into_iter().map(DatabaseTable::resolve).collect::<Result<Vec<_>, _>>()?;
+    if databases.is_empty() {
+        return Err("there is no [[database]] in it".into());
+    }
+    let (mut paths, mut replicas) = (HashSet::new(), HashSet::new());
+    for database in &databases {
+        if !paths.insert(&database.path) {
+            return Err(format!("database '{}' is there twice", database.path.display()));
+        }
+        if !replicas.insert(database.replica.to_string()) {
+            return Err(format!("two databases go to {}; each needs a place of its own", database.replica));
+        }
+    }
+    Ok(Config {
+        log: LogConfig { level: file.log.level, format: file.log.format },
+        shutdown_timeout: file.shutdown_timeout.map_or(DEFAULT_SHUTDOWN_TIMEOUT, |DurationText(timeout)| timeout),
+        databases,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_shipped_files_are_right() {
+        let full = parse(include_str!("../../config/waltrail.toml")).unwrap();
+        assert_eq!(full.databases.len(), 2);
+        let minimal = parse(include_str!("../../config/waltrail.minimal.toml")).unwrap();
+        assert_eq!(minimal.shutdown_timeout, DEFAULT_SHUTDOWN_TIMEOUT);
+    }
+
+    #[test]
+    fn what_is_wrong_is_named() {
+        let one = "[[database]]\npath = \"/a.db\"\nreplica = \"s3://b/a\"\n";
+        for (text, says) in [
+            (String::new(), "no [[database]]"),
+            (format!("{one}sync-intervall = \"1s\"\n"), "sync-interval"),
+            (format!("colour = 1\n{one}"), "colour"),
+            (format!("{one}sync-interval = \"1 parsec\"\n"), "is not a duration"),
+            (format!("{one}spool-limit = 5\n"), "spool-limit"),
+            (format!("{one}{one}"), "is there twice"),
+            (format!("{one}{}", one.replace("a.db", "b.db")), "each needs a place of its own"),
+            (one.replace("s3://b/a", "ftp://b/a"), "unknown scheme 'ftp'"),
+            ("[[database]]\npath = \"/a.db\"\n".into(), "replica"),
+            (
+                "[[database]]\npath = \"/a.db\"\nreplica = { url = \"s3://b/a\", colour = 1 }\n".into(),
+                "colour",
+            ),
+            (
+                "[[database]]\npath = \"/a.db\"\nreplica = { url = \"s3://b/a\", access-key-id = \"x\" }\n".into(),
+                "go together",
+            ),
+        ] {
+            let error = parse(&text).unwrap_err();
+            assert!(error.contains(says), "{text}\n{error}");
+        }
+    }
+}

@@ -1,0 +1,60 @@
+//! Durations and sizes as people write them: `500ms`, `8s`, `24h`; `4MiB`, `256MB`.
+
+use std::time::Duration;
+
+const DURATION_UNITS: [(&str, u64); 5] = [("ms", 1), ("s", 1000), ("m", 60_000), ("h", 3_600_000), ("d", 86_400_000)];
+const SIZE_UNITS: [(&str, u64); 7] = [
+    ("B", 1),
+    ("KB", 1000),
+    ("MB", 1_000_000),
+    ("GB", 1_000_000_000),
+    ("KiB", 1 << 10),
+    ("MiB", 1 << 20),
+    ("GiB", 1 << 30),
+];
+
+/// Reads a duration: a whole number and a unit.
+///
+/// # Errors
+/// A sentence that says what a duration looks like.
+pub fn parse_duration(text: &str) -> Result<Duration, String> {
+    let millis = parse(text, &DURATION_UNITS).ok_or_else(|| {
+        format!("'{text}' is not a duration; write a whole number and one of ms, s, m, h, d: 500ms, 8s, 24h")
+    })?;
+    Ok(Duration::from_millis(millis))
+}
+
+/// Reads a size in bytes: a whole number and a unit.
+///
+/// # Errors
+/// A sentence that says what a size looks like.
+pub fn parse_size(text: &str) -> Result<u64, String> {
+    parse(text, &SIZE_UNITS).ok_or_else(|| {
+        format!("'{text}' is not a size; write a whole number and one of B, KB, MB, GB, KiB, MiB, GiB: 4MiB, 256MB")
+    })
+}
+
+fn parse(text: &str, units: &[(&str, u64)]) -> Option<u64> {
+    let text = text.trim();
+    let digits = text.bytes().take_while(u8::is_ascii_digit).count();
+    let (number, unit) = text.split_at(digits);
+    let (_, factor) = units.iter().find(|(name, _)| *name == unit.trim())?;
+    number.parse::<u64>().ok()?.checked_mul(*factor)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn units() {
+        assert_eq!(parse_duration("500ms"), Ok(Duration::from_millis(500)));
+        assert_eq!(parse_duration("2 h"), Ok(Duration::from_secs(7200)));
+        assert_eq!(parse_size("4MiB"), Ok(4 << 20));
+        assert_eq!(parse_size("256MB"), Ok(256_000_000));
+        for wrong in ["", "5", "s", "-1s", "1.5s", "1y", "99999999999999999999s", "18446744073709551615h"] {
+            assert!(parse_duration(wrong).is_err(), "{wrong}");
+        }
+        assert!(parse_size("4mib").unwrap_err().contains("4MiB"));
+    }
+}

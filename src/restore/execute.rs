@@ -1,0 +1,336 @@
+//! Carrying a plan out: each page is written once, newest first, into a file that has no name anybody looks at; then its
+//! fingerprint is checked.
+
+use std::fs::File;
+use std::io;
+use std::os::unix::fs::FileExt;
+use std::path::Path;
+
+use bytes::Bytes;
+use futures_util::stream::{self, StreamExt};
+
+use super::RestoreError;
+use super::history::Stored;
+use super::plan::{Plan, check_footer, read_table};
+use crate::format::block::{BLOCK_HEADER_LEN, BlockHeader};
+use crate::format::key::SegmentKey;
+use crate::format::segment::{PageStream, Segment, SegmentFooter, Transaction};
+use crate::format::snapshot::{ExtentRecord, SnapshotIndex, decode_extent};
+use crate::format::{extent_pages, lock_page, page_hash};
+use crate::store::SharedStore;
+
+/// A segment up to this size is fetched whole.
+const SMALL_SEGMENT: u64 = 1 << 20;
+/// So many small segments are fetched at a time.
+const SEGMENTS_IN_FLIGHT: usize = 8;
+/// Neighbouring extents are fetched together up to this many bytes.
+const EXTENT_BATCH_LEN: u64 = 4 << 20;
+/// So many batches of extents are fetched at a time.
+const BATCHES_IN_FLIGHT: usize = 4;
+
+/// The pages of the database that is being restored.
+struct Image {
+    file: File,
+    page_size: u32,
+    size_pages: u32,
+    /// One bit a page.
+    written: Vec<u64>,
+    fingerprint: u64,
+}
+
+impl Image {
+    fn new(file: File, plan: &Plan) -> io::Result<Self> {
+        file.set_len(plan.database_len_bytes())?;
+        let words = plan.size_pages as usize / 64 + 1;
+        let (page_size, size_pages) = (plan.page_size, plan.size_pages);
+        Ok(Self { file, page_size, size_pages, written: vec![0; words], fingerprint: 0 })
+    }
+
+    /// Whether a page is still to be written.
+    fn wants(&self, page_number: u32) -> bool {
+        page_number >= 1
+            && page_number <= self.size_pages
+            && page_number != lock_page(self.page_size)
+            && self.written[page_number as usize / 64] & (1 << (page_number % 64)) == 0
+    }
+
+    /// Takes a page as spoken for: its image is about to be written.
+    fn claim(&mut self, page_number: u32) {
+        self.written[page_number as usize / 64] |= 1 << (page_number % 64);
+    }
+
+    fn write(&mut self, page_number: u32, image: &[u8]) -> io::Result<()> {
+        self.fingerprint ^= page_hash(page_number, image);
+        self.file.write_all_at(image, u64::from(page_number - 1) * u64::from(self.page_size))
+    }
+
+    /// Which images of a segment are to be written: of each page that is still wanted, the last one up to `last_txid`. In the
+    /// order of the table. Claims the pages.
+    fn select(&mut self, transactions: &[Transaction], last_txid: u64) -> Vec<bool> {
+        let images = transactions.iter().map(|transaction| transaction.page_numbers.len()).sum();
+        let mut selected = vec![false; images];
+        let mut at = images;
+        for transaction in transactions.iter().rev() {
+            for &page_number in transaction.page_numbers.iter().rev() {
+                at -= 1;
+                if transaction.txid <= last_txid && self.wants(page_number) {
+                    self.claim(page_number);
+                    selected[at] = true;
+                }
+            }
+        }
+        selected
+    }
+
+    /// A page that nobody ever stored is zeros; the file has them already.
+    fn finish(&mut self) -> io::Result<u64> {
+        let zeros = vec![0; self.page_size as usize];
+        for page_number in 1..=self.size_pages {
+            if self.wants(page_number) {
+                self.fingerprint ^= page_hash(page_number, &zeros);
+            }
+        }
+        self.file.sync_all()?;
+        Ok(self.fingerprint)
+    }
+}
+
+/// Writes the database that `plan` describes into `file`, at `path`, and checks its fingerprint. Durable when it returns.
+///
+/// # Errors
+/// When an object is missing or damaged, the store or the file fails, or the fingerprint is not the recorded one. What is
+/// in the file then is worth nothing.
+pub async fn execute(store: &SharedStore, plan: &Plan, file: File, path: &Path) -> Result<(), RestoreError> {
+    let image = Image::new(file, plan).map_err(RestoreError::io(path, "write"))?;
+    let mut execution = Execution { store, plan, path, image: Some(image) };
+    execution.apply_segments().await?;
+    execution.apply_snapshot().await?;
+    let found = execution.blocking(|image, path| image.finish().map_err(RestoreError::io(path, "write"))).await?;
+    if found == plan.fingerprint {
+        Ok(())
+    } else {
+        Err(RestoreError::FingerprintMismatch { position: plan.position, expected: plan.fingerprint, found })
+    }
+}
+
+struct Execution<'a> {
+    store: &'a SharedStore,
+    plan: &'a Plan,
+    path: &'a Path,
+    /// Away only while a thread works on it.
+    image: Option<Image>,
+}
+
+impl Execution<'_> {
+    /// Decodes and writes on a thread that may block.
+    async fn blocking<T: Send + 'static>(
+        &mut self,
+        work: impl FnOnce(&mut Image, &Path) -> Result<T, RestoreError> + Send + 'static,
+    ) -> Result<T, RestoreError> {
+        let lost = || RestoreError::io(self.path, "write")(io::Error::other("an internal error ended the restore"));
+        let mut image = self.image.take().ok_or_else(lost)?;
+        let path = self.path.to_owned();
+        let done = tokio::task::spawn_blocking(move || {
+            let result = work(&mut image, &path);
+            (image, result)
+        })
+        .await;
+        let (image, result) = done.map_err(|_| lost())?;
+        self.image = Some(image);
+        result
+    }
+
+    /// Newest first.
+    async fn apply_segments(&mut self) -> Result<(), RestoreError> {
+        let (store, location) = (self.store, self.plan.location.as_str());
+        let fetch = |stored: Stored<SegmentKey>| async move {
+            if stored.len_bytes > SMALL_SEGMENT {
+                return Ok((stored, None));
+            }
+            let whole = store.get(&stored.key.to_string(), SMALL_SEGMENT).await;
+            whole.map(|bytes| (stored, Some(bytes))).map_err(RestoreError::object(location, &stored.key))
+        };
+        let newest_first = self.plan.segments.iter().rev().copied();
+        let mut fetched = stream::iter(newest_first).map(fetch).buffered(SEGMENTS_IN_FLIGHT);
+        while let Some(next) = fetched.next().await {
+            match next? {
+                (stored, Some(bytes)) => self.apply_small(stored, bytes).await?,
+                (stored, None) => self.apply_large(stored).await?,
+            }
+        }
+        Ok(())
+    }
+
+    async fn apply_small(&mut self, stored: Stored<SegmentKey>, bytes: Bytes) -> Result<(), RestoreError> {
+        let (location, last_txid, page_size) =
+            (self.plan.location.clone(), self.plan.position.txid, self.plan.page_size);
+        self.blocking(move |image, path| {
+            let bad = || RestoreError::format(&location, &stored.key);
+            let footer = SegmentFooter::decode(&bytes, bytes.len() as u64).map_err(bad())?;
+            check_segment(&footer, &stored.key, &location, page_size)?;
+            // Everything is checked before anything of it is written.
+            let segment = Segment::decode(&bytes, |_, _, _| {}).map_err(bad())?;
+            let selected = image.select(&segment.transactions, last_txid);
+            if !selected.contains(&true) {
+                return Ok(());
+            }
+            let mut selected = selected.into_iter();
+            let mut written = Ok(());
+            Segment::decode(&bytes, |_, page_number, page| {
+                if selected.next() == Some(true) && written.is_ok() {
+                    written = image.write(page_number, page);
+                }
+            })
+            .map_err(bad())?;
+            written.map_err(RestoreError::io(path, "write"))
+        })
+        .await
+    }
+
+    /// Block by block: a single transaction can be larger than memory.
+    async fn apply_large(&mut self, stored: Stored<SegmentKey>) -> Result<(), RestoreError> {
+        let location = self.plan.location.clone();
+        let (footer, transactions) = read_table(self.store, &location, &stored).await?;
+        check_segment(&footer, &stored.key, &location, self.plan.page_size)?;
+        let last_txid = self.plan.position.txid;
+        let page_numbers: Vec<u32> =
+            transactions.iter().flat_map(|transaction| transaction.page_numbers.iter().copied()).collect();
+        let selected = self.blocking(move |image, _| Ok(image.select(&transactions, last_txid))).await?;
+        // Nothing behind the last image that is wanted need be read.
+        let Some(last_wanted) = selected.iter().rposition(|&is_wanted| is_wanted) else { return Ok(()) };
+        let bad = || RestoreError::format(&location, &stored.key);
+        let name = stored.key.to_string();
+        let end = footer.table_offset();
+        let mut pages = PageStream::new(&footer).map_err(bad())?;
+        let mut due = page_numbers.into_iter().zip(selected).collect::<Vec<_>>().into_iter();
+        let mut seen = 0;
+        let mut at = footer.pages_offset;
+        while at < end && seen <= last_wanted {
+            let header = self.store.get_range(&name, at, BLOCK_HEADER_LEN as u64).await;
+            let header = header.map_err(RestoreError::object(&location, &stored.key))?;
+            let block_len = BlockHeader::decode(&header, "the segment's pages").map_err(bad())?.compressed_len as u64;
+            let block_end = at + BLOCK_HEADER_LEN as u64 + block_len;
+            if block_end > end {
+                return Err(RestoreError::damaged(&location, &stored.key, &"a block runs into its table"));
+            }
+            let block = self.store.get_range(&name, at, block_end - at).await;
+            let block = block.map_err(RestoreError::object(&location, &stored.key))?;
+            let key = stored.key;
+            let place = location.clone();
+            (pages, due, seen) = self
+                .blocking(move |image, path| {
+                    let (images, _) = pages.read_block(&block).map_err(RestoreError::format(&place, &key))?;
+                    for page in images {
+                        let too_many = || RestoreError::damaged(&place, &key, &"it has more pages than its table");
+                        let (page_number, is_wanted) = due.next().ok_or_else(too_many)?;
+                        if is_wanted {
+                            image.write(page_number, page).map_err(RestoreError::io(path, "write"))?;
+                        }
+                        seen += 1;
+                    }
+                    Ok((pages, due, seen))
+                })
+                .await?;
+            at = block_end;
+        }
+        if seen > last_wanted {
+            Ok(())
+        } else {
+            Err(RestoreError::damaged(&location, &stored.key, &"it has fewer pages than its table"))
+        }
+    }
+
+    async fn apply_snapshot(&mut self) -> Result<(), RestoreError> {
+        let (store, location) = (self.store, self.plan.location.clone());
+        let index = self.snapshot_index().await?;
+        let batches = self.image.as_ref().map(|image| batches(&index, image)).unwrap_or_default();
+        let (sources, place) = (&index.sources, location.as_str());
+        let fetch = |batch: Batch| async move {
+            let key = sources[batch.source as usize];
+            let range = store.get_range(&key.to_string(), batch.offset, batch.len_bytes).await;
+            range.map(|bytes| (key, batch, bytes)).map_err(RestoreError::object(place, &key))
+        };
+        let mut fetched = stream::iter(batches).map(fetch).buffered(BATCHES_IN_FLIGHT);
+        while let Some(next) = fetched.next().await {
+            let (key, batch, bytes) = next?;
+            let place = location.clone();
+            self.blocking(move |image, path| {
+                for (number, extent) in &batch.extents {
+                    let at = (extent.offset - batch.offset) as usize;
+                    let compressed = &bytes[at..at + extent.compressed_len as usize];
+                    let content = decode_extent(extent, compressed, image.page_size);
+                    let content = content.map_err(RestoreError::format(&place, &key))?;
+                    let (first_page, _) = extent_pages(*number, u32::MAX, image.page_size);
+                    for (page_number, page) in (first_page..).zip(content.chunks_exact(image.page_size as usize)) {
+                        if image.wants(page_number) {
+                            image.claim(page_number);
+                            image.write(page_number, page).map_err(RestoreError::io(path, "write"))?;
+                        }
+                    }
+                }
+                Ok(())
+            })
+            .await?;
+        }
+        Ok(())
+    }
+
+    async fn snapshot_index(&self) -> Result<SnapshotIndex, RestoreError> {
+        let (footer, key, location) = (&self.plan.snapshot_footer, &self.plan.snapshot.key, &self.plan.location);
+        let blocks = self.store.get_range(&key.to_string(), footer.index_offset, footer.index_len).await;
+        let blocks = blocks.map_err(RestoreError::object(location, key))?;
+        footer.decode_index(&blocks).map_err(RestoreError::format(location, key))
+    }
+}
+
+fn check_segment(
+    footer: &SegmentFooter,
+    key: &SegmentKey,
+    location: &str,
+    page_size: u32,
+) -> Result<(), RestoreError> {
+    check_footer(footer, key, location)?;
+    if footer.page_size == page_size {
+        Ok(())
+    } else {
+        Err(RestoreError::damaged(location, key, &"its page size is not that of the snapshot"))
+    }
+}
+
+/// Extents that one request fetches.
+#[derive(Debug)]
+struct Batch {
+    source: u32,
+    offset: u64,
+    len_bytes: u64,
+    extents: Vec<(u32, ExtentRecord)>,
+}
+
+/// The extents that hold pages still wanted, neighbours in an object together.
+fn batches(index: &SnapshotIndex, image: &Image) -> Vec<Batch> {
+    let mut batches: Vec<Batch> = Vec::new();
+    for (number, extent) in (0..).zip(&index.extents) {
+        let (first_page, _) = extent_pages(number, u32::MAX, image.page_size);
+        if !(first_page..first_page.saturating_add(extent.page_count)).any(|page_number| image.wants(page_number)) {
+            continue;
+        }
+        let len_bytes = u64::from(extent.compressed_len);
+        match batches.last_mut() {
+            Some(batch)
+                if batch.source == extent.source
+                    && batch.offset + batch.len_bytes == extent.offset
+                    && batch.len_bytes + len_bytes <= EXTENT_BATCH_LEN =>
+            {
+                batch.len_bytes += len_bytes;
+                batch.extents.push((number, *extent));
+            }
+            _ => batches.push(Batch {
+                source: extent.source,
+                offset: extent.offset,
+                len_bytes,
+                extents: vec![(number, *extent)],
+            }),
+        }
+    }
+    batches
+}

@@ -1,0 +1,150 @@
+//! What a replica holds, as its listing and its epoch records tell: epochs, segments, snapshots, and the lines that the
+//! epochs form.
+
+use std::collections::BTreeMap;
+
+use futures_util::stream::{self, StreamExt, TryStreamExt};
+
+use super::RestoreError;
+use crate::format::key::{EPOCHS_PREFIX, EpochKey, MARKER_KEY, SegmentKey, SnapshotKey};
+use crate::format::record::{EpochRecord, RECORD_LIMIT, ReplicaMarker};
+use crate::store::{ObjectInfo, SharedStore, StoreErrorKind};
+
+/// So many epoch records are read at a time.
+const RECORDS_IN_FLIGHT: usize = 8;
+
+/// A stored object and its length in bytes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Stored<K> {
+    /// Its key.
+    pub key: K,
+    /// Its length in bytes.
+    pub len_bytes: u64,
+}
+
+/// One epoch of a replica.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Epoch {
+    /// Its record.
+    pub record: EpochRecord,
+    /// Its segments, by their first transaction.
+    pub segments: Vec<Stored<SegmentKey>>,
+    /// Its snapshots, oldest first.
+    pub snapshots: Vec<Stored<SnapshotKey>>,
+}
+
+/// Everything that a replica holds.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct History {
+    /// The replica, for messages.
+    pub location: String,
+    /// All epochs by number.
+    pub epochs: BTreeMap<u32, Epoch>,
+    /// Objects that are none of ours, or that belong to no epoch.
+    pub strangers: Vec<String>,
+}
+
+impl History {
+    /// Lists a replica and reads its epoch records.
+    ///
+    /// # Errors
+    /// [`RestoreError::NoReplica`] when the store was reached and there is none; [`RestoreError::Damaged`] when a record can't
+    /// be read.
+    pub async fn load(store: &SharedStore) -> Result<Self, RestoreError> {
+        let location = store.location();
+        check_marker(store, &location).await?;
+        let mut strangers = Vec::new();
+        let keys = epoch_keys(&store.list(EPOCHS_PREFIX, None).await?, &mut strangers);
+        let location_of = &location;
+        let records: Vec<EpochRecord> = stream::iter(keys)
+            .map(|key| async move { read_record(store, location_of, &key).await })
+            .buffered(RECORDS_IN_FLIGHT)
+            .try_collect()
+            .await?;
+        let empty = |record: EpochRecord| {
+            (record.epoch, Epoch { record, segments: Vec::new(), snapshots: Vec::new() })
+        };
+        let mut history = Self { location, epochs: records.into_iter().map(empty).collect(), strangers };
+        for object in store.list("log/", None).await? {
+            let key = SegmentKey::parse(&object.key);
+            let epoch = key.and_then(|key| Some((key, history.epochs.get_mut(&key.0.epoch)?)));
+            match epoch {
+                Some((key, epoch)) => epoch.segments.push(Stored { key, len_bytes: object.len_bytes }),
+                None => history.strangers.push(object.key),
+            }
+        }
+        for object in store.list("snap/", None).await? {
+            let key = SnapshotKey::parse(&object.key);
+            let epoch = key.and_then(|key| Some((key, history.epochs.get_mut(&key.epoch)?)));
+            match epoch {
+                Some((key, epoch)) => epoch.snapshots.push(Stored { key, len_bytes: object.len_bytes }),
+                None => history.strangers.push(object.key),
+            }
+        }
+        Ok(history)
+    }
+
+    /// The line that ends in `epoch` (the newest one, if not given): its epochs newest first, each with the last transaction
+    /// that counts on this line (`None` for all that are there).
+    ///
+    /// # Errors
+    /// [`RestoreError::NoSuchEpoch`]; [`RestoreError::Damaged`] when a parent's record is missing.
+    pub fn line(&self, epoch: Option<u32>) -> Result<Vec<(&Epoch, Option<u64>)>, RestoreError> {
+        let (Some(&first), Some(&last)) = (self.epochs.keys().next(), self.epochs.keys().next_back()) else {
+            return Err(RestoreError::NothingYet { location: self.location.clone() });
+        };
+        let asked = epoch.unwrap_or(last);
+        let no_such = || RestoreError::NoSuchEpoch { location: self.location.clone(), epoch: asked, first, last };
+        let mut line = vec![(self.epochs.get(&asked).ok_or_else(no_such)?, None)];
+        // A record's parent has a lower number, so this ends.
+        while let Some(parent) = line.last().and_then(|(epoch, _)| epoch.record.parent) {
+            match self.epochs.get(&parent.epoch) {
+                Some(epoch) => line.push((epoch, Some(parent.txid))),
+                None => {
+                    let key = EpochKey { epoch: parent.epoch, writer: None };
+                    return Err(RestoreError::damaged(&self.location, &key, &"it is missing"));
+                }
+            }
+        }
+        Ok(line)
+    }
+}
+
+async fn check_marker(store: &SharedStore, location: &str) -> Result<(), RestoreError> {
+    let bytes = match store.get(MARKER_KEY, RECORD_LIMIT).await {
+        Err(error) if error.is_not_found() => {
+            return Err(RestoreError::NoReplica { location: location.to_owned() });
+        }
+        // A replica's directory is made by the first put. A bucket that is not there is another thing: a mistake.
+        Err(error) if error.kind == StoreErrorKind::NoSuchBucket && location.starts_with("file://") => {
+            return Err(RestoreError::NoReplica { location: location.to_owned() });
+        }
+        other => other.map_err(RestoreError::object(location, &MARKER_KEY))?,
+    };
+    ReplicaMarker::decode(&bytes).map(|_| ()).map_err(RestoreError::format(location, &MARKER_KEY))
+}
+
+/// Of several claims to one epoch the lowest name counts.
+fn epoch_keys(listed: &[ObjectInfo], strangers: &mut Vec<String>) -> Vec<EpochKey> {
+    let mut keys = Vec::new();
+    for object in listed {
+        match EpochKey::parse(&object.key) {
+            Some(key) => keys.push(key),
+            None => strangers.push(object.key.clone()),
+        }
+    }
+    keys.sort();
+    keys.dedup_by_key(|key| key.epoch);
+    keys
+}
+
+async fn read_record(store: &SharedStore, location: &str, key: &EpochKey) -> Result<EpochRecord, RestoreError> {
+    let name = key.to_string();
+    let bytes = store.get(&name, RECORD_LIMIT).await.map_err(RestoreError::object(location, key))?;
+    let record = EpochRecord::decode(&bytes).map_err(RestoreError::format(location, key))?;
+    if record.epoch == key.epoch {
+        Ok(record)
+    } else {
+        Err(RestoreError::damaged(location, key, &"it is the record of another epoch"))
+    }
+}

@@ -1,0 +1,149 @@
+//! Giving a restored database its name: never over something that is in use, never half, and what was there is whole until
+//! the moment that the new file takes its place.
+
+use std::fs::{self, File, Permissions};
+use std::io;
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::{MetadataExt, PermissionsExt, chown};
+use std::path::{Path, PathBuf};
+
+use rusqlite::{Connection, OpenFlags};
+use tempfile::NamedTempFile;
+
+use super::RestoreError;
+use crate::sqlite::sidecar;
+
+/// SQLite's lock bytes: pending, reserved, and the 510 that readers lock (file format, section 1.4, and `os.h`).
+const PENDING_BYTE: i64 = 0x4000_0000;
+const LOCK_BYTES_LEN: i64 = 512;
+
+/// A file beside the target that a database is restored into. Removed when it is dropped before it is installed.
+#[derive(Debug)]
+pub struct Incoming {
+    file: NamedTempFile,
+    target: PathBuf,
+}
+
+impl Incoming {
+    /// Makes the file, after checking that the target may be replaced or is not there.
+    ///
+    /// # Errors
+    /// [`RestoreError::TargetExists`] unless `force`; [`RestoreError::TargetInUse`].
+    pub fn create(target: &Path, force: bool) -> Result<Self, RestoreError> {
+        if target.exists() {
+            if !force {
+                return Err(RestoreError::TargetExists(target.to_owned()));
+            }
+            check_unused(target)?;
+        }
+        let name = target.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        let file = tempfile::Builder::new()
+            .prefix(&format!(".{name}.waltrail-restore-"))
+            .tempfile_in(directory_of(target))
+            .map_err(RestoreError::io(target, "make a file beside"))?;
+        Ok(Self { file, target: target.to_owned() })
+    }
+
+    /// The file's path.
+    #[must_use]
+    pub fn path(&self) -> &Path {
+        self.file.path()
+    }
+
+    /// A handle to write by.
+    ///
+    /// # Errors
+    /// As the operating system answers.
+    pub fn handle(&self) -> Result<File, RestoreError> {
+        self.file.as_file().try_clone().map_err(RestoreError::io(&self.target, "open a file beside"))
+    }
+
+    /// Puts the file in the target's place. The file is whole and durable. Returns what the user should know.
+    ///
+    /// # Errors
+    /// As at [`Incoming::create`]; then the target is as it was.
+    pub fn install(self, force: bool) -> Result<Vec<String>, RestoreError> {
+        let Self { file, target } = self;
+        let mut notes = Vec::new();
+        let old = fs::metadata(&target).ok();
+        if let Some(old) = &old {
+            if !force {
+                return Err(RestoreError::TargetExists(target));
+            }
+            check_unused(&target)?;
+            notes.extend(settle_old(&target)?);
+            // Not being the owner is no reason to fail: the mode is kept all the same.
+            chown(file.path(), Some(old.uid()), Some(old.gid())).ok();
+        }
+        let mode = old.as_ref().map_or(0o644, |old| old.mode() & 0o7777);
+        fs::set_permissions(file.path(), Permissions::from_mode(mode))
+            .map_err(RestoreError::io(&target, "set the permissions of"))?;
+        // A WAL of the old database beside the new one would be taken for its own.
+        for suffix in ["-wal", "-shm", "-journal"] {
+            remove_if_there(&sidecar(&target, suffix))?;
+        }
+        let persisted = if force { file.persist(&target) } else { file.persist_noclobber(&target) };
+        persisted.map_err(|failed| match failed.error.kind() {
+            io::ErrorKind::AlreadyExists => RestoreError::TargetExists(target.clone()),
+            _ => RestoreError::io(&target, "rename to")(failed.error),
+        })?;
+        let directory = directory_of(&target);
+        let synced = File::open(directory).and_then(|directory| directory.sync_all());
+        synced.map_err(RestoreError::io(directory, "sync"))?;
+        Ok(notes)
+    }
+}
+
+fn directory_of(target: &Path) -> &Path {
+    target.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."))
+}
+
+fn remove_if_there(path: &Path) -> Result<(), RestoreError> {
+    match fs::remove_file(path) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(RestoreError::io(path, "remove")(error)),
+        _ => Ok(()),
+    }
+}
+
+/// Refuses a database that another process has open: every connection in WAL mode holds a lock on these bytes.
+fn check_unused(target: &Path) -> Result<(), RestoreError> {
+    let file = File::options().read(true).write(true).open(target).map_err(RestoreError::io(target, "open"))?;
+    // SAFETY: a plain structure of integers, for which all zeros is a value.
+    let mut lock: libc::flock = unsafe { std::mem::zeroed() };
+    lock.l_type = libc::F_WRLCK as libc::c_short;
+    lock.l_whence = libc::SEEK_SET as libc::c_short;
+    lock.l_start = PENDING_BYTE;
+    lock.l_len = LOCK_BYTES_LEN;
+    // SAFETY: the descriptor is open, and `lock` outlives the call.
+    let answer = unsafe { libc::fcntl(file.as_raw_fd(), libc::F_GETLK, &raw mut lock) };
+    if answer == -1 {
+        return Err(RestoreError::io(target, "ask for locks on")(io::Error::last_os_error()));
+    }
+    if i32::from(lock.l_type) == libc::F_UNLCK {
+        Ok(())
+    } else {
+        Err(RestoreError::TargetInUse(target.to_owned()))
+    }
+}
+
+/// Brings what stands in the old database's WAL into its main file, so that it loses nothing if we fail from here on. If
+/// SQLite can't, the WAL is kept under another name.
+fn settle_old(target: &Path) -> Result<Option<String>, RestoreError> {
+    let wal = sidecar(target, "-wal");
+    if !fs::metadata(&wal).is_ok_and(|found| found.len() > 0) {
+        return Ok(None);
+    }
+    let checkpoint = || -> rusqlite::Result<bool> {
+        let flags = OpenFlags::SQLITE_OPEN_READ_WRITE | OpenFlags::SQLITE_OPEN_NO_MUTEX;
+        let connection = Connection::open_with_flags(target, flags)?;
+        let (is_busy, frames, copied): (i64, i64, i64) = connection
+            .query_row("PRAGMA wal_checkpoint(TRUNCATE)", [], |row| Ok((row.get(0)?, row.get(1)?, row.get(2)?)))?;
+        Ok(is_busy == 0 && frames == copied)
+    };
+    if checkpoint().unwrap_or(false) {
+        return Ok(None);
+    }
+    let kept = sidecar(target, "-wal.before-restore");
+    fs::rename(&wal, &kept).map_err(RestoreError::io(&wal, "keep"))?;
+    Ok(Some(format!("the old database's WAL could not be brought into it and was kept as {}", kept.display())))
+}
