@@ -135,20 +135,20 @@ mod tests {
     fn keys_are_exact() {
         let span = Span { epoch: 0x1a, first_txid: 5, last_txid: 255, time_ms: 1_790_000_000_000 };
         let key = SegmentKey(span).to_string();
-        assert_eq!(key, "log/0000001a/0000000000000005-00000000000000ff-01a0c3e71c00");
+        assert_eq!(key, "log/0000001a/0000000000000005-00000000000000ff-01a0c4506c00");
         assert_eq!(SegmentKey::parse(&key), Some(SegmentKey(span)));
         let snapshot = SnapshotKey { epoch: 2, txid: 7, time_ms: 9 };
         assert_eq!(snapshot.to_string(), "snap/00000002/0000000000000007-000000000009");
         assert_eq!(SnapshotKey::parse(&snapshot.to_string()), Some(snapshot));
         assert_eq!(SnapshotKey::parse(&key), None);
         for wrong in [
-            "log/0000001A/0000000000000005-00000000000000ff-01a0c3e71c00",
-            "log/0000001a/0000000000000005-00000000000000ff-01a0c3e71c00-",
+            "log/0000001A/0000000000000005-00000000000000ff-01a0c4506c00",
+            "log/0000001a/0000000000000005-00000000000000ff-01a0c4506c00-",
             "log/0000001a/0000000000000005-00000000000000ff",
-            "log/0000001a/0000000000000100-00000000000000ff-01a0c3e71c00",
-            "log/1a/0000000000000005-00000000000000ff-01a0c3e71c00",
-            "snap/0000001a/0000000000000005-00000000000000ff-01a0c3e71c00",
-            "log/+000001a/0000000000000005-00000000000000ff-01a0c3e71c00",
+            "log/0000001a/0000000000000100-00000000000000ff-01a0c4506c00",
+            "log/1a/0000000000000005-00000000000000ff-01a0c4506c00",
+            "snap/0000001a/0000000000000005-00000000000000ff-01a0c4506c00",
+            "log/+000001a/0000000000000005-00000000000000ff-01a0c4506c00",
         ] {
             assert_eq!(SegmentKey::parse(wrong), None, "{wrong}");
         }

@@ -1,0 +1,214 @@
+//! Bad input: one clear sentence, the right exit code, and nothing harmed.
+
+use std::path::Path;
+
+use crate::support::s3::S3Server;
+use crate::support::{Daemon, content, count_up, create_database, open, run, stderr, wait_for_restored, waltrail};
+
+/// Fails with `code` and says `says`.
+fn fails(arguments: &[&str], code: i32, says: &str) {
+    let done = run(arguments);
+    let text = stderr(&done);
+    assert_eq!(done.status.code(), Some(code), "{arguments:?}: {text}");
+    assert!(text.contains(says), "{arguments:?}: {text}");
+    assert!(!text.contains("testtest") && !text.contains("panicked"), "{text}");
+}
+
+/// A replica with a few transactions, and the database it is of.
+fn make_replica(directory: &Path, replica: &str) {
+    let database = directory.join("app.db");
+    let application = create_database(&database, 100, "");
+    let daemon = Daemon::start(&[database.to_str().unwrap(), replica], &directory.join("daemon.log"));
+    for _ in 0..5 {
+        count_up(&application);
+    }
+    wait_for_restored(replica, directory, "SELECT n FROM counter", 5);
+    count_up(&application);
+    assert_eq!(daemon.terminate(), Some(0));
+}
+
+#[test]
+fn usage_and_configuration() {
+    let directory = tempfile::tempdir().unwrap();
+    let config = directory.path().join("waltrail.toml");
+    let config_name = config.to_str().unwrap();
+    fails(&["replicate", "--config", config_name], 10, "can't be read");
+    std::fs::write(&config, "[[database]]\npath = \"/a.db\"\nreplika = \"s3://b/a\"\n").unwrap();
+    fails(&["replicate", "--config", config_name], 10, "replika");
+    std::fs::write(&config, "[[database]]\npath = \"/a.db\"\nreplica = \"s3://b/a\"\n").unwrap();
+    fails(&["restore", "--config", config_name, "/b.db"], 10, "no database of the configuration");
+    fails(&["replicate", "/a.db"], 10, "REPLICA");
+    fails(&["replicate", "/a.db", "ftp://x"], 10, "unknown scheme 'ftp'");
+    fails(&["restore", "s3://b/a"], 10, "--output");
+    fails(&["restore", "s3://b/a", "-o", "x", "--at", "yesterdayish"], 10, "is not a time");
+    fails(&["restore", "s3://b/a", "-o", "x", "--txid", "1", "--at", "1s ago"], 10, "cannot be used with");
+    fails(&["restore", "s3://b/a?secret-access-key=testtest", "-o", "x"], 10, "do not belong in a URL");
+    let version = run(["--version"]);
+    assert!(version.status.success());
+    assert!(String::from_utf8(version.stdout).unwrap().contains("SQLite 3."));
+    for command in ["replicate", "restore", "log", "demo"] {
+        let help = run([command, "--help"]);
+        assert!(help.status.success());
+        assert!(String::from_utf8(help.stdout).unwrap().contains("Examples:"), "{command}");
+    }
+}
+
+#[test]
+fn storage_that_refuses() {
+    let server = S3Server::start();
+    let directory = tempfile::tempdir().unwrap();
+    let output = directory.path().join("out.db");
+    let output_name = output.to_str().unwrap();
+    let url = server.url("nothing");
+    fails(&["restore", &url, "-o", output_name], 12, "there is no backup in s3://backups/nothing");
+    fails(&["log", &url], 12, "there is no backup");
+    let fine = run(["restore", &url, "-o", output_name, "--if-replica-exists"]);
+    assert!(fine.status.success(), "{}", stderr(&fine));
+    let no_bucket = url.replace("backups", "elsewhere");
+    fails(&["restore", &no_bucket, "-o", output_name, "--if-replica-exists"], 11, "NoSuchBucket");
+    let wrong = waltrail()
+        .args(["restore", &url, "-o", output_name, "--if-replica-exists"])
+        .env("AWS_SECRET_ACCESS_KEY", "wrong")
+        .output()
+        .unwrap();
+    assert_eq!(wrong.status.code(), Some(11), "{}", stderr(&wrong));
+    assert!(stderr(&wrong).contains("AWS_SECRET_ACCESS_KEY"), "{}", stderr(&wrong));
+    let missing = directory.path().join("no-such-directory");
+    fails(&["log", &format!("file://{}", missing.display())], 12, "there is no backup");
+    assert!(!output.exists());
+    assert!(!missing.exists(), "looking makes nothing");
+}
+
+#[test]
+fn storage_that_is_not_reached() {
+    let directory = tempfile::tempdir().unwrap();
+    let output = directory.path().join("out.db");
+    let closed = "s3://b/a?endpoint=http://127.0.0.1:1&region=x";
+    fails(&["restore", closed, "-o", output.to_str().unwrap(), "--if-replica-exists"], 11, "refused");
+    assert!(!output.exists());
+}
+
+#[test]
+fn restores_that_are_refused_harm_nothing() {
+    let directory = tempfile::tempdir().unwrap();
+    let replica = directory.path().join("replica").display().to_string();
+    make_replica(directory.path(), &replica);
+    let target = directory.path().join("target.db");
+    let name = target.to_str().unwrap();
+    let old = create_database(&target, 3, "");
+    old.execute_batch("UPDATE counter SET n = 99").unwrap();
+    fails(&["restore", &replica, "-o", name], 14, "is there already");
+    let left = run(["restore", &replica, "-o", name, "--if-missing"]);
+    assert!(left.status.success());
+    fails(&["restore", &replica, "-o", name, "--force"], 14, "is open in another process");
+    drop(old);
+    for (arguments, says) in [
+        (["--txid", "99999"], "transaction 99999 can't be restored"),
+        (["--at", "2001-01-01T00:00:00Z"], "what can be: transactions"),
+        (["--epoch", "9"], "there is no epoch 9"),
+    ] {
+        fails(&["restore", &replica, "-o", name, "--force", arguments[0], arguments[1]], 12, says);
+    }
+    let shown = run(["restore", &replica, "-o", name, "--dry-run", "--force"]);
+    assert!(shown.status.success() && stderr(&shown).contains("snapshot   snap/00000001/"), "{}", stderr(&shown));
+    assert_eq!(crate::support::number(&open(&target), "SELECT n FROM counter"), 99, "the target is as it was");
+    // A WAL of the old database must not be taken for the new one's.
+    std::fs::write(directory.path().join("target.db-wal"), b"stale").unwrap();
+    let done = run(["restore", &replica, "-o", name, "--force"]);
+    assert!(done.status.success(), "{}", stderr(&done));
+    assert_eq!(content(&target), content(&directory.path().join("app.db")));
+    let stdout = run(["restore", &replica, "-o", "-"]);
+    assert!(stdout.status.success());
+    assert!(stdout.stdout == std::fs::read(&target).unwrap());
+    let left: Vec<_> = std::fs::read_dir(directory.path())
+        .unwrap()
+        .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+        .filter(|name| name.contains("waltrail-restore"))
+        .collect();
+    assert!(left.is_empty(), "{left:?}");
+}
+
+/// Every object of a replica, damaged in every way: found, named, and no file gets its name.
+#[test]
+fn damaged_objects_are_named() {
+    let directory = tempfile::tempdir().unwrap();
+    let root = directory.path().join("replica");
+    let replica = root.display().to_string();
+    make_replica(directory.path(), &replica);
+    let output = directory.path().join("out.db");
+    let name = output.to_str().unwrap();
+    let only = |folder: &str| {
+        let mut paths: Vec<_> =
+            std::fs::read_dir(root.join(folder)).unwrap().map(|entry| entry.unwrap().path()).collect();
+        paths.sort();
+        paths
+    };
+    let segments = only("log/00000001");
+    let snapshot = only("snap/00000001").remove(0);
+    let objects = [segments[0].clone(), snapshot, root.join("epochs/00000001"), root.join("waltrail.json")];
+    for object in objects {
+        let whole = std::fs::read(&object).unwrap();
+        let shown = object.file_name().unwrap().to_str().unwrap().to_owned();
+        let mut damages = vec![whole[..whole.len() / 2].to_vec(), Vec::new()];
+        for at in [0, whole.len() / 3, whole.len() / 2, whole.len() - 1] {
+            let mut flipped = whole.clone();
+            flipped[at] ^= 0x80;
+            damages.push(flipped);
+        }
+        for damaged in damages {
+            std::fs::write(&object, &damaged).unwrap();
+            fails(&["restore", &replica, "-o", name], 13, &shown);
+        }
+        std::fs::write(&object, &whole).unwrap();
+    }
+    // Swapped: each is a good object, but not the one that its name says.
+    let (first, last) = (std::fs::read(&segments[0]).unwrap(), std::fs::read(segments.last().unwrap()).unwrap());
+    assert!(segments.len() > 1);
+    std::fs::write(&segments[0], &last).unwrap();
+    fails(&["restore", &replica, "-o", name], 13, "it is another segment");
+    std::fs::write(&segments[0], &first).unwrap();
+    // Missing in the middle.
+    std::fs::remove_file(&segments[0]).unwrap();
+    fails(&["restore", &replica, "-o", name], 13, "are missing");
+    std::fs::write(&segments[0], &first).unwrap();
+    // Of a newer program.
+    let marker = std::fs::read(root.join("waltrail.json")).unwrap();
+    std::fs::write(root.join("waltrail.json"), br#"{"format":2}"#).unwrap();
+    fails(&["restore", &replica, "-o", name], 13, "newer waltrail");
+    fails(&["log", &replica], 13, "newer waltrail");
+    fails(&["replicate", directory.path().join("app.db").to_str().unwrap(), &replica], 13, "format version 2");
+    std::fs::write(root.join("waltrail.json"), marker).unwrap();
+    assert!(!output.exists());
+    assert!(run(["restore", &replica, "-o", name]).status.success());
+}
+
+#[test]
+fn by_the_path_of_a_configured_database() {
+    let directory = tempfile::tempdir().unwrap();
+    let replica = directory.path().join("replica").display().to_string();
+    make_replica(directory.path(), &replica);
+    let database = directory.path().join("app.db");
+    let config = directory.path().join("waltrail.toml");
+    let text = format!("[[database]]\npath = \"{}\"\nreplica = \"{replica}\"\n", database.display());
+    std::fs::write(&config, text).unwrap();
+    let expected = content(&database);
+    for suffix in ["", "-wal", "-shm"] {
+        std::fs::remove_file(directory.path().join(format!("app.db{suffix}"))).ok();
+    }
+    let arguments = ["restore", "--config", config.to_str().unwrap(), database.to_str().unwrap(), "--if-missing"];
+    let done = run(arguments);
+    assert!(done.status.success(), "{}", stderr(&done));
+    assert_eq!(content(&database), expected);
+    assert!(run(arguments).status.success(), "the second time there is nothing to do");
+}
+
+#[test]
+fn the_demo_shows_the_main_job() {
+    let done = run(["demo"]);
+    let text = String::from_utf8(done.stdout.clone()).unwrap();
+    assert!(done.status.success(), "{text}\n{}", stderr(&done));
+    assert_eq!(text.matches("content as written").count(), 3, "{text}");
+    let server = S3Server::start();
+    let done = run(["demo", "--replica", &server.url("scratch")]);
+    assert!(done.status.success(), "{}", stderr(&done));
+}

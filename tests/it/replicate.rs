@@ -1,0 +1,446 @@
+//! The main job on live databases, with the built program.
+
+use std::path::PathBuf;
+use std::process::Command;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use crate::support::s3::S3Server;
+use crate::support::{
+    Daemon, content, count_up, create_database, insert, number, open, run, stderr, wait_for, wait_for_restored,
+};
+
+const COUNTER: &str = "SELECT n FROM counter";
+
+struct Scene {
+    directory: tempfile::TempDir,
+}
+
+impl Scene {
+    fn new() -> Self {
+        Self { directory: tempfile::tempdir().unwrap() }
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.directory.path().join(name)
+    }
+
+    fn database(&self) -> PathBuf {
+        self.path("app.db")
+    }
+
+    fn replica(&self) -> String {
+        self.path("replica").display().to_string()
+    }
+
+    fn start(&self) -> Daemon {
+        self.start_to(&self.replica())
+    }
+
+    fn start_to(&self, replica: &str) -> Daemon {
+        Daemon::start(&[self.database().to_str().unwrap(), replica], &self.path("daemon.log"))
+    }
+
+    fn wait_for(&self, n: i64) -> PathBuf {
+        wait_for_restored(&self.replica(), self.directory.path(), COUNTER, n)
+    }
+
+    fn log(&self) -> String {
+        std::fs::read_to_string(self.path("daemon.log")).unwrap()
+    }
+
+    fn restored(&self, replica: &str, arguments: &[&str]) -> PathBuf {
+        let output = self.path("out.db");
+        let output_name = output.to_str().unwrap();
+        let all: Vec<&str> =
+            ["restore", replica, "--force", "--output", output_name].into_iter().chain(arguments.iter().copied()).collect();
+        let done = run(all);
+        assert!(done.status.success(), "{}\n{}", stderr(&done), self.log());
+        output
+    }
+
+    fn wal_len(&self) -> u64 {
+        std::fs::metadata(self.path("app.db-wal")).map_or(0, |found| found.len())
+    }
+}
+
+#[allow(clippy::disallowed_methods)]
+fn now_ms() -> u64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_millis() as u64
+}
+
+#[test]
+fn every_page_size_and_auto_vacuum() {
+    for (page_size, auto_vacuum) in [(512, "NONE"), (1024, "FULL"), (4096, "INCREMENTAL"), (65_536, "FULL")] {
+        let scene = Scene::new();
+        let pragmas = format!("PRAGMA page_size={page_size}; PRAGMA auto_vacuum={auto_vacuum}");
+        let application = create_database(&scene.database(), 300, &pragmas);
+        assert_eq!(number(&application, "PRAGMA page_size"), page_size);
+        let daemon = scene.start();
+        scene.wait_for(0);
+        insert(&application, 500);
+        application.execute_batch("DELETE FROM item WHERE id > 100; PRAGMA incremental_vacuum(20)").unwrap();
+        count_up(&application);
+        application.execute_batch("VACUUM").unwrap();
+        insert(&application, 900);
+        count_up(&application);
+        // Shrinks and grows in one transaction.
+        application.execute_batch("BEGIN; DELETE FROM item; CREATE TABLE more(x); DROP TABLE more").unwrap();
+        insert(&application, 400);
+        application.execute_batch("COMMIT").unwrap();
+        assert_eq!(daemon.terminate(), Some(0), "{}", scene.log());
+        let restored = scene.restored(&scene.replica(), &[]);
+        assert_eq!(content(&scene.database()), content(&restored), "page size {page_size}");
+        assert_eq!(number(&open(&restored), "PRAGMA page_size"), page_size);
+        assert!(!scene.log().contains("ERROR"), "{}", scene.log());
+    }
+}
+
+/// Each transaction is a point that can be restored, by its number and by its time, byte for byte.
+#[test]
+fn every_transaction_byte_for_byte() {
+    let scene = Scene::new();
+    let application = create_database(&scene.database(), 50, "");
+    let daemon = scene.start();
+    scene.wait_for(0);
+    let mut oracle = Vec::new();
+    for step in 0..12 {
+        match step % 4 {
+            0 => insert(&application, 30),
+            1 => application.execute_batch("DELETE FROM item WHERE id % 3 = 1").unwrap(),
+            2 => application.execute_batch(&format!("CREATE TABLE t{step}(x); INSERT INTO t{step} VALUES(1)")).unwrap(),
+            _ => application.execute_batch("VACUUM").unwrap(),
+        }
+        wait_for("the checkpoint", || {
+            (number(&application, "PRAGMA wal_checkpoint(TRUNCATE)") == 0).then_some(())
+        });
+        let copy = scene.path(&format!("oracle-{step}"));
+        assert!(Command::new("cp").arg(scene.database()).arg(&copy).status().unwrap().success());
+        std::thread::sleep(Duration::from_millis(60));
+        oracle.push((now_ms(), copy));
+        std::thread::sleep(Duration::from_millis(60));
+    }
+    assert_eq!(daemon.terminate(), Some(0), "{}", scene.log());
+    for (time_ms, copy) in &oracle {
+        let at = waltrail::clock::format_time(*time_ms);
+        let restored = scene.restored(&scene.replica(), &["--at", &at]);
+        assert!(std::fs::read(&restored).unwrap() == std::fs::read(copy).unwrap(), "at {at}");
+    }
+    let log = run(["log", &scene.replica(), "--transactions", "--format", "json"]);
+    let lines: Vec<serde_json::Value> = String::from_utf8(log.stdout)
+        .unwrap()
+        .lines()
+        .map(|line| serde_json::from_str(line).unwrap())
+        .filter(|line: &serde_json::Value| line["kind"] == "transaction")
+        .collect();
+    // Steps 2, 6 and 10 made a table each (two transactions), the VACUUMs move the schema's cookie, too.
+    assert_eq!(lines.len(), 15, "{lines:#?}");
+    assert!(lines.iter().filter(|line| line["schema_changed"] == true).count() >= 3);
+    let mut states = Vec::new();
+    for line in &lines {
+        let restored = scene.restored(&scene.replica(), &["--txid", &line["txid"].to_string()]);
+        states.push(std::fs::read(restored).unwrap());
+    }
+    for (_, copy) in &oracle {
+        assert!(states.contains(&std::fs::read(copy).unwrap()), "{}", copy.display());
+    }
+}
+
+/// The application's own checkpoints do their work, and nothing is put into its database.
+#[test]
+fn the_application_comes_first() {
+    let scene = Scene::new();
+    let application = create_database(&scene.database(), 500, "");
+    application.busy_timeout(Duration::from_secs(2)).unwrap();
+    let tables = "SELECT count(*) FROM sqlite_schema";
+    let before = number(&application, tables);
+    let daemon = scene.start();
+    scene.wait_for(0);
+    for (mode, times) in [("PASSIVE", 20), ("FULL", 20), ("RESTART", 20), ("TRUNCATE", 40)] {
+        for _ in 0..times {
+            count_up(&application);
+            let busy = number(&application, &format!("PRAGMA wal_checkpoint({mode})"));
+            assert_eq!(busy, 0, "{mode} was held up\n{}", scene.log());
+        }
+    }
+    assert_eq!(number(&application, tables), before);
+    assert_eq!(daemon.terminate(), Some(0), "{}", scene.log());
+    assert_eq!(content(&scene.database()), content(&scene.restored(&scene.replica(), &[])));
+    let transactions = run(["log", &scene.replica(), "--transactions"]);
+    let lines = String::from_utf8(transactions.stdout).unwrap().lines().filter(|line| line.contains(" pages ")).count();
+    assert_eq!(lines, 100, "each of the 100 transactions is there");
+}
+
+/// Under a load that never pauses the WAL stays small, and the writer is not held up.
+#[test]
+fn the_wal_stays_small_under_load() {
+    let scene = Scene::new();
+    let application = create_database(&scene.database(), 2000, "");
+    // Nobody else checkpoints.
+    application.execute_batch("PRAGMA wal_autocheckpoint=0").unwrap();
+    let daemon = scene.start();
+    scene.wait_for(0);
+    let mut largest = 0;
+    let sql = "UPDATE item SET body = hex(randomblob(150)) WHERE id % 20 = ?1";
+    for turn in 0..1500 {
+        application.execute_batch("BEGIN").unwrap();
+        application.execute(sql, [turn % 20]).unwrap();
+        count_up(&application);
+        application.execute_batch("COMMIT").unwrap();
+        largest = largest.max(scene.wal_len());
+    }
+    assert!(largest < 32 << 20, "the WAL grew to {largest} bytes");
+    assert_eq!(daemon.terminate(), Some(0), "{}", scene.log());
+    assert_eq!(content(&scene.database()), content(&scene.restored(&scene.replica(), &[])));
+}
+
+/// A quiet database's WAL is brought into its main file.
+#[test]
+fn a_quiet_database_is_checkpointed() {
+    let scene = Scene::new();
+    let application = create_database(&scene.database(), 100, "");
+    application.execute_batch("PRAGMA wal_autocheckpoint=0; PRAGMA wal_checkpoint(TRUNCATE)").unwrap();
+    let daemon = scene.start();
+    scene.wait_for(0);
+    let before = std::fs::metadata(scene.database()).unwrap().len();
+    insert(&application, 2000);
+    wait_for("the checkpoint", || {
+        (std::fs::metadata(scene.database()).unwrap().len() > before + 500_000).then_some(())
+    });
+    assert_eq!(daemon.terminate(), Some(0), "{}", scene.log());
+}
+
+/// Killed at many moments under load, each time nothing that was confirmed is lost, and nothing is wrong.
+#[test]
+fn killed_again_and_again() {
+    let scene = Scene::new();
+    let application = create_database(&scene.database(), 300, "");
+    let mut confirmed = 0;
+    for round in 0..8 {
+        let daemon = scene.start();
+        for turn in 0..80 + round * 17 {
+            insert(&application, 1 + turn % 3);
+            count_up(&application);
+            std::thread::sleep(Duration::from_micros(500));
+        }
+        daemon.kill();
+        let done = run(["restore", &scene.replica(), "--force", "--output", scene.path("out.db").to_str().unwrap()]);
+        if done.status.success() {
+            let restored = number(&open(&scene.path("out.db")), COUNTER);
+            assert!(restored >= confirmed, "round {round}: {restored} after {confirmed}\n{}", scene.log());
+            confirmed = restored;
+            content(&scene.path("out.db"));
+        } else {
+            assert_eq!(done.status.code(), Some(12), "{}", stderr(&done));
+        }
+    }
+    let daemon = scene.start();
+    scene.wait_for(number(&application, COUNTER));
+    assert_eq!(daemon.terminate(), Some(0), "{}", scene.log());
+    assert_eq!(content(&scene.database()), content(&scene.restored(&scene.replica(), &[])));
+}
+
+/// A database that is not there, that is empty, that has another journal mode.
+#[test]
+fn databases_that_are_not_ready() {
+    let scene = Scene::new();
+    let daemon = scene.start();
+    wait_for("the log", || scene.path("daemon.log").exists().then(|| scene.log()).filter(|log| log.contains("not there yet")));
+    std::fs::write(scene.database(), b"").unwrap();
+    std::thread::sleep(Duration::from_millis(300));
+    let application = open(&scene.database());
+    application
+        .execute_batch("PRAGMA journal_mode=DELETE; CREATE TABLE counter(n); INSERT INTO counter VALUES(7)")
+        .unwrap();
+    scene.wait_for(7);
+    let mode: String = application.query_row("PRAGMA journal_mode", [], |row| row.get(0)).unwrap();
+    assert_eq!(mode, "wal");
+    assert!(scene.log().contains("switched to WAL mode"), "{}", scene.log());
+    assert_eq!(daemon.terminate(), Some(0), "{}", scene.log());
+}
+
+#[test]
+fn a_locked_database_gives_a_clear_error_and_is_tried_again() {
+    let scene = Scene::new();
+    let application = open(&scene.database());
+    application
+        .execute_batch(
+            "PRAGMA locking_mode=EXCLUSIVE; CREATE TABLE counter(n); INSERT INTO counter VALUES(5); BEGIN EXCLUSIVE",
+        )
+        .unwrap();
+    let daemon = scene.start();
+    wait_for("the complaint", || {
+        scene.path("daemon.log").exists().then(|| scene.log()).filter(|log| log.contains("another process has it locked"))
+    });
+    drop(application);
+    scene.wait_for(5);
+    assert_eq!(daemon.terminate(), Some(0), "{}", scene.log());
+}
+
+/// The file at the path is replaced under the running daemon.
+#[test]
+fn a_file_replaced_under_the_daemon() {
+    let scene = Scene::new();
+    let application = create_database(&scene.database(), 100, "");
+    let daemon = scene.start();
+    count_up(&application);
+    scene.wait_for(1);
+    drop(application);
+    let other = create_database(&scene.path("other.db"), 20, "");
+    other.execute_batch("UPDATE counter SET n = 77; PRAGMA wal_checkpoint(TRUNCATE)").unwrap();
+    drop(other);
+    for suffix in ["-wal", "-shm"] {
+        std::fs::remove_file(scene.path(&format!("app.db{suffix}"))).ok();
+    }
+    std::fs::rename(scene.path("other.db"), scene.database()).unwrap();
+    scene.wait_for(77);
+    assert!(scene.log().contains("was replaced or removed"), "{}", scene.log());
+    assert_eq!(daemon.terminate(), Some(0), "{}", scene.log());
+    assert_eq!(content(&scene.database()), content(&scene.restored(&scene.replica(), &[])));
+}
+
+#[test]
+fn a_second_daemon_is_refused_at_once() {
+    let scene = Scene::new();
+    let _application = create_database(&scene.database(), 10, "");
+    let daemon = scene.start();
+    scene.wait_for(0);
+    let second = run(["replicate", scene.database().to_str().unwrap(), &scene.replica()]);
+    assert_eq!(second.status.code(), Some(1));
+    assert!(stderr(&second).contains("another waltrail works with"), "{}", stderr(&second));
+    assert_eq!(daemon.terminate(), Some(0));
+}
+
+/// Storage is away at the stop: the exit code says so, and the next start ships the rest.
+#[test]
+fn a_stop_that_can_not_confirm_says_so() {
+    let server = S3Server::start();
+    let scene = Scene::new();
+    let application = create_database(&scene.database(), 100, "");
+    let replica = server.url("app");
+    let daemon = scene.start_to(&replica);
+    count_up(&application);
+    wait_for_restored(&replica, scene.directory.path(), COUNTER, 1);
+    // The bucket goes away, and so do all requests.
+    std::fs::rename(server.path(""), server.path("../hidden")).unwrap();
+    count_up(&application);
+    std::thread::sleep(Duration::from_millis(200));
+    assert_eq!(daemon.terminate(), Some(15), "{}", scene.log());
+    assert!(scene.log().contains("the next start ships the rest"), "{}", scene.log());
+    std::fs::rename(server.path("../hidden"), server.path("")).unwrap();
+    let daemon = scene.start_to(&replica);
+    wait_for_restored(&replica, scene.directory.path(), COUNTER, 2);
+    assert_eq!(daemon.terminate(), Some(0), "{}", scene.log());
+    let log = run(["log", &replica, "--format", "json"]);
+    let snapshots = String::from_utf8(log.stdout).unwrap().matches("\"snapshot\"").count();
+    assert_eq!(snapshots, 1, "the second start continued");
+}
+
+/// To a bucket, with a snapshot large enough for several parts, and a stop in the middle of a burst.
+#[test]
+fn to_s3_and_back() {
+    let server = S3Server::start();
+    let scene = Scene::new();
+    let application = create_database(&scene.database(), 70_000, "");
+    let replica = server.url("tenants/a");
+    let daemon = scene.start_to(&replica);
+    for _ in 0..50 {
+        insert(&application, 20);
+        count_up(&application);
+    }
+    wait_for_restored(&replica, scene.directory.path(), COUNTER, 50);
+    insert(&application, 200);
+    count_up(&application);
+    assert_eq!(daemon.terminate(), Some(0), "{}", scene.log());
+    assert_eq!(content(&scene.database()), content(&scene.restored(&replica, &[])));
+    assert!(!scene.log().contains("testtest"));
+    let snapshot = server.path("tenants/a/snap/00000001");
+    let entry = std::fs::read_dir(snapshot).unwrap().next().unwrap().unwrap();
+    assert!(entry.metadata().unwrap().len() > 9 << 20, "several parts");
+}
+
+/// One transaction much larger than what is held in memory.
+#[test]
+fn a_large_transaction() {
+    let scene = Scene::new();
+    let application = create_database(&scene.database(), 10, "PRAGMA cache_size=-2000");
+    let daemon = scene.start();
+    scene.wait_for(0);
+    application.execute_batch("PRAGMA cache_size=-2000; BEGIN").unwrap();
+    insert(&application, 150_000);
+    // Spilled pages are written again: several images of one page in one transaction.
+    application.execute_batch("UPDATE item SET body = body || 'x' WHERE id % 7 = 0").unwrap();
+    count_up(&application);
+    application.execute_batch("COMMIT").unwrap();
+    scene.wait_for(1);
+    assert_eq!(daemon.terminate(), Some(0), "{}", scene.log());
+    assert_eq!(content(&scene.database()), content(&scene.restored(&scene.replica(), &[])));
+}
+
+/// A WAL begun on a big-endian machine has its checksums in the other byte order, and goes on so.
+#[test]
+fn a_wal_with_big_endian_checksums() {
+    use waltrail::sqlite::wal::{ByteOrder, Checksum, WAL_HEADER_LEN, WalHeader};
+    let scene = Scene::new();
+    let application = create_database(&scene.path("made.db"), 20, "");
+    application.execute_batch("PRAGMA wal_autocheckpoint=0; PRAGMA wal_checkpoint(TRUNCATE)").unwrap();
+    insert(&application, 30);
+    for suffix in ["", "-wal"] {
+        let (from, to) = (scene.path(&format!("made.db{suffix}")), scene.path(&format!("app.db{suffix}")));
+        assert!(Command::new("cp").arg(from).arg(to).status().unwrap().success());
+    }
+    drop(application);
+    let mut wal = std::fs::read(scene.path("app.db-wal")).unwrap();
+    let frame_len = WalHeader::parse(wal.first_chunk().unwrap()).unwrap().frame_len();
+    wal[3] |= 1;
+    let put = |wal: &mut [u8], at: usize, sum: Checksum| {
+        wal[at..at + 4].copy_from_slice(&sum.0.to_be_bytes());
+        wal[at + 4..at + 8].copy_from_slice(&sum.1.to_be_bytes());
+    };
+    let mut sum = Checksum::default().extended(ByteOrder::Big, &wal[..24]);
+    put(&mut wal, 24, sum);
+    let mut at = WAL_HEADER_LEN;
+    while at < wal.len() {
+        sum = sum.extended(ByteOrder::Big, &wal[at..at + 8]).extended(ByteOrder::Big, &wal[at + 24..at + frame_len]);
+        put(&mut wal, at + 16, sum);
+        at += frame_len;
+    }
+    std::fs::write(scene.path("app.db-wal"), &wal).unwrap();
+    let application = open(&scene.database());
+    application.execute_batch("PRAGMA wal_autocheckpoint=0").unwrap();
+    assert_eq!(number(&application, "SELECT count(*) FROM item"), 50);
+    let daemon = scene.start();
+    scene.wait_for(0);
+    for _ in 0..10 {
+        insert(&application, 5);
+        count_up(&application);
+    }
+    scene.wait_for(10);
+    assert_eq!(std::fs::read(scene.path("app.db-wal")).unwrap()[3] & 1, 1, "still big-endian");
+    assert_eq!(daemon.terminate(), Some(0), "{}", scene.log());
+    assert_eq!(content(&scene.database()), content(&scene.restored(&scene.replica(), &[])));
+}
+
+/// Two replicas of one database's file, an application with the distribution's own sqlite3, if it is there.
+#[test]
+fn with_another_sqlite() {
+    let sqlite3 = |path: &PathBuf, sql: &str| {
+        let done = Command::new("sqlite3").arg(path).arg(sql).output().ok()?;
+        assert!(done.status.success(), "{}", String::from_utf8_lossy(&done.stderr));
+        Some(String::from_utf8(done.stdout).unwrap())
+    };
+    let scene = Scene::new();
+    let create = "PRAGMA journal_mode=WAL; CREATE TABLE counter(n); INSERT INTO counter VALUES(0);";
+    if sqlite3(&scene.database(), create).is_none() {
+        eprintln!("no sqlite3 here; .ci/run installs it");
+        return;
+    }
+    let daemon = scene.start();
+    for _ in 0..20 {
+        // Each opens the database, writes, and closes it.
+        sqlite3(&scene.database(), "PRAGMA busy_timeout=2000; UPDATE counter SET n = n + 1;").unwrap();
+    }
+    scene.wait_for(20);
+    assert_eq!(daemon.terminate(), Some(0), "{}", scene.log());
+    let restored = scene.restored(&scene.replica(), &[]);
+    assert_eq!(sqlite3(&restored, "PRAGMA integrity_check; SELECT n FROM counter;").unwrap(), "ok\n20\n");
+}

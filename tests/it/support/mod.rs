@@ -1,0 +1,156 @@
+//! What the tests drive: the built program, real databases, a real S3 server.
+
+pub mod s3;
+
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Output, Stdio};
+use std::time::Duration;
+
+use rusqlite::Connection;
+
+/// The built program, with credentials for [`s3::S3Server`] and nothing else of the environment that could change it.
+pub fn waltrail() -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_waltrail"));
+    for name in ["WALTRAIL_CONFIG", "AWS_PROFILE", "AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_SESSION_TOKEN"] {
+        command.env_remove(name);
+    }
+    command.env("AWS_ACCESS_KEY_ID", "test").env("AWS_SECRET_ACCESS_KEY", "testtest");
+    command
+}
+
+/// Runs the program to its end.
+pub fn run<I: IntoIterator<Item = S>, S: AsRef<std::ffi::OsStr>>(arguments: I) -> Output {
+    waltrail().args(arguments).output().unwrap()
+}
+
+pub fn stderr(output: &Output) -> String {
+    String::from_utf8_lossy(&output.stderr).into_owned()
+}
+
+/// A running `waltrail replicate`. Killed when it is dropped.
+pub struct Daemon {
+    child: Child,
+}
+
+impl Daemon {
+    pub fn start(arguments: &[&str], log: &Path) -> Self {
+        let file = std::fs::File::options().create(true).append(true).open(log).unwrap();
+        let child = waltrail().arg("replicate").args(arguments).stdout(Stdio::null()).stderr(file).spawn().unwrap();
+        Self { child }
+    }
+
+    /// Sends SIGTERM and waits; gives the exit code.
+    pub fn terminate(mut self) -> Option<i32> {
+        self.signal(libc::SIGTERM);
+        self.child.wait().unwrap().code()
+    }
+
+    pub fn signal(&self, number: libc::c_int) {
+        // SAFETY: sends a signal to a child that has not been waited for.
+        assert_eq!(unsafe { libc::kill(self.child.id() as libc::pid_t, number) }, 0);
+    }
+
+    /// SIGKILL.
+    pub fn kill(mut self) {
+        self.child.kill().unwrap();
+        self.child.wait().unwrap();
+    }
+}
+
+impl Drop for Daemon {
+    fn drop(&mut self) {
+        self.child.kill().ok();
+        self.child.wait().ok();
+    }
+}
+
+/// Asks again until there is an answer; fails after 30 seconds.
+pub fn wait_for<T>(what: &str, mut ask: impl FnMut() -> Option<T>) -> T {
+    for _ in 0..1500 {
+        if let Some(answer) = ask() {
+            return answer;
+        }
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    panic!("waited too long for {what}");
+}
+
+/// Waits until a restore of the newest state gives `want` of `query`'s first column; returns the restored file's path.
+pub fn wait_for_restored(replica: &str, directory: &Path, query: &str, want: i64) -> PathBuf {
+    let output = directory.join("restored.db");
+    let mut last = String::new();
+    for _ in 0..200 {
+        let done = run(["restore", replica, "--force", "--output", output.to_str().unwrap()]);
+        last = stderr(&done);
+        if done.status.success() && number(&open(&output), query) == want {
+            return output;
+        }
+        std::thread::sleep(Duration::from_millis(50));
+    }
+    panic!("waited too long for {want} from {query}; the last restore said: {last}");
+}
+
+pub fn open(path: &Path) -> Connection {
+    let connection = Connection::open(path).unwrap();
+    connection.busy_timeout(Duration::from_secs(5)).unwrap();
+    connection
+}
+
+pub fn number(connection: &Connection, query: &str) -> i64 {
+    connection.query_row(query, [], |row| row.get(0)).unwrap()
+}
+
+/// Every row of every table, as text: what must be the same in a restored database.
+pub fn content(path: &Path) -> Vec<String> {
+    let connection = open(path);
+    let verdict: String = connection.query_row("PRAGMA integrity_check", [], |row| row.get(0)).unwrap();
+    assert_eq!(verdict, "ok", "{}", path.display());
+    let mut tables = connection.prepare("SELECT name, sql FROM sqlite_schema WHERE type = 'table' ORDER BY name").unwrap();
+    let tables: Vec<(String, String)> =
+        tables.query_map([], |row| Ok((row.get(0)?, row.get(1)?))).unwrap().map(Result::unwrap).collect();
+    let mut content = Vec::new();
+    for (name, sql) in tables {
+        content.push(sql);
+        let mut rows = connection.prepare(&format!("SELECT * FROM \"{name}\" ORDER BY rowid")).unwrap();
+        let columns = rows.column_count();
+        let mut rows = rows.query([]).unwrap();
+        while let Some(row) = rows.next().unwrap() {
+            let values: Vec<String> =
+                (0..columns).map(|column| format!("{:?}", row.get_ref(column).unwrap())).collect();
+            content.push(values.join("|"));
+        }
+    }
+    content
+}
+
+/// A database like an application's: two tables, an index, `rows` rows.
+pub fn create_database(path: &Path, rows: i64, pragmas: &str) -> Connection {
+    let connection = open(path);
+    connection.execute_batch(pragmas).unwrap();
+    connection
+        .execute_batch(
+            "PRAGMA journal_mode=WAL; PRAGMA synchronous=NORMAL;
+             CREATE TABLE item(id INTEGER PRIMARY KEY, body TEXT, hash TEXT);
+             CREATE INDEX item_hash ON item(hash);
+             CREATE TABLE counter(n INT);
+             INSERT INTO counter VALUES(0);",
+        )
+        .unwrap();
+    insert(&connection, rows);
+    connection
+}
+
+pub fn insert(connection: &Connection, rows: i64) {
+    connection
+        .execute(
+            "WITH RECURSIVE c(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM c WHERE i < ?1)
+             INSERT INTO item(body, hash) SELECT hex(randomblob(150)), hex(randomblob(8)) FROM c WHERE ?1 > 0",
+            [rows],
+        )
+        .unwrap();
+}
+
+/// One small transaction.
+pub fn count_up(connection: &Connection) {
+    connection.execute_batch("UPDATE counter SET n = n + 1").unwrap();
+}
