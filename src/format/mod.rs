@@ -144,7 +144,7 @@ pub(crate) fn seal(bytes: &mut Vec<u8>) {
 }
 
 /// The header of a segment or snapshot: magic, version, page size, reserved zeros, CRC-32; 32 bytes.
-pub(crate) const HEADER_LEN: usize = 32;
+pub const HEADER_LEN: usize = 32;
 
 pub(crate) fn encode_header(magic: &[u8; 8], page_size: u32) -> Vec<u8> {
     let mut header = magic.to_vec();

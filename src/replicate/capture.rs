@@ -102,7 +102,7 @@ impl Capture {
     ///
     /// # Errors
     /// What the sink answers, SQLite, or the operating system.
-    pub fn barrier<S: Sink>(&mut self, sink: &mut S) -> Result<bool, S::Error> {
+    pub fn barrier<S: Sink>(&mut self, sink: &mut S, lock_attempts: u32) -> Result<bool, S::Error> {
         // The long copy and its fsync happen here, with no lock held; what is left for the lock is what came in meanwhile.
         for _ in 0..3 {
             self.live.passive_checkpoint()?;
@@ -111,7 +111,7 @@ impl Capture {
             }
         }
         let follower = &mut self.follower;
-        let done = self.live.barrier(|files| read_settled(follower, files, sink).map(|_| ()))?;
+        let done = self.live.barrier(lock_attempts, |files| read_settled(follower, files, sink).map(|_| ()))?;
         self.pin_is_at_zero = done == Some(true);
         Ok(self.pin_is_at_zero)
     }

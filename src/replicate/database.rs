@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use tokio::sync::mpsc::{self, error::TrySendError};
 
-use super::capture::{Capture, Sink};
+use super::capture::Capture;
 use super::claim::{Claimed, Continuing};
 use super::ledger::{FOLD_AT_ENTRIES, Ledger};
 use super::record::{Ignore, RecordError, Recorder, Start};
@@ -35,8 +35,10 @@ const QUIET_AFTER: Duration = Duration::from_secs(1);
 /// A checkpoint of a quiet database that others hold up is tried again after this.
 const QUIET_RETRY: Duration = Duration::from_secs(60);
 /// A barrier that was not to be had is tried again after this at first, then at doubling intervals.
-const FIRST_BARRIER_RETRY: Duration = Duration::from_millis(20);
-const LAST_BARRIER_RETRY: Duration = Duration::from_secs(1);
+const FIRST_BARRIER_RETRY: Duration = Duration::from_millis(10);
+const LAST_BARRIER_RETRY: Duration = Duration::from_millis(320);
+/// So often the write lock is asked for at a time, a few dozen microseconds apart.
+const LOCK_ATTEMPTS: u32 = 200;
 /// A snapshot that could not be stored is read again after this.
 const SNAPSHOT_RETRY: Duration = Duration::from_secs(30);
 /// At a stop, a snapshot is read on for so long.
@@ -550,16 +552,20 @@ impl<'a> Following<'a> {
     }
 
     fn barrier(&mut self) -> Result<bool, DatabaseError> {
-        fn attempt<S: Sink<Error = RecordError>>(capture: &mut Capture, sink: &mut S) -> Result<bool, DatabaseError> {
-            match capture.barrier(sink) {
+        let threshold = self.around.settings.checkpoint_threshold_bytes.max(1);
+        // The larger the WAL has grown, the longer it is worth waiting for a gap between two writers.
+        let excess = u32::try_from(self.capture.wal_len_bytes() / threshold).unwrap_or(u32::MAX);
+        let lock_attempts = LOCK_ATTEMPTS.saturating_mul(excess.clamp(1, 8));
+        let attempt = |captured: Result<bool, RecordError>| -> Result<bool, DatabaseError> {
+            match captured {
                 Err(RecordError::Sqlite(error)) if error.is_busy() => Ok(false),
                 other => Ok(other?),
             }
-        }
+        };
         let before = self.recorder.as_ref().map(|recorder| recorder.last().position.txid);
         let is_done = match &mut self.recorder {
-            Some(recorder) => attempt(&mut self.capture, recorder)?,
-            None => attempt(&mut self.capture, &mut Ignore)?,
+            Some(recorder) => attempt(self.capture.barrier(recorder, lock_attempts))?,
+            None => attempt(self.capture.barrier(&mut Ignore, lock_attempts))?,
         };
         if self.recorder.as_ref().map(|recorder| recorder.last().position.txid) != before {
             self.note_commits();

@@ -266,8 +266,8 @@ async fn follow_once(
         database: database.clone(),
         what: panic.to_string(),
     };
-    let failed_to_ship = |source| ReplicateError::Ship { database: database.clone(), source };
     let mut stopped_at = None;
+    let mut shipped = None;
     let captured = loop {
         tokio::select! {
             () = stop.cancelled(), if stopped_at.is_none() => {
@@ -275,37 +275,33 @@ async fn follow_once(
                 mailbox.send(Event::Stop);
             }
             ended = &mut following => break ended.map_err(panicked)?,
-            // It ends before the thread only when it can't go on.
-            shipped = &mut shipping => {
+            // It ends with the thread's last job, or before it when it can't go on: then the thread has to end, too.
+            ended = &mut shipping, if shipped.is_none() => {
+                shipped = Some(ended.map_err(panicked)?);
                 mailbox.send(Event::Stop);
-                following.await.map_err(panicked)?.ok();
-                return match shipped.map_err(panicked)? {
-                    Ok(()) => Ok(None),
-                    Err(ShipError::Spool(what)) => Ok(Some(DatabaseError::Local(io::Error::other(what)))),
-                    Err(source) => Err(failed_to_ship(source)),
-                };
             }
         }
     };
-    let Some(stopped_at) = stopped_at else {
-        shipping.abort();
-        return Ok(captured.err());
-    };
-    let used = clock.monotonic().saturating_sub(stopped_at);
-    let shipped = tokio::time::timeout(shutdown_timeout.saturating_sub(used), &mut shipping).await;
+    if let (None, Some(stopped_at)) = (&shipped, stopped_at) {
+        let used = clock.monotonic().saturating_sub(stopped_at);
+        let in_time = tokio::time::timeout(shutdown_timeout.saturating_sub(used), &mut shipping).await;
+        shipped = in_time.ok().transpose().map_err(panicked)?;
+    }
     shipping.abort();
+    match shipped {
+        Some(Err(ShipError::Spool(what))) => return Ok(Some(DatabaseError::Local(io::Error::other(what)))),
+        Some(Err(source)) => return Err(ReplicateError::Ship { database, source }),
+        Some(Ok(())) | None => {}
+    }
     let captured = match captured {
+        Err(error) if stopped_at.is_none() => return Ok(Some(error)),
         Err(DatabaseError::Sqlite(SqliteError::NotThere { .. })) => return Ok(None),
         captured => captured.map_err(|source| ReplicateError::Database { database: database.clone(), source })?,
-    };
-    let is_shipped = match shipped {
-        Ok(ended) => ended.map_err(panicked)?.map(|()| true).map_err(failed_to_ship)?,
-        Err(_out_of_time) => false,
     };
     let confirmed_txid = *progress.confirmed.borrow();
     match not_confirmed(captured, confirmed_txid, progress.snapshot_is_missing.load(Ordering::Relaxed)) {
         Some(what) => Err(ReplicateError::NotConfirmed { database, what }),
-        None if is_shipped => Ok(None),
+        None if shipped.is_some() => Ok(None),
         None => Err(ReplicateError::NotConfirmed { database, what: "storage did not answer in time".into() }),
     }
 }

@@ -15,8 +15,8 @@ use super::plan::{Plan, check_footer, read_table};
 use crate::format::block::{BLOCK_HEADER_LEN, BlockHeader};
 use crate::format::key::SegmentKey;
 use crate::format::segment::{PageStream, Segment, SegmentFooter, Transaction};
-use crate::format::snapshot::{ExtentRecord, SnapshotIndex, decode_extent};
-use crate::format::{extent_pages, lock_page, page_hash};
+use crate::format::snapshot::{ExtentRecord, SnapshotIndex, check_snapshot_header, decode_extent};
+use crate::format::{HEADER_LEN, extent_pages, lock_page, page_hash};
 use crate::store::SharedStore;
 
 /// A segment up to this size is fetched whole.
@@ -277,6 +277,9 @@ impl Execution<'_> {
 
     async fn snapshot_index(&self) -> Result<SnapshotIndex, RestoreError> {
         let (footer, key, location) = (&self.plan.snapshot_footer, &self.plan.snapshot.key, &self.plan.location);
+        let header = self.store.get_range(&key.to_string(), 0, HEADER_LEN as u64).await;
+        let header = header.map_err(RestoreError::object(location, key))?;
+        check_snapshot_header(&header, footer.page_size).map_err(RestoreError::format(location, key))?;
         let blocks = self.store.get_range(&key.to_string(), footer.index_offset, footer.index_len).await;
         let blocks = blocks.map_err(RestoreError::object(location, key))?;
         footer.decode_index(&blocks).map_err(RestoreError::format(location, key))

@@ -113,7 +113,12 @@ impl History {
 async fn check_marker(store: &SharedStore, location: &str) -> Result<(), RestoreError> {
     let bytes = match store.get(MARKER_KEY, RECORD_LIMIT).await {
         Err(error) if error.is_not_found() => {
-            return Err(RestoreError::NoReplica { location: location.to_owned() });
+            // Some servers answer the same when the bucket is not there; a listing tells. And a replica that has lost its
+            // marker is no place without a backup.
+            return Err(match store.list(EPOCHS_PREFIX, None).await?.is_empty() {
+                true => RestoreError::NoReplica { location: location.to_owned() },
+                false => RestoreError::damaged(location, &MARKER_KEY, &"it is missing"),
+            });
         }
         // A replica's directory is made by the first put. A bucket that is not there is another thing: a mistake.
         Err(error) if error.kind == StoreErrorKind::NoSuchBucket && location.starts_with("file://") => {

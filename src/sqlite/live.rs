@@ -29,6 +29,9 @@ use super::header::{DatabaseHeader, HEADER_LEN};
 use super::wal_index::{WAL_INDEX_LEN, WalIndex};
 use super::{SqliteError, sidecar};
 
+/// Between two attempts to take the write lock.
+const LOCK_ATTEMPT_INTERVAL: Duration = Duration::from_micros(30);
+
 /// What tells one state of a file from another without reading it. Times in nanoseconds since 1970.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub struct FileIdentity {
@@ -249,25 +252,35 @@ impl LiveDatabase {
     /// again, which now takes mark 0, so that the next writer restarts the WAL. Writes nothing.
     ///
     /// # Errors
-    /// What `capture` answers, or SQLite. `Ok(None)` when the write lock was not to be had at once, `Ok(Some(false))` when
-    /// frames are left that another reader holds back.
+    /// What `capture` answers, or SQLite. `Ok(None)` when the write lock was not to be had in `lock_attempts`, `Ok(Some(false))`
+    /// when frames are left that another reader holds back.
     pub fn barrier<E: From<SqliteError>>(
         &mut self,
+        lock_attempts: u32,
         capture: impl FnOnce(&Files) -> Result<(), E>,
     ) -> Result<Option<bool>, E> {
         let path = self.files.path.clone();
-        match self.control.prepare_cached("BEGIN IMMEDIATE").and_then(|mut begin| begin.execute([])) {
-            Ok(_) => {}
-            Err(error) => {
-                let error = SqliteError::sqlite(&path, "take the write lock")(error);
-                return if error.is_busy() { Ok(None) } else { Err(error.into()) };
-            }
+        if !self.take_write_lock(lock_attempts)? {
+            return Ok(None);
         }
         let done = self.barrier_locked(capture);
         let released = self.control.prepare_cached("ROLLBACK").and_then(|mut rollback| rollback.execute([]));
         let is_checkpointed = done?;
         released.map_err(SqliteError::sqlite(&path, "release the write lock"))?;
         Ok(Some(is_checkpointed))
+    }
+
+    /// Asks again and again, because a busy writer leaves the lock free only for moments; while we ask, nobody waits for us.
+    fn take_write_lock(&self, attempts: u32) -> Result<bool, SqliteError> {
+        for _ in 0..attempts {
+            let begun = self.control.prepare_cached("BEGIN IMMEDIATE").and_then(|mut begin| begin.execute([]));
+            match begun.map_err(SqliteError::sqlite(&self.files.path, "take the write lock")) {
+                Ok(_) => return Ok(true),
+                Err(error) if error.is_busy() => std::thread::sleep(LOCK_ATTEMPT_INTERVAL),
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(false)
     }
 
     fn barrier_locked<E: From<SqliteError>>(
@@ -311,23 +324,27 @@ fn connect(path: &Path) -> Result<Connection, SqliteError> {
         connection.execute_batch("PRAGMA synchronous=FULL; PRAGMA mmap_size=0; PRAGMA cache_size=-64")?;
         Ok(connection)
     };
-    open().map_err(SqliteError::sqlite(path, "open"))
+    open().map_err(|error| explain(path, error))
+}
+
+/// What stands in the way of using the database at all, and what to do about it.
+fn explain(path: &Path, error: rusqlite::Error) -> SqliteError {
+    let not_wal = |why: &str| SqliteError::NotWal { path: path.to_owned(), why: why.into() };
+    match error.sqlite_error_code() {
+        Some(rusqlite::ErrorCode::DatabaseBusy | rusqlite::ErrorCode::DatabaseLocked) => not_wal(
+            "another process has it locked; let the application open it without locking_mode=EXCLUSIVE, \
+             or run `PRAGMA journal_mode=WAL` yourself while nothing uses it",
+        ),
+        Some(rusqlite::ErrorCode::ReadOnly | rusqlite::ErrorCode::CannotOpen) => {
+            not_wal("it is read-only for this user; give waltrail write access to the file and its directory")
+        }
+        _ => SqliteError::sqlite(path, "open")(error),
+    }
 }
 
 /// Whether the database had to be switched.
 fn ensure_wal_mode(path: &Path, control: &Connection) -> Result<bool, SqliteError> {
-    let not_wal = |why: String| SqliteError::NotWal { path: path.to_owned(), why };
-    let explain = |error: rusqlite::Error| match error.sqlite_error_code() {
-        Some(rusqlite::ErrorCode::DatabaseBusy | rusqlite::ErrorCode::DatabaseLocked) => not_wal(
-            "another process has it locked; let the application open it without locking_mode=EXCLUSIVE, \
-             or run `PRAGMA journal_mode=WAL` yourself while nothing uses it"
-                .into(),
-        ),
-        Some(rusqlite::ErrorCode::ReadOnly) => {
-            not_wal("it is read-only for this user; give waltrail write access to the file and its directory".into())
-        }
-        _ => SqliteError::sqlite(path, "set the journal mode")(error),
-    };
+    let explain = |error| explain(path, error);
     control.busy_timeout(Duration::from_millis(500)).map_err(SqliteError::sqlite(path, "open"))?;
     let mode: String = control.query_row("PRAGMA journal_mode", [], |row| row.get(0)).map_err(explain)?;
     if mode.eq_ignore_ascii_case("wal") {
@@ -336,7 +353,8 @@ fn ensure_wal_mode(path: &Path, control: &Connection) -> Result<bool, SqliteErro
     }
     let now: String = control.query_row("PRAGMA journal_mode=WAL", [], |row| row.get(0)).map_err(explain)?;
     if !now.eq_ignore_ascii_case("wal") {
-        return Err(not_wal(format!("SQLite leaves it in mode '{now}'; is its file system or device read-only?")));
+        let why = format!("SQLite leaves it in mode '{now}'; is its file system or device read-only?");
+        return Err(SqliteError::NotWal { path: path.to_owned(), why });
     }
     control.busy_timeout(Duration::ZERO).map_err(SqliteError::sqlite(path, "open"))?;
     Ok(true)

@@ -30,8 +30,8 @@ pub enum SqliteError {
         /// What is wrong with its header.
         source: header::HeaderError,
     },
-    /// The database could not be switched to WAL mode.
-    #[error("{} can't be switched to WAL mode: {why}", path.display())]
+    /// The database can't be used in WAL mode.
+    #[error("{} can't be used in WAL mode: {why}", path.display())]
     NotWal {
         /// The database.
         path: PathBuf,

@@ -4,6 +4,8 @@ use std::fs::{self, File};
 use std::io::{self, Read, Seek, SeekFrom, Write};
 use std::os::unix::fs::FileExt;
 use std::path::{Component, Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use async_trait::async_trait;
 use bytes::Bytes;
@@ -17,13 +19,15 @@ const INCOMING: &str = ".incoming";
 #[derive(Debug, Clone)]
 pub struct DirectoryStore {
     root: PathBuf,
+    /// Whether the root has been there: one that goes away (a disk that is unmounted) is not made again.
+    was_there: Arc<AtomicBool>,
 }
 
 impl DirectoryStore {
     /// The store below `root`, which the first put makes if it is not there.
     #[must_use]
     pub fn new(root: PathBuf) -> Self {
-        Self { root }
+        Self { root, was_there: Arc::default() }
     }
 
     /// Runs file work on a thread that may block.
@@ -52,7 +56,10 @@ impl DirectoryStore {
     /// A missing root is another thing than a missing object: the disk may not be mounted.
     fn check_root(&self) -> io::Result<()> {
         match fs::metadata(&self.root) {
-            Ok(found) if found.is_dir() => Ok(()),
+            Ok(found) if found.is_dir() => {
+                self.was_there.store(true, Ordering::Relaxed);
+                Ok(())
+            }
             Ok(_) => Err(io::Error::new(io::ErrorKind::NotADirectory, "the replica's path is not a directory")),
             Err(error) if error.kind() == io::ErrorKind::NotFound => {
                 Err(io::Error::new(io::ErrorKind::NotADirectory, "the replica's directory is not there"))
@@ -68,8 +75,12 @@ impl DirectoryStore {
 
     /// A new file that is not visible under any key.
     fn incoming(&self) -> io::Result<tempfile::NamedTempFile> {
+        if self.was_there.load(Ordering::Relaxed) {
+            self.check_root()?;
+        }
         let incoming = self.root.join(INCOMING);
         create_directories(&incoming)?;
+        self.check_root()?;
         tempfile::Builder::new().prefix("put-").tempfile_in(incoming)
     }
 

@@ -19,10 +19,11 @@ fn make_replica(directory: &Path, replica: &str) {
     let database = directory.join("app.db");
     let application = create_database(&database, 100, "");
     let daemon = Daemon::start(&[database.to_str().unwrap(), replica], &directory.join("daemon.log"));
-    for _ in 0..5 {
+    for n in 0..3 {
+        wait_for_restored(replica, directory, "SELECT n FROM counter", n);
         count_up(&application);
     }
-    wait_for_restored(replica, directory, "SELECT n FROM counter", 5);
+    wait_for_restored(replica, directory, "SELECT n FROM counter", 3);
     count_up(&application);
     assert_eq!(daemon.terminate(), Some(0));
 }

@@ -313,24 +313,24 @@ fn a_second_daemon_is_refused_at_once() {
 /// Storage is away at the stop: the exit code says so, and the next start ships the rest.
 #[test]
 fn a_stop_that_can_not_confirm_says_so() {
-    let server = S3Server::start();
     let scene = Scene::new();
     let application = create_database(&scene.database(), 100, "");
-    let replica = server.url("app");
-    let daemon = scene.start_to(&replica);
+    let daemon = scene.start();
+    scene.wait_for(0);
     count_up(&application);
-    wait_for_restored(&replica, scene.directory.path(), COUNTER, 1);
-    // The bucket goes away, and so do all requests.
-    std::fs::rename(server.path(""), server.path("../hidden")).unwrap();
+    scene.wait_for(1);
+    // A disk that is unmounted: its directory must not be made again in the place where it was mounted.
+    std::fs::rename(scene.path("replica"), scene.path("unmounted")).unwrap();
     count_up(&application);
     std::thread::sleep(Duration::from_millis(200));
     assert_eq!(daemon.terminate(), Some(15), "{}", scene.log());
     assert!(scene.log().contains("the next start ships the rest"), "{}", scene.log());
-    std::fs::rename(server.path("../hidden"), server.path("")).unwrap();
-    let daemon = scene.start_to(&replica);
-    wait_for_restored(&replica, scene.directory.path(), COUNTER, 2);
+    assert!(!scene.path("replica").exists());
+    std::fs::rename(scene.path("unmounted"), scene.path("replica")).unwrap();
+    let daemon = scene.start();
+    scene.wait_for(2);
     assert_eq!(daemon.terminate(), Some(0), "{}", scene.log());
-    let log = run(["log", &replica, "--format", "json"]);
+    let log = run(["log", &scene.replica(), "--format", "json"]);
     let snapshots = String::from_utf8(log.stdout).unwrap().matches("\"snapshot\"").count();
     assert_eq!(snapshots, 1, "the second start continued");
 }
