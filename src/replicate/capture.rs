@@ -8,6 +8,11 @@ use crate::sqlite::live::{Files, LiveDatabase};
 /// How often a read of the WAL is begun again when the WAL changes under it.
 const SETTLE_ATTEMPTS: usize = 20;
 
+/// So often a barrier begins again with what came in while it asked for the write lock.
+const BARRIER_ROUNDS: usize = 6;
+/// So often the write lock is asked for in a round, a few dozen microseconds apart.
+const LOCK_ATTEMPTS: u32 = 200;
+
 /// Takes in transactions, one after another.
 pub trait Sink {
     /// What can go wrong with it.
@@ -102,18 +107,19 @@ impl Capture {
     ///
     /// # Errors
     /// What the sink answers, SQLite, or the operating system.
-    pub fn barrier<S: Sink>(&mut self, sink: &mut S, lock_attempts: u32) -> Result<bool, S::Error> {
-        // The long copy and its fsync happen here, with no lock held; what is left for the lock is what came in meanwhile.
-        for _ in 0..3 {
+    pub fn barrier<S: Sink>(&mut self, sink: &mut S) -> Result<bool, S::Error> {
+        for _ in 0..BARRIER_ROUNDS {
+            // The long copy and its fsync happen here, with no lock held; what is left for the lock is what came in meanwhile.
             self.live.passive_checkpoint()?;
-            if self.advance(sink)? <= 8 {
-                break;
+            self.advance(sink)?;
+            let follower = &mut self.follower;
+            let done = self.live.barrier(LOCK_ATTEMPTS, |files| read_settled(follower, files, sink).map(|_| ()))?;
+            if let Some(is_checkpointed) = done {
+                self.pin_is_at_zero = is_checkpointed;
+                return Ok(is_checkpointed);
             }
         }
-        let follower = &mut self.follower;
-        let done = self.live.barrier(lock_attempts, |files| read_settled(follower, files, sink).map(|_| ()))?;
-        self.pin_is_at_zero = done == Some(true);
-        Ok(self.pin_is_at_zero)
+        Ok(false)
     }
 }
 

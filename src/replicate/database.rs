@@ -23,11 +23,18 @@ use crate::sqlite::SqliteError;
 use crate::sqlite::header::{HEADER_LEN, schema_cookie};
 use crate::sqlite::live::LiveDatabase;
 
-/// Wakes are not answered more often.
-const WAKE_INTERVAL: Duration = Duration::from_millis(10);
+/// Under load, wakes are not answered more often.
+const BUSY_WAKE_INTERVAL: Duration = Duration::from_millis(10);
+/// Otherwise they are: an application's RESTART or TRUNCATE checkpoint waits for two answers, and the waits in SQLite's busy
+/// handler grow quickly.
+const WAKE_INTERVAL: Duration = Duration::from_millis(2);
+/// So many looks in a row that captured something are a load.
+const BUSY_AFTER_LOOKS: u32 = 5;
 /// A writer publishes a commit after the write that woke us, and a checkpointer its progress after its fsync, neither with an
 /// event of its own: so we look again, this soon at first, then at doubling intervals.
-const FIRST_LOOK_AGAIN: Duration = Duration::from_millis(4);
+const FIRST_LOOK_AGAIN: Duration = Duration::from_millis(1);
+/// How soon a snapshot is read on when the store was not ready for more.
+const SNAPSHOT_PAUSE: Duration = Duration::from_millis(4);
 /// A segment is cut when it has so many bytes of page images, whatever the time.
 const SEGMENT_RAW_LIMIT: u64 = 32 << 20;
 /// After a database has not been written to for so long, what is left in the WAL is checkpointed.
@@ -37,8 +44,6 @@ const QUIET_RETRY: Duration = Duration::from_secs(60);
 /// A barrier that was not to be had is tried again after this at first, then at doubling intervals.
 const FIRST_BARRIER_RETRY: Duration = Duration::from_millis(10);
 const LAST_BARRIER_RETRY: Duration = Duration::from_millis(320);
-/// So often the write lock is asked for at a time, a few dozen microseconds apart.
-const LOCK_ATTEMPTS: u32 = 200;
 /// A snapshot that could not be stored is read again after this.
 const SNAPSHOT_RETRY: Duration = Duration::from_secs(30);
 /// At a stop, a snapshot is read on for so long.
@@ -153,6 +158,7 @@ struct Following<'a> {
     last_cut: Option<Duration>,
     last_commit: Duration,
     last_look: Duration,
+    busy_looks: u32,
     look_again: Option<Duration>,
     quiet_checkpoint_due: Option<Duration>,
     barrier_retry: Duration,
@@ -183,6 +189,7 @@ impl<'a> Following<'a> {
             last_cut: None,
             last_commit: now,
             last_look: now,
+            busy_looks: 0,
             look_again: None,
             quiet_checkpoint_due: Some(now + QUIET_AFTER),
             barrier_retry: FIRST_BARRIER_RETRY,
@@ -273,7 +280,8 @@ impl<'a> Following<'a> {
     /// Many events are one wake.
     fn coalesce(&self) {
         let since = self.now().saturating_sub(self.last_look);
-        if let Some(early) = WAKE_INTERVAL.checked_sub(since) {
+        let interval = if self.busy_looks >= BUSY_AFTER_LOOKS { BUSY_WAKE_INTERVAL } else { WAKE_INTERVAL };
+        if let Some(early) = interval.checked_sub(since) {
             std::thread::sleep(early);
         }
     }
@@ -287,7 +295,7 @@ impl<'a> Following<'a> {
         let cut_due = self.recorder.as_ref().and_then(Recorder::open_len_bytes).and(self.last_cut);
         let cut_due = cut_due.filter(|_| self.claimed.is_some()).map(|last| last + self.around.settings.sync_interval);
         let barrier_due = self.is_barrier_wanted().then_some(self.barrier_due);
-        let pending_due = self.scan.is_some().then_some(now + FIRST_LOOK_AGAIN);
+        let pending_due = self.scan.is_some().then_some(now + SNAPSHOT_PAUSE);
         for due in [cut_due, barrier_due, pending_due, self.quiet_checkpoint_due, self.scan_due].into_iter().flatten() {
             wait = wait.min(due.saturating_sub(now));
         }
@@ -305,6 +313,7 @@ impl<'a> Following<'a> {
             true => self.advance()?,
             false => 0,
         };
+        self.busy_looks = if captured > 0 { self.busy_looks.saturating_add(1) } else { 0 };
         if captured > 0 {
             self.note_commits();
         }
@@ -442,7 +451,7 @@ impl<'a> Following<'a> {
         while (self.scan.is_some() || self.scan_due.is_some_and(|due| due <= self.now())) && self.now() < until {
             self.read_snapshot()?;
             if self.scan.as_ref().is_some_and(|active| active.pending.is_some()) {
-                std::thread::sleep(FIRST_LOOK_AGAIN);
+                std::thread::sleep(SNAPSHOT_PAUSE);
             }
         }
         Ok(())
@@ -552,10 +561,6 @@ impl<'a> Following<'a> {
     }
 
     fn barrier(&mut self) -> Result<bool, DatabaseError> {
-        let threshold = self.around.settings.checkpoint_threshold_bytes.max(1);
-        // The larger the WAL has grown, the longer it is worth waiting for a gap between two writers.
-        let excess = u32::try_from(self.capture.wal_len_bytes() / threshold).unwrap_or(u32::MAX);
-        let lock_attempts = LOCK_ATTEMPTS.saturating_mul(excess.clamp(1, 8));
         let attempt = |captured: Result<bool, RecordError>| -> Result<bool, DatabaseError> {
             match captured {
                 Err(RecordError::Sqlite(error)) if error.is_busy() => Ok(false),
@@ -563,10 +568,12 @@ impl<'a> Following<'a> {
             }
         };
         let before = self.recorder.as_ref().map(|recorder| recorder.last().position.txid);
+        let (begun, wal_len_bytes) = (self.now(), self.capture.wal_len_bytes());
         let is_done = match &mut self.recorder {
-            Some(recorder) => attempt(self.capture.barrier(recorder, lock_attempts))?,
-            None => attempt(self.capture.barrier(&mut Ignore, lock_attempts))?,
+            Some(recorder) => attempt(self.capture.barrier(recorder))?,
+            None => attempt(self.capture.barrier(&mut Ignore))?,
         };
+        tracing::debug!(is_done, wal_len_bytes, took = ?self.now().saturating_sub(begun), "barrier");
         if self.recorder.as_ref().map(|recorder| recorder.last().position.txid) != before {
             self.note_commits();
         }

@@ -180,10 +180,10 @@ fn the_wal_stays_small_under_load() {
     let daemon = scene.start();
     scene.wait_for(0);
     let mut largest = 0;
-    let sql = "UPDATE item SET body = hex(randomblob(150)) WHERE id % 20 = ?1";
-    for turn in 0..1500 {
+    let sql = "UPDATE item SET body = hex(randomblob(150)) WHERE id % 200 = ?1";
+    for turn in 0..4000 {
         application.execute_batch("BEGIN").unwrap();
-        application.execute(sql, [turn % 20]).unwrap();
+        application.execute(sql, [turn % 200]).unwrap();
         count_up(&application);
         application.execute_batch("COMMIT").unwrap();
         largest = largest.max(scene.wal_len());
@@ -252,6 +252,7 @@ fn databases_that_are_not_ready() {
         .execute_batch("PRAGMA journal_mode=DELETE; CREATE TABLE counter(n); INSERT INTO counter VALUES(7)")
         .unwrap();
     scene.wait_for(7);
+    assert_eq!(number(&application, COUNTER), 7);
     let mode: String = application.query_row("PRAGMA journal_mode", [], |row| row.get(0)).unwrap();
     assert_eq!(mode, "wal");
     assert!(scene.log().contains("switched to WAL mode"), "{}", scene.log());

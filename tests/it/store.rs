@@ -109,8 +109,10 @@ async fn s3_failures_are_told_apart() {
         (error.kind, text)
     };
     assert_eq!(kind(server.options("x")).await.0, StoreErrorKind::NotFound);
-    let no_bucket = kind(S3Options { bucket: "nowhere".into(), ..server.options("x") }).await;
-    assert_eq!(no_bucket.0, StoreErrorKind::NoSuchBucket, "{}", no_bucket.1);
+    // This server answers a GET from a bucket that is not there with NoSuchKey; a listing tells.
+    let elsewhere = S3Store::open(&S3Options { bucket: "nowhere".into(), ..server.options("x") }).await;
+    let no_bucket = elsewhere.list("", None).await.unwrap_err();
+    assert_eq!(no_bucket.kind, StoreErrorKind::NoSuchBucket, "{no_bucket}");
     let wrong_key = kind(S3Options { secret_access_key: Some("wrong".into()), ..server.options("x") }).await;
     assert_eq!(wrong_key.0, StoreErrorKind::Denied, "{}", wrong_key.1);
     let closed = kind(S3Options { endpoint: Some("http://127.0.0.1:1".into()), ..server.options("x") }).await;
