@@ -99,7 +99,10 @@ impl Show {
         println!("\n2. A second process replicates it: waltrail replicate app.db {replica}");
         let mut replicator = Replicator(self.start_replicator()?);
         let waited = self.wait_for_snapshot(&replica, &mut replicator).await?;
-        println!("   The first snapshot is stored after {} ms: from now on the database can be restored.", waited.as_millis());
+        println!(
+            "   The first snapshot is stored after {} ms: from now on the database can be restored.",
+            waited.as_millis()
+        );
 
         println!("\n3. The application goes on: {TRANSACTIONS} transactions, a few milliseconds apart.");
         let (moments, committed_ms) = self.write(&application)?;
@@ -121,7 +124,10 @@ impl Show {
             let time = format_time(moment.time_ms);
             let found = self.restore(&format!("{} transactions", moment.transactions), &["--at", &time])?;
             if found != moment.transactions {
-                return Err(Failure::other(format!("restored to {found} transactions instead of {}", moment.transactions)));
+                return Err(Failure::other(format!(
+                    "restored to {found} transactions instead of {}",
+                    moment.transactions
+                )));
             }
         }
         self.report_storage(&replica).await?;
@@ -191,7 +197,13 @@ impl Show {
         let output = self.work.join(format!("{}.db", what.replace(' ', "-")));
         let program = std::env::current_exe().map_err(failed("find this program"))?;
         let begun = self.clock.monotonic();
-        let done = Command::new(program).arg("restore").arg(&self.replica).arg("--output").arg(&output).args(arguments).output();
+        let done = Command::new(program)
+            .arg("restore")
+            .arg(&self.replica)
+            .arg("--output")
+            .arg(&output)
+            .args(arguments)
+            .output();
         let Output { status, stderr, .. } = done.map_err(failed("start the restore"))?;
         let took = self.clock.monotonic().saturating_sub(begun);
         if !status.success() {
@@ -220,7 +232,9 @@ impl Show {
         let (count, bytes) = segments.fold((0, 0), |(count, bytes), stored| (count + 1, bytes + stored.len_bytes));
         let snapshots = history.epochs.values().flat_map(|epoch| &epoch.snapshots);
         let snapshot_bytes: u64 = snapshots.map(|stored| stored.len_bytes).sum();
-        println!("\n6. In storage: a snapshot of {snapshot_bytes} bytes, and {count} segments of {bytes} bytes in all.");
+        println!(
+            "\n6. In storage: a snapshot of {snapshot_bytes} bytes, and {count} segments of {bytes} bytes in all."
+        );
         Ok(())
     }
 }
@@ -253,7 +267,8 @@ fn create(connection: &Connection) -> rusqlite::Result<()> {
          BEGIN;",
     )?;
     for id in 1..=CUSTOMERS {
-        connection.execute("INSERT INTO customer(id, name) VALUES(?1, ?2)", params![id, format!("customer number {id}")])?;
+        connection
+            .execute("INSERT INTO customer(id, name) VALUES(?1, ?2)", params![id, format!("customer number {id}")])?;
     }
     connection.execute_batch("COMMIT")
 }
@@ -281,8 +296,7 @@ fn transaction(connection: &Connection, number: usize) -> rusqlite::Result<()> {
 /// Checks a restored database against the same transactions run again; returns how many it holds.
 fn check(path: &Path) -> Result<usize, Failure> {
     let restored = Connection::open(path).map_err(sqlite_failed)?;
-    let verdict: String =
-        restored.query_row("PRAGMA integrity_check", [], |row| row.get(0)).map_err(sqlite_failed)?;
+    let verdict: String = restored.query_row("PRAGMA integrity_check", [], |row| row.get(0)).map_err(sqlite_failed)?;
     if verdict != "ok" {
         return Err(Failure::other(format!("integrity_check of the restored database says: {verdict}")));
     }

@@ -84,8 +84,12 @@ impl From<StoreError> for Failure {
                 STORAGE,
                 "check AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (or the profile), and what the key may do in the bucket",
             ),
-            StoreErrorKind::NoSuchBucket => (STORAGE, "check the bucket's or directory's name, the endpoint and the region"),
-            StoreErrorKind::Unavailable => (STORAGE, "check the endpoint and the network; the same command can be tried again"),
+            StoreErrorKind::NoSuchBucket => {
+                (STORAGE, "check the bucket's or directory's name, the endpoint and the region")
+            }
+            StoreErrorKind::Unavailable => {
+                (STORAGE, "check the endpoint and the network; the same command can be tried again")
+            }
             StoreErrorKind::NotFound | StoreErrorKind::WrongSize | StoreErrorKind::AlreadyExists => {
                 (DAMAGED, "the object changed or went while it was used; try again")
             }
@@ -99,7 +103,9 @@ impl From<RestoreError> for Failure {
     fn from(error: RestoreError) -> Self {
         let (code, hint) = match error {
             RestoreError::Store(error) => return error.into(),
-            RestoreError::NoReplica { .. } => (NOT_THERE, "check the bucket and the prefix; `replicate` makes a backup"),
+            RestoreError::NoReplica { .. } => {
+                (NOT_THERE, "check the bucket and the prefix; `replicate` makes a backup")
+            }
             RestoreError::NothingYet { .. } => (NOT_THERE, "the backup is complete when its first snapshot is stored"),
             RestoreError::NoSuchEpoch { .. } | RestoreError::OutOfRange { .. } => {
                 (NOT_THERE, "`waltrail log REPLICA` shows what there is")
@@ -136,9 +142,10 @@ impl From<ReplicateError> for Failure {
             ReplicateError::StateDirectory(_) => {
                 (FAILED, Some("the user needs write access to the database's directory, or state-dir elsewhere"))
             }
-            ReplicateError::Ship { source: ShipError::Replaced { .. } | ShipError::Foreign { .. }, .. } => {
-                (REPLACED, Some("two daemons replicate to one place; let only one run, and start this one again to take over"))
-            }
+            ReplicateError::Ship { source: ShipError::Replaced { .. } | ShipError::Foreign { .. }, .. } => (
+                REPLACED,
+                Some("two daemons replicate to one place; let only one run, and start this one again to take over"),
+            ),
             ReplicateError::Ship { source: ShipError::Claim(ClaimError::Format { .. }), .. } => {
                 (DAMAGED, Some("was the replica written by a newer waltrail?"))
             }

@@ -17,9 +17,7 @@ pub fn parse_moment(text: &str, now_ms: u64) -> Result<u64, String> {
         .map(|timestamp| timestamp.as_millisecond())
         .or_else(|| ago(text, now_ms));
     parsed.and_then(|ms| u64::try_from(ms).ok()).ok_or_else(|| {
-        format!(
-            "'{text}' is not a time; write 2026-03-01T14:00:00Z, '2026-03-01 14:00' (UTC), or '10 minutes ago'"
-        )
+        format!("'{text}' is not a time; write 2026-03-01T14:00:00Z, '2026-03-01 14:00' (UTC), or '10 minutes ago'")
     })
 }
 

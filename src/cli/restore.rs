@@ -10,11 +10,11 @@ use super::exit_code::Failure;
 use super::moment::{parse_moment, parse_txid};
 use super::{ConfigArgument, open_patiently};
 use crate::clock::{Clock, SystemClock, format_time};
+use crate::restore::RestoreError;
 use crate::restore::execute::execute;
 use crate::restore::history::History;
 use crate::restore::install::Incoming;
 use crate::restore::plan::{Plan, Target, plan};
-use crate::restore::RestoreError;
 use crate::store::metered::Metered;
 
 /// Arguments of `restore`.
@@ -87,7 +87,9 @@ pub async fn run(arguments: RestoreArguments) -> Result<(), Failure> {
         Err(error) => Err(error),
     };
     let plan = match planned {
-        Err(error @ (RestoreError::NoReplica { .. } | RestoreError::NothingYet { .. })) if arguments.if_replica_exists => {
+        Err(error @ (RestoreError::NoReplica { .. } | RestoreError::NothingYet { .. }))
+            if arguments.if_replica_exists =>
+        {
             eprintln!("{error}; nothing to do");
             return Ok(());
         }

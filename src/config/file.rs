@@ -103,7 +103,9 @@ impl<'de> Deserialize<'de> for SizeText {
 impl ReplicaValue {
     fn resolve(self) -> Result<ReplicaUrl, String> {
         let table = match self {
-            Self::Url(url) => return url.parse().map_err(|error: super::replica_url::ReplicaUrlError| error.to_string()),
+            Self::Url(url) => {
+                return url.parse().map_err(|error: super::replica_url::ReplicaUrlError| error.to_string());
+            }
             Self::Table(table) => table,
         };
         let mut replica = table.url.parse().map_err(|error: super::replica_url::ReplicaUrlError| error.to_string())?;
@@ -135,7 +137,8 @@ impl DatabaseTable {
     fn resolve(self) -> Result<DatabaseConfig, String> {
         let shown = self.path.display().to_string();
         let path = std::path::absolute(&self.path).map_err(|error| format!("path '{shown}': {error}"))?;
-        let mut database = DatabaseConfig::new(path, self.replica.resolve().map_err(|why| format!("database '{shown}': {why}"))?);
+        let mut database =
+            DatabaseConfig::new(path, self.replica.resolve().map_err(|why| format!("database '{shown}': {why}"))?);
         if let Some(state_dir) = self.state_dir {
             database.state_dir = state_dir;
         }
@@ -163,8 +166,7 @@ impl DatabaseTable {
 /// # Errors
 /// When the file can't be read, has a key that there is not (the error names key and line), or contradicts itself.
 pub fn load(path: &Path) -> Result<Config, ConfigError> {
-    let text = fs::read_to_string(path)
-        .map_err(|source| ConfigError::Unreadable { path: path.to_owned(), source })?;
+    let text = fs::read_to_string(path).map_err(|source| ConfigError::Unreadable { path: path.to_owned(), source })?;
     parse(&text).map_err(|what| ConfigError::Wrong { path: path.to_owned(), what })
 }
 
@@ -219,10 +221,7 @@ mod tests {
             (format!("{one}{}", one.replace("a.db", "b.db")), "each needs a place of its own"),
             (one.replace("s3://b/a", "ftp://b/a"), "unknown scheme 'ftp'"),
             ("[[database]]\npath = \"/a.db\"\n".into(), "replica"),
-            (
-                "[[database]]\npath = \"/a.db\"\nreplica = { url = \"s3://b/a\", colour = 1 }\n".into(),
-                "colour",
-            ),
+            ("[[database]]\npath = \"/a.db\"\nreplica = { url = \"s3://b/a\", colour = 1 }\n".into(), "colour"),
             (
                 "[[database]]\npath = \"/a.db\"\nreplica = { url = \"s3://b/a\", access-key-id = \"x\" }\n".into(),
                 "go together",

@@ -106,7 +106,8 @@ fn set_parameter(options: &mut S3Options, name: &str, value: String) -> Result<(
 /// # Errors
 /// A sentence that says what it must be.
 pub fn check_endpoint(endpoint: String) -> Result<String, String> {
-    let is_http = url::Url::parse(&endpoint).is_ok_and(|url| matches!(url.scheme(), "http" | "https") && url.has_host());
+    let is_http =
+        url::Url::parse(&endpoint).is_ok_and(|url| matches!(url.scheme(), "http" | "https") && url.has_host());
     if is_http { Ok(endpoint) } else { Err(format!("endpoint '{endpoint}' is not an http:// or https:// URL")) }
 }
 

@@ -41,7 +41,9 @@ impl BlockHeader {
         let (raw_len, compressed_len, crc32) = (fields.u32()? as usize, fields.u32()? as usize, fields.u32()?);
         // zstd never grows data by more than this for a flushed block.
         if raw_len > BLOCK_RAW_LIMIT || compressed_len > BLOCK_RAW_LIMIT + BLOCK_RAW_LIMIT / 128 + 1024 {
-            return Err(FormatError::Inconsistent(format!("{what} has a block of {raw_len} bytes, more than the limit")));
+            return Err(FormatError::Inconsistent(format!(
+                "{what} has a block of {raw_len} bytes, more than the limit"
+            )));
         }
         Ok(Self { raw_len, compressed_len, crc32 })
     }

@@ -175,9 +175,5 @@ pub(crate) fn decode_header(bytes: &[u8], magic: &[u8; 8], what: &'static str) -
 /// Checks that the last four bytes are the CRC-32 of those before.
 pub(crate) fn check_sealed(bytes: &[u8], what: &'static str) -> Result<(), FormatError> {
     let (content, crc32) = bytes.split_last_chunk::<4>().ok_or(FormatError::TooShort { what })?;
-    if crc32fast::hash(content) == u32::from_le_bytes(*crc32) {
-        Ok(())
-    } else {
-        Err(FormatError::BadChecksum { what })
-    }
+    if crc32fast::hash(content) == u32::from_le_bytes(*crc32) { Ok(()) } else { Err(FormatError::BadChecksum { what }) }
 }

@@ -67,7 +67,8 @@ impl EpochRecord {
         check_version(bytes)?;
         let record: Self = parse(bytes)?;
         let expected_first = record.parent.map_or(Some(1), |parent| parent.txid.checked_add(1));
-        if expected_first != Some(record.first_txid) || record.parent.is_some_and(|parent| parent.epoch >= record.epoch) {
+        if expected_first != Some(record.first_txid) || record.parent.is_some_and(|parent| parent.epoch >= record.epoch)
+        {
             return Err(FormatError::Inconsistent("the record does not follow its parent".into()));
         }
         Ok(record)

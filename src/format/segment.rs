@@ -299,7 +299,8 @@ impl SegmentFooter {
 
     fn decode_transaction(&self, txid: u64, fields: &mut Fields<'_>) -> Result<Transaction, FormatError> {
         let (time_ms, fingerprint) = (fields.u64()?, fields.u64()?);
-        let (size_pages, schema_cookie, page_count, flags) = (fields.u32()?, fields.u32()?, fields.u32()?, fields.u32()?);
+        let (size_pages, schema_cookie, page_count, flags) =
+            (fields.u32()?, fields.u32()?, fields.u32()?, fields.u32()?);
         if page_count as usize > fields.rest.len() / 4 || flags > 7 {
             return Err(FormatError::Inconsistent(format!("transaction {txid} in the segment's table can't be right")));
         }

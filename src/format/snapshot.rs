@@ -210,7 +210,8 @@ impl SnapshotFooter {
         let (txid, key_time_ms, last_txid) = (fields.u64()?, fields.u64()?, fields.u64()?);
         let (time_ms, fingerprint) = (fields.u64()?, fields.u64()?);
         let (index_block_count, source_count, extent_count) = (fields.u32()?, fields.u32()?, fields.u32()?);
-        let (size_pages, schema_cookie, page_size, epoch) = (fields.u32()?, fields.u32()?, fields.u32()?, fields.u32()?);
+        let (size_pages, schema_cookie, page_size, epoch) =
+            (fields.u32()?, fields.u32()?, fields.u32()?, fields.u32()?);
         let crc32 = fields.u32()?;
         fields.magic(FOOTER_MAGIC)?;
         if crc32fast::hash(&[&bytes[..84], &FOOTER_MAGIC[..]].concat()) != crc32 || bytes[96..] != [0; 4] {

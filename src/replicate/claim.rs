@@ -92,7 +92,9 @@ pub async fn open_replica(store: &SharedStore) -> Result<OpenReplica, ClaimError
             let marker = Bytes::from(ReplicaMarker { format: FORMAT_VERSION, replica: random_id()? }.encode());
             match store.put(MARKER_KEY, marker.clone(), PutMode::IfAbsent).await {
                 Ok(()) => marker,
-                Err(error) if error.kind == StoreErrorKind::AlreadyExists => store.get(MARKER_KEY, RECORD_LIMIT).await?,
+                Err(error) if error.kind == StoreErrorKind::AlreadyExists => {
+                    store.get(MARKER_KEY, RECORD_LIMIT).await?
+                }
                 Err(error) => return Err(error.into()),
             }
         }

@@ -166,11 +166,7 @@ struct Following<'a> {
 }
 
 impl<'a> Following<'a> {
-    fn begin(
-        around: Surroundings,
-        directory: &'a StateDirectory,
-        live: LiveDatabase,
-    ) -> Result<Self, DatabaseError> {
+    fn begin(around: Surroundings, directory: &'a StateDirectory, live: LiveDatabase) -> Result<Self, DatabaseError> {
         let spool = Spool::new(directory.spool_path());
         let saved = directory.load().filter(|(state, _)| state.page_size == live.files.page_size);
         let left_at = saved.as_ref().and_then(|(state, _)| state.wal_position());
@@ -224,8 +220,7 @@ impl<'a> Following<'a> {
         let database = self.around.settings.path.display().to_string();
         let Ok(ledger) = ledger else { return Ok(None) };
         let is_untouched = self.capture.files().main_identity()? == state.main;
-        let start =
-            Start { position: state.captured, time_ms: state.time_ms, schema_cookie: state.schema_cookie };
+        let start = Start { position: state.captured, time_ms: state.time_ms, schema_cookie: state.schema_cookie };
         let clock = self.around.clock.clone();
         let mut recorder = Recorder::new(self.spool.clone(), clock, ledger, state.page_size, start);
         // The epoch to come is not known yet.
@@ -305,7 +300,8 @@ impl<'a> Following<'a> {
     /// Captures, if there is anything to capture or to let go of.
     fn look(&mut self) -> Result<(), DatabaseError> {
         self.last_look = self.now();
-        self.look_again = self.look_again.map(|wait| wait * 2).filter(|&wait| wait < self.around.settings.poll_interval);
+        self.look_again =
+            self.look_again.map(|wait| wait * 2).filter(|&wait| wait < self.around.settings.poll_interval);
         if self.look_again.is_none() {
             self.capture.files().check_still_there()?;
         }

@@ -92,7 +92,9 @@ fn read_extent(capture: &Capture, first_page: u32, page_count: u32) -> Result<Ve
     let mut content = vec![0; page_count as usize * page_size];
     capture.follower().read_pages(capture.files(), first_page, &mut content)?;
     let lock_page = lock_page(capture.files().page_size);
-    if let Some(image) = lock_page.checked_sub(first_page).and_then(|at| content.chunks_exact_mut(page_size).nth(at as usize)) {
+    if let Some(image) =
+        lock_page.checked_sub(first_page).and_then(|at| content.chunks_exact_mut(page_size).nth(at as usize))
+    {
         image.fill(0);
     }
     Ok(content)

@@ -67,7 +67,11 @@ pub struct Progress {
 
 impl Default for Progress {
     fn default() -> Self {
-        Self { waiting_bytes: AtomicU64::new(0), confirmed: watch::Sender::new(0), snapshot_is_missing: AtomicBool::new(false) }
+        Self {
+            waiting_bytes: AtomicU64::new(0),
+            confirmed: watch::Sender::new(0),
+            snapshot_is_missing: AtomicBool::new(false),
+        }
     }
 }
 

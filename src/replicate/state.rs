@@ -96,7 +96,8 @@ impl StateDirectory {
         let failed = |source| StateDirectoryError::Io { path: path.to_owned(), source };
         DirBuilder::new().recursive(true).mode(0o700).create(path.join("spool")).map_err(failed)?;
         let mut options = File::options();
-        let lock = options.write(true).create(true).truncate(false).mode(0o600).open(path.join("lock")).map_err(failed)?;
+        let lock =
+            options.write(true).create(true).truncate(false).mode(0o600).open(path.join("lock")).map_err(failed)?;
         match lock.try_lock() {
             Ok(()) => Ok(Self { path: path.to_owned(), _lock: lock }),
             Err(fs::TryLockError::WouldBlock) => Err(StateDirectoryError::Locked(path.to_owned())),

@@ -286,12 +286,7 @@ impl Execution<'_> {
     }
 }
 
-fn check_segment(
-    footer: &SegmentFooter,
-    key: &SegmentKey,
-    location: &str,
-    page_size: u32,
-) -> Result<(), RestoreError> {
+fn check_segment(footer: &SegmentFooter, key: &SegmentKey, location: &str, page_size: u32) -> Result<(), RestoreError> {
     check_footer(footer, key, location)?;
     if footer.page_size == page_size {
         Ok(())

@@ -61,9 +61,7 @@ impl History {
             .buffered(RECORDS_IN_FLIGHT)
             .try_collect()
             .await?;
-        let empty = |record: EpochRecord| {
-            (record.epoch, Epoch { record, segments: Vec::new(), snapshots: Vec::new() })
-        };
+        let empty = |record: EpochRecord| (record.epoch, Epoch { record, segments: Vec::new(), snapshots: Vec::new() });
         let mut history = Self { location, epochs: records.into_iter().map(empty).collect(), strangers };
         for object in store.list("log/", None).await? {
             let key = SegmentKey::parse(&object.key);

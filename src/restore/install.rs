@@ -119,11 +119,7 @@ fn check_unused(target: &Path) -> Result<(), RestoreError> {
     if answer == -1 {
         return Err(RestoreError::io(target, "ask for locks on")(io::Error::last_os_error()));
     }
-    if i32::from(lock.l_type) == libc::F_UNLCK {
-        Ok(())
-    } else {
-        Err(RestoreError::TargetInUse(target.to_owned()))
-    }
+    if i32::from(lock.l_type) == libc::F_UNLCK { Ok(()) } else { Err(RestoreError::TargetInUse(target.to_owned())) }
 }
 
 /// Brings what stands in the old database's WAL into its main file, so that it loses nothing if we fail from here on. If
@@ -136,8 +132,9 @@ fn settle_old(target: &Path) -> Result<Option<String>, RestoreError> {
     let checkpoint = || -> rusqlite::Result<bool> {
         let flags = OpenFlags::SQLITE_OPEN_READ_WRITE | OpenFlags::SQLITE_OPEN_NO_MUTEX;
         let connection = Connection::open_with_flags(target, flags)?;
-        let (is_busy, frames, copied): (i64, i64, i64) = connection
-            .query_row("PRAGMA wal_checkpoint(TRUNCATE)", [], |row| Ok((row.get(0)?, row.get(1)?, row.get(2)?)))?;
+        let (is_busy, frames, copied): (i64, i64, i64) =
+            connection
+                .query_row("PRAGMA wal_checkpoint(TRUNCATE)", [], |row| Ok((row.get(0)?, row.get(1)?, row.get(2)?)))?;
         Ok(is_busy == 0 && frames == copied)
     };
     if checkpoint().unwrap_or(false) {

@@ -59,7 +59,9 @@ pub enum RestoreError {
         what: String,
     },
     /// Transactions are missing in the middle of the history.
-    #[error("transactions from {first_missing} on are missing in {location}; the newest one that can be restored is {newest}")]
+    #[error(
+        "transactions from {first_missing} on are missing in {location}; the newest one that can be restored is {newest}"
+    )]
     Gap {
         /// The place.
         location: String,
@@ -69,7 +71,9 @@ pub enum RestoreError {
         newest: u64,
     },
     /// The restored pages are not those that the writer had.
-    #[error("the restored database is not what it was: its fingerprint is {found:016x}, that of {position} is {expected:016x}")]
+    #[error(
+        "the restored database is not what it was: its fingerprint is {found:016x}, that of {position} is {expected:016x}"
+    )]
     FingerprintMismatch {
         /// The state that was to be restored.
         position: Position,

@@ -63,7 +63,13 @@ impl Plan {
 impl fmt::Display for Plan {
     fn fmt(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
         writeln!(out, "restore    {} from {}", self.position, self.location)?;
-        writeln!(out, "database   {} bytes, {} pages of {}", self.database_len_bytes(), self.size_pages, self.page_size)?;
+        writeln!(
+            out,
+            "database   {} bytes, {} pages of {}",
+            self.database_len_bytes(),
+            self.size_pages,
+            self.page_size
+        )?;
         writeln!(out, "snapshot   {} ({} bytes)", self.snapshot.key, self.snapshot.len_bytes)?;
         let segments_len: u64 = self.segments.iter().map(|segment| segment.len_bytes).sum();
         writeln!(out, "segments   {} ({segments_len} bytes)", self.segments.len())?;
@@ -88,9 +94,8 @@ struct Run<'a> {
 
 impl Run<'_> {
     fn segments_between(&self, after_txid: u64, last_txid: u64) -> Vec<Stored<SegmentKey>> {
-        let is_needed = |stored: &&Stored<SegmentKey>| {
-            stored.key.0.last_txid > after_txid && stored.key.0.first_txid <= last_txid
-        };
+        let is_needed =
+            |stored: &&Stored<SegmentKey>| stored.key.0.last_txid > after_txid && stored.key.0.first_txid <= last_txid;
         self.segments.iter().filter(is_needed).copied().collect()
     }
 
@@ -129,7 +134,8 @@ fn run_of<'a>(epochs: &[(&'a Epoch, Option<u64>)]) -> Run<'a> {
         if !run.has_gap {
             extend_chain(&mut run, epoch, cap);
         }
-        let on_line = epoch.snapshots.iter().filter(|stored| counts(stored.key.txid) && stored.key.txid <= run.last_txid);
+        let on_line =
+            epoch.snapshots.iter().filter(|stored| counts(stored.key.txid) && stored.key.txid <= run.last_txid);
         run.snapshots.extend(on_line);
         run.epochs.push((epoch, cap.unwrap_or(u64::MAX).min(run.last_txid)));
         if cap.is_some_and(|cap| cap > run.last_txid) {
@@ -209,7 +215,13 @@ impl Planner<'_> {
             Target::Latest => Ok(Some(run.last_txid)),
             Target::Txid(txid) => {
                 let first = run.epochs.first().map_or(0, |(epoch, _)| epoch.record.first_txid);
-                if txid > run.last_txid && run.has_gap && run.epochs.iter().any(|(epoch, _)| epoch.segments.iter().any(|stored| stored.key.0.last_txid >= txid)) {
+                if txid > run.last_txid
+                    && run.has_gap
+                    && run
+                        .epochs
+                        .iter()
+                        .any(|(epoch, _)| epoch.segments.iter().any(|stored| stored.key.0.last_txid >= txid))
+                {
                     return Err(self.gap(run));
                 }
                 Ok((first..=run.last_txid).contains(&txid).then_some(txid))
@@ -280,17 +292,15 @@ impl Planner<'_> {
     }
 
     /// Time, size and fingerprint after a transaction.
-    async fn state_after(
-        &self,
-        segments: &[Stored<SegmentKey>],
-        txid: u64,
-    ) -> Result<(u64, u32, u64), RestoreError> {
+    async fn state_after(&self, segments: &[Stored<SegmentKey>], txid: u64) -> Result<(u64, u32, u64), RestoreError> {
         let holds = |stored: &&Stored<SegmentKey>| (stored.key.0.first_txid..=stored.key.0.last_txid).contains(&txid);
-        let missing = || RestoreError::Gap { location: self.location.to_owned(), first_missing: txid, newest: txid - 1 };
+        let missing =
+            || RestoreError::Gap { location: self.location.to_owned(), first_missing: txid, newest: txid - 1 };
         let stored = segments.iter().find(holds).ok_or_else(missing)?;
         let transactions = self.table(stored).await?;
         let transaction = transactions.iter().find(|transaction| transaction.txid == txid).ok_or_else(missing)?;
-        let unknown = || RestoreError::damaged(self.location, &stored.key, &"it lacks a fingerprint that must be there");
+        let unknown =
+            || RestoreError::damaged(self.location, &stored.key, &"it lacks a fingerprint that must be there");
         let info = transaction.info;
         Ok((info.time_ms, info.size_pages, info.fingerprint.ok_or_else(unknown)?))
     }
@@ -386,8 +396,7 @@ pub async fn read_table(
     let damaged = |what: &str| RestoreError::damaged(location, &stored.key, &what);
     let guess = stored.len_bytes.min(TAIL_GUESS).max(segment::FOOTER_LEN as u64);
     let end = tail(store, location, stored, guess as usize).await?;
-    let footer =
-        SegmentFooter::decode(&end, stored.len_bytes).map_err(RestoreError::format(location, &stored.key))?;
+    let footer = SegmentFooter::decode(&end, stored.len_bytes).map_err(RestoreError::format(location, &stored.key))?;
     check_footer(&footer, &stored.key, location)?;
     if footer.table_len > TABLE_LIMIT {
         return Err(damaged("its table is too long"));

@@ -136,11 +136,7 @@ impl Follower {
     ///
     /// # Errors
     /// As [`Follower::read_published`].
-    pub fn attach(
-        files: &Files,
-        hash: PageHash,
-        left_at: Option<WalPosition>,
-    ) -> Result<(Self, bool), SqliteError> {
+    pub fn attach(files: &Files, hash: PageHash, left_at: Option<WalPosition>) -> Result<(Self, bool), SqliteError> {
         for _ in 0..20 {
             let mut follower = Self {
                 hash,

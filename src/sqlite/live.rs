@@ -309,8 +309,7 @@ fn open_main(path: &Path) -> Result<File, SqliteError> {
 fn read_header(path: &Path, main: &File) -> Result<DatabaseHeader, SqliteError> {
     let mut bytes = [0; HEADER_LEN];
     let read = read_at_most(main, 0, &mut bytes).map_err(SqliteError::io(path, "read"))?;
-    DatabaseHeader::parse(&bytes[..read])
-        .map_err(|source| SqliteError::NotADatabase { path: path.to_owned(), source })
+    DatabaseHeader::parse(&bytes[..read]).map_err(|source| SqliteError::NotADatabase { path: path.to_owned(), source })
 }
 
 fn connect(path: &Path) -> Result<Connection, SqliteError> {

@@ -105,8 +105,7 @@ impl WalHeader {
         if frame.len() != self.frame_len() || header[8..16] != self.salts.0 {
             return None;
         }
-        let checksum =
-            previous.extended(self.order, &header[..8]).extended(self.order, &frame[FRAME_HEADER_LEN..]);
+        let checksum = previous.extended(self.order, &header[..8]).extended(self.order, &frame[FRAME_HEADER_LEN..]);
         let page_number = be32(header, 0);
         let valid = page_number != 0 && checksum == Checksum(be32(header, 16), be32(header, 20));
         valid.then_some(Frame { page_number, commit_size_pages: be32(header, 4), checksum })

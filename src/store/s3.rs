@@ -85,10 +85,16 @@ pub struct S3Store {
 impl S3Store {
     /// Sets a client up. Sends nothing: whether bucket and credentials are right is seen at the first request.
     pub async fn open(options: &S3Options) -> Self {
-        let endpoint = options.endpoint.clone().or_else(|| environment("AWS_ENDPOINT_URL_S3")).or_else(|| environment("AWS_ENDPOINT_URL"));
+        let endpoint = options
+            .endpoint
+            .clone()
+            .or_else(|| environment("AWS_ENDPOINT_URL_S3"))
+            .or_else(|| environment("AWS_ENDPOINT_URL"));
         let http_client = Builder::new().tls_provider(tls::Provider::Rustls(CryptoMode::Ring)).build_https();
-        let timeouts =
-            TimeoutConfig::builder().connect_timeout(CONNECT_TIMEOUT).operation_attempt_timeout(ATTEMPT_TIMEOUT).build();
+        let timeouts = TimeoutConfig::builder()
+            .connect_timeout(CONNECT_TIMEOUT)
+            .operation_attempt_timeout(ATTEMPT_TIMEOUT)
+            .build();
         let mut loader = aws_config::defaults(BehaviorVersion::v2026_01_12())
             .http_client(http_client)
             .timeout_config(timeouts)
@@ -360,9 +366,8 @@ impl ObjectStore for S3Store {
     }
 
     async fn complete_multipart(&self, key: &str, upload_id: &str, parts: &[PartTag]) -> Result<(), StoreError> {
-        let part = |part: &PartTag| {
-            CompletedPart::builder().part_number(part.number as i32).e_tag(part.tag.clone()).build()
-        };
+        let part =
+            |part: &PartTag| CompletedPart::builder().part_number(part.number as i32).e_tag(part.tag.clone()).build();
         let all = CompletedMultipartUpload::builder().set_parts(Some(parts.iter().map(part).collect())).build();
         let request = self.client.complete_multipart_upload().bucket(&self.bucket).key(self.full(key));
         let request = request.upload_id(upload_id).multipart_upload(all);

@@ -83,7 +83,10 @@ fn update_through_restarts(scene: &Scene, connection: &Connection, times: usize)
         assert!(turn < 20_000, "the WAL is not begun anew");
         let values = (turn, 1 + turn % 150);
         connection
-            .execute("UPDATE item SET body = printf('%.3000c', 'y') || ?1, hash = hex(randomblob(8)) WHERE id = ?2", values)
+            .execute(
+                "UPDATE item SET body = printf('%.3000c', 'y') || ?1, hash = hex(randomblob(8)) WHERE id = ?2",
+                values,
+            )
             .unwrap();
         let now = salts(&scene.database());
         restarts += usize::from(now != seen);
@@ -183,7 +186,12 @@ fn play(stop: Stop, away: Away, indexed: bool) {
     let case = format!("{stop:?} {away:?} indexed {indexed}");
     assert_eq!(content(&scene.database()), scene.restored_content(), "{case}\n{}", scene.daemon_log());
     if matches!(away, Away::Nothing | Away::AFewWrites) && stop == Stop::Terminate {
-        assert_eq!(scene.objects("snap").len(), snapshots_before, "{case}: no snapshot is needed\n{}", scene.daemon_log());
+        assert_eq!(
+            scene.objects("snap").len(),
+            snapshots_before,
+            "{case}: no snapshot is needed\n{}",
+            scene.daemon_log()
+        );
     }
     assert!(!scene.daemon_log().contains("ERROR"), "{case}\n{}", scene.daemon_log());
 }

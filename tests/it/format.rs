@@ -4,9 +4,7 @@ use proptest::prelude::*;
 use waltrail::format::key::{EpochKey, SegmentKey, SnapshotKey};
 use waltrail::format::record::{EpochRecord, ReplicaMarker};
 use waltrail::format::segment::{Segment, SegmentFooter, SegmentWriter, TransactionInfo};
-use waltrail::format::snapshot::{
-    SnapshotFooter, SnapshotInfo, SnapshotWriter, check_snapshot_header, decode_extent,
-};
+use waltrail::format::snapshot::{SnapshotFooter, SnapshotInfo, SnapshotWriter, check_snapshot_header, decode_extent};
 use waltrail::format::{extent_count, extent_pages};
 
 /// Pages of a transaction: number and fill.

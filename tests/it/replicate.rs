@@ -51,8 +51,10 @@ impl Scene {
     fn restored(&self, replica: &str, arguments: &[&str]) -> PathBuf {
         let output = self.path("out.db");
         let output_name = output.to_str().unwrap();
-        let all: Vec<&str> =
-            ["restore", replica, "--force", "--output", output_name].into_iter().chain(arguments.iter().copied()).collect();
+        let all: Vec<&str> = ["restore", replica, "--force", "--output", output_name]
+            .into_iter()
+            .chain(arguments.iter().copied())
+            .collect();
         let done = run(all);
         assert!(done.status.success(), "{}\n{}", stderr(&done), self.log());
         output
@@ -110,9 +112,7 @@ fn every_transaction_byte_for_byte() {
             2 => application.execute_batch(&format!("CREATE TABLE t{step}(x); INSERT INTO t{step} VALUES(1)")).unwrap(),
             _ => application.execute_batch("VACUUM").unwrap(),
         }
-        wait_for("the checkpoint", || {
-            (number(&application, "PRAGMA wal_checkpoint(TRUNCATE)") == 0).then_some(())
-        });
+        wait_for("the checkpoint", || (number(&application, "PRAGMA wal_checkpoint(TRUNCATE)") == 0).then_some(()));
         let copy = scene.path(&format!("oracle-{step}"));
         assert!(Command::new("cp").arg(scene.database()).arg(&copy).status().unwrap().success());
         std::thread::sleep(Duration::from_millis(60));
@@ -244,7 +244,9 @@ fn killed_again_and_again() {
 fn databases_that_are_not_ready() {
     let scene = Scene::new();
     let daemon = scene.start();
-    wait_for("the log", || scene.path("daemon.log").exists().then(|| scene.log()).filter(|log| log.contains("not there yet")));
+    wait_for("the log", || {
+        scene.path("daemon.log").exists().then(|| scene.log()).filter(|log| log.contains("not there yet"))
+    });
     std::fs::write(scene.database(), b"").unwrap();
     std::thread::sleep(Duration::from_millis(300));
     let application = open(&scene.database());
@@ -270,7 +272,11 @@ fn a_locked_database_gives_a_clear_error_and_is_tried_again() {
         .unwrap();
     let daemon = scene.start();
     wait_for("the complaint", || {
-        scene.path("daemon.log").exists().then(|| scene.log()).filter(|log| log.contains("another process has it locked"))
+        scene
+            .path("daemon.log")
+            .exists()
+            .then(|| scene.log())
+            .filter(|log| log.contains("another process has it locked"))
     });
     drop(application);
     scene.wait_for(5);

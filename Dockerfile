@@ -1,0 +1,23 @@
+# docker build -t waltrail .
+# docker run -v /data:/data -e AWS_ACCESS_KEY_ID -e AWS_SECRET_ACCESS_KEY waltrail replicate /data/app.db s3://bucket/app
+
+FROM rust:1.95-slim-bookworm AS build
+WORKDIR /src
+# A C compiler, for the SQLite and zstd that are built in. Nothing else is needed: TLS is rustls.
+RUN apt-get update && apt-get install -y --no-install-recommends gcc libc6-dev && rm -rf /var/lib/apt/lists/*
+COPY Cargo.toml Cargo.lock ./
+COPY src src
+COPY config config
+RUN cargo build --release --locked
+
+FROM debian:bookworm-slim
+# Certificates, so that storage can be trusted.
+RUN apt-get update && apt-get install -y --no-install-recommends ca-certificates && rm -rf /var/lib/apt/lists/* \
+ && useradd --system --uid 10001 --no-create-home waltrail
+COPY --from=build /src/target/release/waltrail /usr/local/bin/waltrail
+# The user must be able to write to the database and its directory: run with --user to match the application's.
+USER waltrail
+# `replicate` ships what is left at SIGTERM; Docker gives it 10 seconds, it takes 8 at most.
+STOPSIGNAL SIGTERM
+ENTRYPOINT ["/usr/local/bin/waltrail"]
+CMD ["--help"]
