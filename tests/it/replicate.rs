@@ -451,3 +451,86 @@ fn with_another_sqlite() {
     let restored = scene.restored(&scene.replica(), &[]);
     assert_eq!(sqlite3(&restored, "PRAGMA integrity_check; SELECT n FROM counter;").unwrap(), "ok\n20\n");
 }
+
+/// A writer that fails between its commit frame and the publication leaves a frame that looks committed and is none. The next
+/// writer overwrites it.
+#[test]
+fn a_frame_that_only_looks_committed() {
+    use std::os::unix::fs::FileExt;
+    use waltrail::sqlite::wal::{Checksum, WAL_HEADER_LEN, WalHeader};
+    let scene = Scene::new();
+    let application = create_database(&scene.database(), 20, "");
+    let daemon = scene.start();
+    scene.wait_for(0);
+    count_up(&application);
+    scene.wait_for(1);
+    let path = scene.path("app.db-wal");
+    let wal = std::fs::read(&path).unwrap();
+    let header = WalHeader::parse(wal.first_chunk().unwrap()).unwrap();
+    let mut checksum = header.checksum;
+    let mut end = WAL_HEADER_LEN;
+    let mut last = None;
+    while let Some(frame) = wal.get(end..end + header.frame_len()) {
+        let Some(checked) = header.check_frame(checksum, frame) else { break };
+        checksum = checked.checksum;
+        last = Some(frame.to_vec());
+        end += header.frame_len();
+    }
+    // The last frame again, with other content, and checksums that continue the chain.
+    let mut forged = last.unwrap();
+    forged[24 + 100..24 + 200].fill(0xee);
+    let Checksum(first, second) = checksum.extended(header.order, &forged[..8]).extended(header.order, &forged[24..]);
+    forged[16..20].copy_from_slice(&first.to_be_bytes());
+    forged[20..24].copy_from_slice(&second.to_be_bytes());
+    assert!(header.check_frame(checksum, &forged).is_some_and(|frame| frame.commit_size_pages != 0));
+    // `-wal` carries no locks: opening and closing it here harms nobody.
+    std::fs::File::options().write(true).open(&path).unwrap().write_all_at(&forged, end as u64).unwrap();
+    std::thread::sleep(Duration::from_millis(300));
+    for n in 2..5 {
+        count_up(&application);
+        scene.wait_for(n);
+    }
+    assert_eq!(daemon.terminate(), Some(0), "{}", scene.log());
+    assert_eq!(content(&scene.database()), content(&scene.restored(&scene.replica(), &[])));
+    let log = run(["log", &scene.replica(), "--format", "json"]);
+    assert_eq!(String::from_utf8(log.stdout).unwrap().matches("\"epoch\",").count(), 1, "{}", scene.log());
+}
+
+/// Storage is away for longer than the spool lasts: the disk is not filled, the log says what is lost, and when storage is back
+/// the database is backed up again.
+#[test]
+fn a_spool_that_is_full() {
+    let scene = Scene::new();
+    let application = create_database(&scene.database(), 50, "");
+    let config = scene.path("waltrail.toml");
+    let text = format!(
+        "[[database]]\npath = \"{}\"\nreplica = \"{}\"\nspool-limit = \"100KB\"\nsync-interval = \"50ms\"\n",
+        scene.database().display(),
+        scene.replica()
+    );
+    std::fs::write(&config, text).unwrap();
+    let daemon = Daemon::start(&["--config", config.to_str().unwrap()], &scene.path("daemon.log"));
+    scene.wait_for(0);
+    count_up(&application);
+    scene.wait_for(1);
+    std::fs::rename(scene.path("replica"), scene.path("unmounted")).unwrap();
+    let spool = scene.path(".app.db-waltrail/spool");
+    let spooled = || -> u64 {
+        let entries = std::fs::read_dir(&spool).unwrap();
+        entries.filter_map(|entry| entry.ok()?.metadata().ok()).map(|found| found.len()).sum()
+    };
+    let mut largest = 0;
+    wait_for("the spool to be dropped", || {
+        insert(&application, 100);
+        std::thread::sleep(Duration::from_millis(20));
+        largest = largest.max(spooled());
+        scene.log().contains("the spool is full and was dropped").then_some(())
+    });
+    assert!(largest < 300_000, "{largest} bytes in the spool");
+    std::fs::rename(scene.path("unmounted"), scene.path("replica")).unwrap();
+    count_up(&application);
+    scene.wait_for(2);
+    assert_eq!(daemon.terminate(), Some(0), "{}", scene.log());
+    assert_eq!(content(&scene.database()), content(&scene.restored(&scene.replica(), &[])));
+    assert!(scene.wal_len() < 16 << 20);
+}
