@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use clap::Args;
+use tokio::signal::unix::{SignalKind, signal};
 
 use super::exit_code::Failure;
 use super::moment::{parse_moment, parse_txid};
@@ -60,11 +61,22 @@ pub struct RestoreArguments {
     config: ConfigArgument,
 }
 
-/// Restores.
+/// Restores, unless interrupted: then the file that was being written is removed on the way out.
 ///
 /// # Errors
 /// See [`RestoreError`].
 pub async fn run(arguments: RestoreArguments) -> Result<(), Failure> {
+    let failed = |error: io::Error| Failure::other(format!("can't listen for signals: {error}"));
+    let mut terminate = signal(SignalKind::terminate()).map_err(failed)?;
+    let mut interrupt = signal(SignalKind::interrupt()).map_err(failed)?;
+    tokio::select! {
+        done = restore(arguments) => done,
+        _ = terminate.recv() => Err(Failure::other("interrupted; nothing was changed".into())),
+        _ = interrupt.recv() => Err(Failure::other("interrupted; nothing was changed".into())),
+    }
+}
+
+async fn restore(arguments: RestoreArguments) -> Result<(), Failure> {
     let clock = SystemClock::new();
     let source = arguments.config.resolve(&arguments.source)?;
     let output = arguments.output.clone().or(source.database);

@@ -159,6 +159,10 @@ async fn supervise(
                     forget(&directory, &error);
                 }
                 sleep_or_stop(wait, &stop).await;
+                if stop.is_cancelled() {
+                    // What it holds may not be captured: that is no clean end.
+                    return Err(ReplicateError::Database { database: job.settings.path, source: error });
+                }
             }
         }
         if stop.is_cancelled() {

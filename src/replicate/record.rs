@@ -50,6 +50,8 @@ pub struct Recorder {
     page_size: u32,
     segment: Option<SegmentWriter<BufWriter<File>>>,
     last: Start,
+    /// Whether the log has said that the clock is behind.
+    has_warned: bool,
 }
 
 impl std::fmt::Debug for Recorder {
@@ -62,7 +64,7 @@ impl Recorder {
     /// A recorder whose next transaction follows `start`.
     #[must_use]
     pub fn new(spool: Spool, clock: Arc<dyn Clock>, ledger: Ledger, page_size: u32, start: Start) -> Self {
-        Self { spool, clock, ledger, page_size, segment: None, last: start }
+        Self { spool, clock, ledger, page_size, segment: None, last: start, has_warned: false }
     }
 
     /// The last transaction that was recorded, its time, and the schema cookie after it.
@@ -95,12 +97,16 @@ impl Recorder {
     }
 
     /// Commit times never run backwards, whatever the clock does.
-    fn commit_time_ms(&self) -> u64 {
+    fn commit_time_ms(&mut self) -> u64 {
         let now_ms = self.clock.now_ms();
         let behind_ms = self.last.time_ms.saturating_sub(now_ms);
-        if behind_ms > CLOCK_JUMP_MS {
-            tracing::warn!(behind_ms, "the clock stands behind the last transaction's time; that time is used");
+        if behind_ms > CLOCK_JUMP_MS && !self.has_warned {
+            tracing::warn!(
+                behind_ms,
+                "the clock stands behind the last transaction's time; until it has caught up, that time is used"
+            );
         }
+        self.has_warned = behind_ms > CLOCK_JUMP_MS;
         now_ms.max(self.last.time_ms)
     }
 

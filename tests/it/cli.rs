@@ -183,6 +183,21 @@ fn damaged_objects_are_named() {
     assert!(run(["restore", &replica, "-o", name]).status.success());
 }
 
+/// A daemon that can't follow its database does not end as if all were well.
+#[test]
+fn a_database_that_is_none() {
+    let directory = tempfile::tempdir().unwrap();
+    let database = directory.path().join("app.db");
+    std::fs::write(&database, vec![7; 5000]).unwrap();
+    let log = directory.path().join("daemon.log");
+    let replica = directory.path().join("replica");
+    let daemon = Daemon::start(&[database.to_str().unwrap(), replica.to_str().unwrap()], &log);
+    let says = "it is not a SQLite database";
+    crate::support::wait_for("the complaint", || std::fs::read_to_string(&log).ok().filter(|log| log.contains(says)));
+    assert_eq!(daemon.terminate(), Some(1));
+    assert_eq!(std::fs::read(&database).unwrap(), vec![7; 5000]);
+}
+
 #[test]
 fn by_the_path_of_a_configured_database() {
     let directory = tempfile::tempdir().unwrap();

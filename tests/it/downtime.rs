@@ -42,9 +42,11 @@ impl Scene {
         assert!(Command::new("cp").arg(self.path(from)).arg(self.path(to)).status().unwrap().success());
     }
 
-    fn restored_content(&self) -> Vec<String> {
+    fn restored_content(&self, arguments: &[&str]) -> Vec<String> {
         let output = self.path("again.db");
-        let done = run(["restore", &self.replica(), "--force", "--output", output.to_str().unwrap()]);
+        let replica = self.replica();
+        let all = ["restore", &replica, "--force", "--output", output.to_str().unwrap()];
+        let done = run(all.iter().chain(arguments));
         assert!(done.status.success(), "{}\n{}", stderr(&done), self.daemon_log());
         content(&output)
     }
@@ -67,6 +69,12 @@ fn walk(directory: &Path) -> Vec<PathBuf> {
     let Ok(entries) = std::fs::read_dir(directory) else { return Vec::new() };
     let paths = entries.map(|entry| entry.unwrap().path());
     paths.flat_map(|path| if path.is_dir() { walk(&path) } else { vec![path] }).collect()
+}
+
+#[allow(clippy::disallowed_methods)]
+fn now_ms() -> u64 {
+    let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap();
+    now.as_millis() as u64
 }
 
 fn salts(database: &Path) -> Option<Vec<u8>> {
@@ -134,6 +142,8 @@ fn play(stop: Stop, away: Away, indexed: bool) {
         Stop::Kill => daemon.kill(),
     }
     let snapshots_before = scene.objects("snap").len();
+    let before = scene.restored_content(&[]);
+    let before_ms = now_ms();
     let reopen = |application: Connection| {
         drop(application);
         open(&scene.database())
@@ -184,7 +194,10 @@ fn play(stop: Stop, away: Away, indexed: bool) {
     count_up(&application);
     assert_eq!(daemon.terminate(), Some(0), "{}", scene.daemon_log());
     let case = format!("{stop:?} {away:?} indexed {indexed}");
-    assert_eq!(content(&scene.database()), scene.restored_content(), "{case}\n{}", scene.daemon_log());
+    assert_eq!(content(&scene.database()), scene.restored_content(&[]), "{case}\n{}", scene.daemon_log());
+    // History before the stop is still what it was, whatever came after.
+    let at = waltrail::clock::format_time(before_ms);
+    assert_eq!(scene.restored_content(&["--at", &at]), before, "{case} at {at}");
     if matches!(away, Away::Nothing | Away::AFewWrites) && stop == Stop::Terminate {
         assert_eq!(
             scene.objects("snap").len(),
@@ -270,7 +283,7 @@ fn a_wal_that_continues_over_another_file() {
     assert_eq!(daemon.terminate(), Some(0), "{log}");
     scene.copy("app.db", "copy.db");
     scene.copy("app.db-wal", "copy.db-wal");
-    assert_eq!(content(&scene.path("copy.db")), scene.restored_content());
+    assert_eq!(content(&scene.path("copy.db")), scene.restored_content(&[]));
 }
 
 /// A restart that can prove that nothing was missed costs one small object.
@@ -296,5 +309,5 @@ fn a_restart_uploads_one_small_object() {
     let daemon = scene.start();
     scene.wait_for(2);
     assert_eq!(daemon.terminate(), Some(0));
-    assert_eq!(content(&scene.database()), scene.restored_content());
+    assert_eq!(content(&scene.database()), scene.restored_content(&[]));
 }
