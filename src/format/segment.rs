@@ -248,7 +248,8 @@ impl SegmentFooter {
             .try_fold(0_u64, |sum, &part| sum.checked_add(part));
         let is_consistent = expected_len == Some(object_len)
             && is_page_size(page_size)
-            && last_txid.checked_sub(first_txid).map(|more| more + 1) == Some(u64::from(transaction_count));
+            && transaction_count != 0
+            && last_txid.checked_sub(first_txid) == Some(u64::from(transaction_count) - 1);
         if !is_consistent {
             return Err(FormatError::Inconsistent("the segment's footer is not that of this object".into()));
         }

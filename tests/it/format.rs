@@ -162,3 +162,16 @@ fn hex(text: &str) -> Vec<u8> {
     let digit = |byte: u8| (byte as char).to_digit(16).unwrap() as u8;
     digits.chunks(2).map(|pair| digit(pair[0]) * 16 + digit(pair[1])).collect()
 }
+
+/// Found by fuzzing: as many transactions as there are numbers, in a footer whose checksum is right.
+#[test]
+fn a_footer_with_all_the_numbers() {
+    let mut bytes = segment(512, &[Pages::from([(1, 1)])]);
+    let at = bytes.len() - 100;
+    bytes[at + 32..at + 40].fill(0);
+    bytes[at + 40..at + 48].fill(0xff);
+    bytes[at + 68..at + 72].fill(0);
+    let crc32 = crc32fast::hash(&[&bytes[at..at + 84], b"WALTSEGE"].concat());
+    bytes[at + 84..at + 88].copy_from_slice(&crc32.to_le_bytes());
+    assert!(Segment::decode(&bytes, |_, _, _| ()).is_err());
+}
