@@ -168,6 +168,10 @@ fn damaged_objects_are_named() {
     std::fs::write(&segments[0], &last).unwrap();
     fails(&["restore", &replica, "-o", name], 13, "it is another segment");
     std::fs::write(&segments[0], &first).unwrap();
+    // Every checksum is right, but the content is not what the writer had: the fingerprint tells.
+    std::fs::write(segments.last().unwrap(), forged(&last)).unwrap();
+    fails(&["restore", &replica, "-o", name], 13, "its fingerprint is");
+    std::fs::write(segments.last().unwrap(), &last).unwrap();
     // Missing in the middle.
     std::fs::remove_file(&segments[0]).unwrap();
     fails(&["restore", &replica, "-o", name], 13, "are missing");
@@ -196,6 +200,40 @@ fn a_database_that_is_none() {
     crate::support::wait_for("the complaint", || std::fs::read_to_string(&log).ok().filter(|log| log.contains(says)));
     assert_eq!(daemon.terminate(), Some(1));
     assert_eq!(std::fs::read(&database).unwrap(), vec![7; 5000]);
+}
+
+/// A segment with another byte in its last page, and all its checksums right.
+fn forged(segment: &[u8]) -> Vec<u8> {
+    use waltrail::format::segment::{Segment, SegmentWriter};
+    let mut images = Vec::new();
+    let whole = Segment::decode(segment, |_, _, image| images.push(image.to_vec())).unwrap();
+    *images.last_mut().unwrap().last_mut().unwrap() ^= 1;
+    let mut writer = SegmentWriter::new(Vec::new(), whole.footer.page_size).unwrap();
+    let mut images = images.iter();
+    for transaction in &whole.transactions {
+        writer.begin_transaction(&transaction.info, &transaction.page_numbers).unwrap();
+        for _ in &transaction.page_numbers {
+            writer.push_page(images.next().unwrap()).unwrap();
+        }
+    }
+    writer.finish(whole.footer.span.epoch, whole.footer.span.first_txid).unwrap().0
+}
+
+/// The database is gone, its WAL is not: it must not be taken for the restored database's.
+#[test]
+fn a_wal_without_its_database() {
+    let directory = tempfile::tempdir().unwrap();
+    let replica = directory.path().join("replica").display().to_string();
+    make_replica(directory.path(), &replica);
+    let expected = content(&directory.path().join("app.db"));
+    let target = directory.path().join("target.db");
+    // Made as the replicated one was, so that the WAL would fit.
+    let other = create_database(&directory.path().join("other.db"), 100, "");
+    other.execute_batch("PRAGMA wal_autocheckpoint=0; DELETE FROM item").unwrap();
+    std::fs::copy(directory.path().join("other.db-wal"), directory.path().join("target.db-wal")).unwrap();
+    let done = run(["restore", &replica, "-o", target.to_str().unwrap()]);
+    assert!(done.status.success(), "{}", stderr(&done));
+    assert_eq!(content(&target), expected);
 }
 
 #[test]

@@ -248,10 +248,11 @@ async fn retry_asks_again_and_knows_its_own() {
     // Done, but the answer is lost: the object that is there is ours.
     let (store, _) = stacked(Faulty::shared(0, 1));
     store.put("a", body.clone(), PutMode::IfAbsent).await.unwrap();
-    // Somebody else's object is not.
-    let inner = Faulty::shared(0, 0);
-    inner.put("a", Bytes::from_static(b"theirs"), PutMode::IfAbsent).await.unwrap();
-    let (store, _) = stacked(inner);
+    // Somebody else's object is not, even when our first attempt failed.
+    let faulty = Arc::new(Faulty { inner: MemoryStore::new(), failures_before: 0.into(), failures_after: 0.into() });
+    faulty.put("a", Bytes::from_static(b"else"), PutMode::IfAbsent).await.unwrap();
+    faulty.failures_before.store(1, std::sync::atomic::Ordering::SeqCst);
+    let (store, _) = stacked(faulty);
     let error = store.put("a", body.clone(), PutMode::IfAbsent).await.unwrap_err();
     assert_eq!(error.kind, StoreErrorKind::AlreadyExists);
     // A completed upload whose answer is lost is complete.
