@@ -110,7 +110,7 @@ impl Show {
             println!("   Noted: at {} there were {} transactions.", format_time(moment.time_ms), moment.transactions);
         }
 
-        println!("\n4. In the middle of it the replicator is killed (SIGKILL) and the machine is lost.");
+        println!("\n4. Milliseconds after a commit the replicator is killed (SIGKILL), and the machine is lost.");
         replicator.kill()?;
         drop(application);
         let database_len = fs::metadata(self.database()).map_or(0, |found| found.len());

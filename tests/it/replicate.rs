@@ -536,3 +536,52 @@ fn a_spool_that_is_full() {
     assert_eq!(content(&scene.database()), content(&scene.restored(&scene.replica(), &[])));
     assert!(scene.wal_len() < 16 << 20);
 }
+
+/// Several databases in one configuration: one that can't be followed is complained of, the others go on.
+#[test]
+fn one_broken_database_does_not_stop_the_others() {
+    let scene = Scene::new();
+    let application = create_database(&scene.database(), 30, "");
+    let other = create_database(&scene.path("other.db"), 30, "");
+    std::fs::write(scene.path("broken.db"), vec![1; 9000]).unwrap();
+    let mut text = String::new();
+    for (name, replica) in [("broken.db", "replica-broken"), ("app.db", "replica"), ("other.db", "replica-other")] {
+        let (path, replica) = (scene.path(name), scene.path(replica));
+        text += &format!("[[database]]\npath = \"{}\"\nreplica = \"{}\"\n", path.display(), replica.display());
+    }
+    let config = scene.path("waltrail.toml");
+    std::fs::write(&config, text).unwrap();
+    let daemon = Daemon::start(&["--config", config.to_str().unwrap()], &scene.path("daemon.log"));
+    let other_replica = scene.path("replica-other").display().to_string();
+    for n in 1..4 {
+        count_up(&application);
+        count_up(&other);
+        scene.wait_for(n);
+        wait_for_restored(&other_replica, scene.directory.path(), COUNTER, n);
+    }
+    assert!(scene.log().contains("broken.db can't be followed: it is not a SQLite database"), "{}", scene.log());
+    assert_eq!(daemon.terminate(), Some(1), "{}", scene.log());
+    assert_eq!(content(&scene.database()), content(&scene.restored(&scene.replica(), &[])));
+}
+
+/// The first signal stops in an orderly way; the second one at once.
+#[test]
+fn a_second_signal_ends_it_at_once() {
+    let scene = Scene::new();
+    let application = create_database(&scene.database(), 30, "");
+    let daemon = scene.start();
+    scene.wait_for(0);
+    std::fs::rename(scene.path("replica"), scene.path("unmounted")).unwrap();
+    count_up(&application);
+    daemon.signal(libc::SIGINT);
+    wait_for("the first to be heard", || scene.log().contains("stopping").then_some(()));
+    let begun = std::time::SystemTime::UNIX_EPOCH + Duration::from_millis(now_ms());
+    assert_eq!(daemon.terminate(), Some(15), "{}", scene.log());
+    assert!(begun.elapsed().unwrap() < Duration::from_secs(4), "not after the whole shutdown-timeout");
+    assert!(scene.log().contains("stopped at once"), "{}", scene.log());
+    // What was not confirmed is shipped by the next start.
+    std::fs::rename(scene.path("unmounted"), scene.path("replica")).unwrap();
+    let daemon = scene.start();
+    scene.wait_for(1);
+    assert_eq!(daemon.terminate(), Some(0), "{}", scene.log());
+}
