@@ -5,7 +5,8 @@
 #[path = "../../src/format/mod.rs"]
 mod format;
 
-use format::segment::{FOOTER_LEN, Segment};
+use format::FOOTER_LEN;
+use format::segment::Segment;
 use libfuzzer_sys::fuzz_target;
 
 fuzz_target!(|bytes: &[u8]| {

@@ -5,7 +5,8 @@
 #[path = "../../src/format/mod.rs"]
 mod format;
 
-use format::snapshot::{FOOTER_LEN, SnapshotFooter, check_snapshot_header, decode_extent};
+use format::FOOTER_LEN;
+use format::snapshot::{SnapshotFooter, check_snapshot_header, decode_extent};
 use libfuzzer_sys::fuzz_target;
 
 fn read(bytes: &[u8]) -> Option<()> {

@@ -172,6 +172,36 @@ pub(crate) fn decode_header(bytes: &[u8], magic: &[u8; 8], what: &'static str) -
     Ok(page_size)
 }
 
+/// Length of the footer of a segment or snapshot in bytes: 84 of fields, CRC-32 (of the fields and the magic), magic, zeros.
+pub const FOOTER_LEN: usize = 100;
+const FOOTER_FIELDS_LEN: usize = 84;
+
+pub(crate) fn encode_footer(mut fields: Vec<u8>, magic: &[u8; 8]) -> Vec<u8> {
+    fields.resize(FOOTER_FIELDS_LEN, 0);
+    let crc32 = crc32fast::hash(&[&fields, &magic[..]].concat());
+    fields.extend_from_slice(&crc32.to_le_bytes());
+    fields.extend_from_slice(magic);
+    fields.resize(FOOTER_LEN, 0);
+    fields
+}
+
+/// Checks the footer at the end of `tail` and gives its fields.
+pub(crate) fn decode_footer<'a>(
+    tail: &'a [u8],
+    magic: &[u8; 8],
+    what: &'static str,
+) -> Result<Fields<'a>, FormatError> {
+    let footer: &[u8; FOOTER_LEN] = tail.last_chunk().ok_or(FormatError::TooShort { what })?;
+    let (fields, seal) = footer.split_at(FOOTER_FIELDS_LEN);
+    let mut seal = Fields::new(seal, what);
+    let crc32 = seal.u32()?;
+    seal.magic(magic)?;
+    if crc32fast::hash(&[fields, &magic[..]].concat()) != crc32 || seal.u32()? != 0 {
+        return Err(FormatError::BadChecksum { what });
+    }
+    Ok(Fields::new(fields, what))
+}
+
 /// Checks that the last four bytes are the CRC-32 of those before.
 pub(crate) fn check_sealed(bytes: &[u8], what: &'static str) -> Result<(), FormatError> {
     let (content, crc32) = bytes.split_last_chunk::<4>().ok_or(FormatError::TooShort { what })?;

@@ -6,12 +6,13 @@ use std::io::{self, Write};
 
 use super::block::{BlockReader, BlockWriter, read_section};
 use super::key::{SegmentKey, Span};
-use super::{Fields, FormatError, HEADER_LEN, decode_header, encode_header, is_page_size, lock_page};
+use super::{
+    FOOTER_LEN, Fields, FormatError, HEADER_LEN, decode_footer, decode_header, encode_footer, encode_header,
+    is_page_size, lock_page,
+};
 
 const HEADER_MAGIC: &[u8; 8] = b"WALTSEG1";
 const FOOTER_MAGIC: &[u8; 8] = b"WALTSEGE";
-/// Length of the footer in bytes.
-pub const FOOTER_LEN: usize = 100;
 
 const FLAG_FINGERPRINT: u32 = 1;
 const FLAG_COALESCED: u32 = 2;
@@ -207,23 +208,12 @@ impl SegmentFooter {
         ] {
             bytes.extend_from_slice(&field.to_le_bytes());
         }
-        for field in [
-            self.page_size,
-            self.page_block_count,
-            self.table_block_count,
-            self.transaction_count,
-            self.span.epoch,
-            0,
-            0,
-        ] {
+        for field in
+            [self.page_size, self.page_block_count, self.table_block_count, self.transaction_count, self.span.epoch]
+        {
             bytes.extend_from_slice(&field.to_le_bytes());
         }
-        // The checksum covers the magic as well, which stands behind it.
-        let crc32 = crc32fast::hash(&[&bytes, &FOOTER_MAGIC[..]].concat());
-        bytes.extend_from_slice(&crc32.to_le_bytes());
-        bytes.extend_from_slice(FOOTER_MAGIC);
-        bytes.resize(FOOTER_LEN, 0);
-        bytes
+        encode_footer(bytes, FOOTER_MAGIC)
     }
 
     /// Reads the footer at the end of `tail`, the end of a segment of `object_len` bytes.
@@ -232,17 +222,11 @@ impl SegmentFooter {
     /// When the bytes are not a footer, or not one of a segment of that length.
     pub fn decode(tail: &[u8], object_len: u64) -> Result<Self, FormatError> {
         let what = "the segment's footer";
-        let footer: &[u8; FOOTER_LEN] = tail.last_chunk().ok_or(FormatError::TooShort { what })?;
-        let mut fields = Fields::new(footer, what);
+        let mut fields = decode_footer(tail, FOOTER_MAGIC, what)?;
         let (pages_len, table_len, table_raw_len) = (fields.u64()?, fields.u64()?, fields.u64()?);
         let (page_count, first_txid, last_txid, time_ms) = (fields.u64()?, fields.u64()?, fields.u64()?, fields.u64()?);
         let (page_size, page_block_count, table_block_count) = (fields.u32()?, fields.u32()?, fields.u32()?);
-        let (transaction_count, epoch, _, _) = (fields.u32()?, fields.u32()?, fields.u32()?, fields.u32()?);
-        let crc32 = fields.u32()?;
-        fields.magic(FOOTER_MAGIC)?;
-        if crc32fast::hash(&[&footer[..84], &FOOTER_MAGIC[..]].concat()) != crc32 || footer[96..] != [0; 4] {
-            return Err(FormatError::BadChecksum { what });
-        }
+        let (transaction_count, epoch) = (fields.u32()?, fields.u32()?);
         let expected_len = [HEADER_LEN as u64, pages_len, table_len, FOOTER_LEN as u64]
             .iter()
             .try_fold(0_u64, |sum, &part| sum.checked_add(part));

@@ -11,14 +11,12 @@ use xxhash_rust::xxh3::xxh3_64;
 use super::block::{BLOCK_RAW_LIMIT, BlockWriter, read_section};
 use super::key::SnapshotKey;
 use super::{
-    Fields, FormatError, HEADER_LEN, decode_header, encode_header, extent_count, extent_pages, is_page_size,
-    pages_per_extent,
+    FOOTER_LEN, Fields, FormatError, HEADER_LEN, decode_footer, decode_header, encode_footer, encode_header,
+    extent_count, extent_pages, is_page_size, pages_per_extent,
 };
 
 const HEADER_MAGIC: &[u8; 8] = b"WALTSNP1";
 const FOOTER_MAGIC: &[u8; 8] = b"WALTSNPE";
-/// Length of the footer in bytes.
-pub const FOOTER_LEN: usize = 100;
 const SOURCE_LEN: usize = 20;
 const EXTENT_LEN: usize = 40;
 const LEVEL: i32 = 3;
@@ -190,12 +188,7 @@ impl SnapshotFooter {
         ] {
             bytes.extend_from_slice(&field.to_le_bytes());
         }
-        // The checksum covers the magic as well, which stands behind it.
-        let crc32 = crc32fast::hash(&[&bytes, &FOOTER_MAGIC[..]].concat());
-        bytes.extend_from_slice(&crc32.to_le_bytes());
-        bytes.extend_from_slice(FOOTER_MAGIC);
-        bytes.resize(FOOTER_LEN, 0);
-        bytes
+        encode_footer(bytes, FOOTER_MAGIC)
     }
 
     /// Reads the footer at the end of `tail`, the end of a snapshot of `object_len` bytes.
@@ -204,19 +197,13 @@ impl SnapshotFooter {
     /// When the bytes are not a footer, or not one of a snapshot of that length.
     pub fn decode(tail: &[u8], object_len: u64) -> Result<Self, FormatError> {
         let what = "the snapshot's footer";
-        let bytes: &[u8; FOOTER_LEN] = tail.last_chunk().ok_or(FormatError::TooShort { what })?;
-        let mut fields = Fields::new(bytes, what);
+        let mut fields = decode_footer(tail, FOOTER_MAGIC, what)?;
         let (index_offset, index_len) = (fields.u64()?, fields.u64()?);
         let (txid, key_time_ms, last_txid) = (fields.u64()?, fields.u64()?, fields.u64()?);
         let (time_ms, fingerprint) = (fields.u64()?, fields.u64()?);
         let (index_block_count, source_count, extent_count) = (fields.u32()?, fields.u32()?, fields.u32()?);
         let (size_pages, schema_cookie, page_size, epoch) =
             (fields.u32()?, fields.u32()?, fields.u32()?, fields.u32()?);
-        let crc32 = fields.u32()?;
-        fields.magic(FOOTER_MAGIC)?;
-        if crc32fast::hash(&[&bytes[..84], &FOOTER_MAGIC[..]].concat()) != crc32 || bytes[96..] != [0; 4] {
-            return Err(FormatError::BadChecksum { what });
-        }
         let end = index_offset.checked_add(index_len).and_then(|end| end.checked_add(FOOTER_LEN as u64));
         let is_consistent = end == Some(object_len)
             && index_offset >= HEADER_LEN as u64

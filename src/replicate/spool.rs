@@ -5,9 +5,10 @@ use std::io;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
+use crate::format::FOOTER_LEN;
 use crate::format::block::{BLOCK_HEADER_LEN, BlockHeader};
 use crate::format::key::SegmentKey;
-use crate::format::segment::{FOOTER_LEN, SegmentFooter};
+use crate::format::segment::SegmentFooter;
 
 /// A segment that waits to be shipped.
 #[derive(Debug, Clone, PartialEq, Eq)]

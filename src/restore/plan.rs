@@ -4,10 +4,10 @@ use std::fmt;
 
 use super::RestoreError;
 use super::history::{Epoch, History, Stored};
-use crate::format::Position;
 use crate::format::key::{SegmentKey, SnapshotKey};
-use crate::format::segment::{self, SegmentFooter, Transaction};
-use crate::format::snapshot::{self, SnapshotFooter};
+use crate::format::segment::{SegmentFooter, Transaction};
+use crate::format::snapshot::SnapshotFooter;
+use crate::format::{FOOTER_LEN, Position};
 use crate::store::SharedStore;
 
 /// What to restore.
@@ -310,7 +310,7 @@ impl Planner<'_> {
     }
 
     async fn footer(&self, stored: &Stored<SnapshotKey>) -> Result<SnapshotFooter, RestoreError> {
-        let tail = tail(self.store, self.location, stored, snapshot::FOOTER_LEN).await?;
+        let tail = tail(self.store, self.location, stored, FOOTER_LEN).await?;
         let footer = SnapshotFooter::decode(&tail, stored.len_bytes)
             .map_err(RestoreError::format(self.location, &stored.key))?;
         if footer.info.key == stored.key {
@@ -394,14 +394,14 @@ pub async fn read_table(
     stored: &Stored<SegmentKey>,
 ) -> Result<(SegmentFooter, Vec<Transaction>), RestoreError> {
     let damaged = |what: &str| RestoreError::damaged(location, &stored.key, &what);
-    let guess = stored.len_bytes.min(TAIL_GUESS).max(segment::FOOTER_LEN as u64);
+    let guess = stored.len_bytes.min(TAIL_GUESS).max(FOOTER_LEN as u64);
     let end = tail(store, location, stored, guess as usize).await?;
     let footer = SegmentFooter::decode(&end, stored.len_bytes).map_err(RestoreError::format(location, &stored.key))?;
     check_footer(&footer, &stored.key, location)?;
     if footer.table_len > TABLE_LIMIT {
         return Err(damaged("its table is too long"));
     }
-    let wanted = footer.table_len as usize + segment::FOOTER_LEN;
+    let wanted = footer.table_len as usize + FOOTER_LEN;
     let table = match end.len().checked_sub(wanted) {
         Some(at) => end.slice(at..at + footer.table_len as usize),
         None => {

@@ -1,81 +1,11 @@
 //! What happened while nobody watched: never guessed, always restored as it is.
 
-use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::path::Path;
 
 use rusqlite::Connection;
 
-use crate::support::{Daemon, content, count_up, create_database, insert, open, run, stderr, wait_for_restored};
-
-/// A database with a daemon that replicates it to a directory.
-struct Scene {
-    directory: tempfile::TempDir,
-}
-
-impl Scene {
-    fn new() -> Self {
-        Self { directory: tempfile::tempdir().unwrap() }
-    }
-
-    fn path(&self, name: &str) -> PathBuf {
-        self.directory.path().join(name)
-    }
-
-    fn database(&self) -> PathBuf {
-        self.path("app.db")
-    }
-
-    fn replica(&self) -> String {
-        self.path("replica").display().to_string()
-    }
-
-    fn start(&self) -> Daemon {
-        Daemon::start(&[self.database().to_str().unwrap(), &self.replica()], &self.path("daemon.log"))
-    }
-
-    fn wait_for(&self, n: i64) {
-        wait_for_restored(&self.replica(), self.directory.path(), "SELECT n FROM counter", n);
-    }
-
-    fn copy(&self, from: &str, to: &str) {
-        // By another process: closing a descriptor of the database in this one would drop its locks.
-        assert!(Command::new("cp").arg(self.path(from)).arg(self.path(to)).status().unwrap().success());
-    }
-
-    fn restored_content(&self, arguments: &[&str]) -> Vec<String> {
-        let output = self.path("again.db");
-        let replica = self.replica();
-        let all = ["restore", &replica, "--force", "--output", output.to_str().unwrap()];
-        let done = run(all.iter().chain(arguments));
-        assert!(done.status.success(), "{}\n{}", stderr(&done), self.daemon_log());
-        content(&output)
-    }
-
-    fn daemon_log(&self) -> String {
-        std::fs::read_to_string(self.path("daemon.log")).unwrap()
-    }
-
-    fn objects(&self, folder: &str) -> Vec<String> {
-        let mut found = Vec::new();
-        for entry in walk(&self.path("replica").join(folder)) {
-            found.push(entry.display().to_string());
-        }
-        found.sort();
-        found
-    }
-}
-
-fn walk(directory: &Path) -> Vec<PathBuf> {
-    let Ok(entries) = std::fs::read_dir(directory) else { return Vec::new() };
-    let paths = entries.map(|entry| entry.unwrap().path());
-    paths.flat_map(|path| if path.is_dir() { walk(&path) } else { vec![path] }).collect()
-}
-
-#[allow(clippy::disallowed_methods)]
-fn now_ms() -> u64 {
-    let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap();
-    now.as_millis() as u64
-}
+use crate::support::scene::{Scene, now_ms};
+use crate::support::{content, count_up, create_database, insert, open};
 
 fn salts(database: &Path) -> Option<Vec<u8>> {
     let wal = std::fs::read(format!("{}-wal", database.display())).ok()?;
@@ -138,7 +68,7 @@ fn play(stop: Stop, away: Away, indexed: bool) {
     insert(&application, 50);
     scene.wait_for(60);
     match stop {
-        Stop::Terminate => assert_eq!(daemon.terminate(), Some(0), "{}", scene.daemon_log()),
+        Stop::Terminate => assert_eq!(daemon.terminate(), Some(0), "{}", scene.log()),
         Stop::Kill => daemon.kill(),
     }
     let snapshots_before = scene.objects("snap").len();
@@ -192,21 +122,16 @@ fn play(stop: Stop, away: Away, indexed: bool) {
     count_up(&application);
     scene.wait_for(1001);
     count_up(&application);
-    assert_eq!(daemon.terminate(), Some(0), "{}", scene.daemon_log());
+    assert_eq!(daemon.terminate(), Some(0), "{}", scene.log());
     let case = format!("{stop:?} {away:?} indexed {indexed}");
-    assert_eq!(content(&scene.database()), scene.restored_content(&[]), "{case}\n{}", scene.daemon_log());
+    assert_eq!(content(&scene.database()), scene.restored_content(&[]), "{case}\n{}", scene.log());
     // History before the stop is still what it was, whatever came after.
     let at = waltrail::clock::format_time(before_ms);
     assert_eq!(scene.restored_content(&["--at", &at]), before, "{case} at {at}");
     if matches!(away, Away::Nothing | Away::AFewWrites) && stop == Stop::Terminate {
-        assert_eq!(
-            scene.objects("snap").len(),
-            snapshots_before,
-            "{case}: no snapshot is needed\n{}",
-            scene.daemon_log()
-        );
+        assert_eq!(scene.objects("snap").len(), snapshots_before, "{case}: no snapshot is needed\n{}", scene.log());
     }
-    assert!(!scene.daemon_log().contains("ERROR"), "{case}\n{}", scene.daemon_log());
+    assert!(!scene.log().contains("ERROR"), "{case}\n{}", scene.log());
 }
 
 #[test]
@@ -277,7 +202,7 @@ fn a_wal_that_continues_over_another_file() {
     let daemon = scene.start();
     scene.wait_for(1);
     let log = crate::support::wait_for("the verdict", || {
-        let log = scene.daemon_log();
+        let log = scene.log();
         log.contains("changed while it was not followed").then_some(log)
     });
     assert_eq!(daemon.terminate(), Some(0), "{log}");
@@ -300,10 +225,10 @@ fn a_restart_uploads_one_small_object() {
         let daemon = scene.start();
         crate::support::wait_for("the claim", || (scene.objects("epochs").len() == round + 2).then_some(()));
         std::thread::sleep(std::time::Duration::from_millis(100));
-        assert_eq!(daemon.terminate(), Some(0), "{}", scene.daemon_log());
+        assert_eq!(daemon.terminate(), Some(0), "{}", scene.log());
     }
     let new: Vec<String> = scene.objects("").into_iter().filter(|object| !before.contains(object)).collect();
-    assert_eq!(new.len(), 3, "{new:?}\n{}", scene.daemon_log());
+    assert_eq!(new.len(), 3, "{new:?}\n{}", scene.log());
     assert!(new.iter().all(|object| object.contains("/epochs/") && std::fs::metadata(object).unwrap().len() < 1000));
     count_up(&application);
     let daemon = scene.start();

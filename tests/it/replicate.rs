@@ -2,73 +2,13 @@
 
 use std::path::PathBuf;
 use std::process::Command;
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::Duration;
 
 use crate::support::s3::S3Server;
+use crate::support::scene::{COUNTER, Scene, now_ms};
 use crate::support::{
     Daemon, content, count_up, create_database, insert, number, open, run, stderr, wait_for, wait_for_restored,
 };
-
-const COUNTER: &str = "SELECT n FROM counter";
-
-struct Scene {
-    directory: tempfile::TempDir,
-}
-
-impl Scene {
-    fn new() -> Self {
-        Self { directory: tempfile::tempdir().unwrap() }
-    }
-
-    fn path(&self, name: &str) -> PathBuf {
-        self.directory.path().join(name)
-    }
-
-    fn database(&self) -> PathBuf {
-        self.path("app.db")
-    }
-
-    fn replica(&self) -> String {
-        self.path("replica").display().to_string()
-    }
-
-    fn start(&self) -> Daemon {
-        self.start_to(&self.replica())
-    }
-
-    fn start_to(&self, replica: &str) -> Daemon {
-        Daemon::start(&[self.database().to_str().unwrap(), replica], &self.path("daemon.log"))
-    }
-
-    fn wait_for(&self, n: i64) -> PathBuf {
-        wait_for_restored(&self.replica(), self.directory.path(), COUNTER, n)
-    }
-
-    fn log(&self) -> String {
-        std::fs::read_to_string(self.path("daemon.log")).unwrap()
-    }
-
-    fn restored(&self, replica: &str, arguments: &[&str]) -> PathBuf {
-        let output = self.path("out.db");
-        let output_name = output.to_str().unwrap();
-        let all: Vec<&str> = ["restore", replica, "--force", "--output", output_name]
-            .into_iter()
-            .chain(arguments.iter().copied())
-            .collect();
-        let done = run(all);
-        assert!(done.status.success(), "{}\n{}", stderr(&done), self.log());
-        output
-    }
-
-    fn wal_len(&self) -> u64 {
-        std::fs::metadata(self.path("app.db-wal")).map_or(0, |found| found.len())
-    }
-}
-
-#[allow(clippy::disallowed_methods)]
-fn now_ms() -> u64 {
-    SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_millis() as u64
-}
 
 #[test]
 fn every_page_size_and_auto_vacuum() {

@@ -1,6 +1,7 @@
 //! What the tests drive: the built program, real databases, a real S3 server.
 
 pub mod s3;
+pub mod scene;
 
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
