@@ -246,17 +246,15 @@ async fn follow_once(
     clock: &Arc<dyn Clock>,
 ) -> Result<Option<DatabaseError>, ReplicateError> {
     let database = job.settings.path.clone();
+    // SQLite keeps `-wal` and `-shm` beside the file that a symbolic link leads to, and events come from there.
+    let mut settings = job.settings.clone();
+    settings.path = std::fs::canonicalize(&database).unwrap_or(settings.path);
     let mailbox = Arc::new(Mailbox::default());
     let progress = Arc::new(Progress::default());
-    hub.watch(&database, &mailbox);
+    hub.watch(&settings.path, &mailbox);
     let (jobs, queue) = mpsc::unbounded_channel();
-    let around = Surroundings {
-        settings: job.settings.clone(),
-        mailbox: mailbox.clone(),
-        jobs,
-        progress: progress.clone(),
-        clock: clock.clone(),
-    };
+    let around =
+        Surroundings { settings, mailbox: mailbox.clone(), jobs, progress: progress.clone(), clock: clock.clone() };
     let shipper = Shipper {
         store: job.store.clone(),
         mailbox: mailbox.clone(),

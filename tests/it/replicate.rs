@@ -525,3 +525,19 @@ fn a_second_signal_ends_it_at_once() {
     scene.wait_for(1);
     assert_eq!(daemon.terminate(), Some(0), "{}", scene.log());
 }
+
+/// The path is a symbolic link, as it often is in a container.
+#[test]
+fn by_a_symbolic_link() {
+    let scene = Scene::new();
+    std::fs::create_dir(scene.path("volume")).unwrap();
+    let application = create_database(&scene.path("volume/real.db"), 30, "");
+    std::os::unix::fs::symlink(scene.path("volume/real.db"), scene.database()).unwrap();
+    let daemon = scene.start();
+    for n in 1..4 {
+        count_up(&application);
+        scene.wait_for(n);
+    }
+    assert_eq!(daemon.terminate(), Some(0), "{}", scene.log());
+    assert!(!scene.log().contains("ERROR"), "{}", scene.log());
+}
