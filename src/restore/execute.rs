@@ -10,8 +10,8 @@ use bytes::Bytes;
 use futures_util::stream::{self, StreamExt};
 
 use super::RestoreError;
-use super::history::Stored;
 use super::plan::{Plan, check_footer, read_table};
+use super::run::PlannedSegment;
 use crate::format::block::{BLOCK_HEADER_LEN, BlockHeader};
 use crate::format::key::SegmentKey;
 use crate::format::segment::{PageStream, Segment, SegmentFooter, Transaction};
@@ -143,27 +143,28 @@ impl Execution<'_> {
     /// Newest first.
     async fn apply_segments(&mut self) -> Result<(), RestoreError> {
         let (store, location) = (self.store, self.plan.location.as_str());
-        let fetch = |stored: Stored<SegmentKey>| async move {
-            if stored.len_bytes > SMALL_SEGMENT {
-                return Ok((stored, None));
+        let fetch = |planned: PlannedSegment| async move {
+            let key = planned.stored.key;
+            if planned.stored.len_bytes > SMALL_SEGMENT {
+                return Ok((planned, None));
             }
-            let whole = store.get(&stored.key.to_string(), SMALL_SEGMENT).await;
-            whole.map(|bytes| (stored, Some(bytes))).map_err(RestoreError::object(location, &stored.key))
+            let whole = store.get(&key.to_string(), SMALL_SEGMENT).await;
+            whole.map(|bytes| (planned, Some(bytes))).map_err(RestoreError::object(location, &key))
         };
         let newest_first = self.plan.segments.iter().rev().copied();
         let mut fetched = stream::iter(newest_first).map(fetch).buffered(SEGMENTS_IN_FLIGHT);
         while let Some(next) = fetched.next().await {
             match next? {
-                (stored, Some(bytes)) => self.apply_small(stored, bytes).await?,
-                (stored, None) => self.apply_large(stored).await?,
+                (planned, Some(bytes)) => self.apply_small(planned, bytes).await?,
+                (planned, None) => self.apply_large(planned).await?,
             }
         }
         Ok(())
     }
 
-    async fn apply_small(&mut self, stored: Stored<SegmentKey>, bytes: Bytes) -> Result<(), RestoreError> {
-        let (location, last_txid, page_size) =
-            (self.plan.location.clone(), self.plan.position.txid, self.plan.page_size);
+    async fn apply_small(&mut self, planned: PlannedSegment, bytes: Bytes) -> Result<(), RestoreError> {
+        let PlannedSegment { stored, last_txid } = planned;
+        let (location, page_size) = (self.plan.location.clone(), self.plan.page_size);
         self.blocking(move |image, path| {
             let bad = || RestoreError::format(&location, &stored.key);
             let footer = SegmentFooter::decode(&bytes, bytes.len() as u64).map_err(bad())?;
@@ -188,11 +189,11 @@ impl Execution<'_> {
     }
 
     /// Block by block: a single transaction can be larger than memory.
-    async fn apply_large(&mut self, stored: Stored<SegmentKey>) -> Result<(), RestoreError> {
+    async fn apply_large(&mut self, planned: PlannedSegment) -> Result<(), RestoreError> {
+        let PlannedSegment { stored, last_txid } = planned;
         let location = self.plan.location.clone();
         let (footer, transactions) = read_table(self.store, &location, &stored).await?;
         check_segment(&footer, &stored.key, &location, self.plan.page_size)?;
-        let last_txid = self.plan.position.txid;
         let page_numbers: Vec<u32> =
             transactions.iter().flat_map(|transaction| transaction.page_numbers.iter().copied()).collect();
         let selected = self.blocking(move |image, _| Ok(image.select(&transactions, last_txid))).await?;

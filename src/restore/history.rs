@@ -95,9 +95,12 @@ impl History {
         let no_such = || RestoreError::NoSuchEpoch { location: self.location.clone(), epoch: asked, first, last };
         let mut line = vec![(self.epochs.get(&asked).ok_or_else(no_such)?, None)];
         // A record's parent has a lower number, so this ends.
+        let mut counts_to = u64::MAX;
         while let Some(parent) = line.last().and_then(|(epoch, _)| epoch.record.parent) {
+            // A fork from before its parent's first transaction leaves out what the parent took from its own parent, too.
+            counts_to = counts_to.min(parent.txid);
             match self.epochs.get(&parent.epoch) {
-                Some(epoch) => line.push((epoch, Some(parent.txid))),
+                Some(epoch) => line.push((epoch, Some(counts_to))),
                 None => {
                     let key = EpochKey { epoch: parent.epoch, writer: None };
                     return Err(RestoreError::damaged(&self.location, &key, &"it is missing"));

@@ -4,5 +4,6 @@ mod cli;
 mod downtime;
 mod format;
 mod replicate;
+mod restore;
 mod store;
 mod support;
