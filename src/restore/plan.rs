@@ -139,7 +139,7 @@ impl Planner<'_> {
                     known => known,
                 };
                 // If those that follow are missing, nobody knows whether they were later.
-                let follows = known.and_then(|txid| run.missing_between(txid, txid + 1));
+                let follows = known.and_then(|txid| run.missing_between(txid, txid.saturating_add(1)));
                 Ok(follows.map(|gap| gap.first_txid).or(known))
             }
         }
@@ -346,8 +346,6 @@ async fn tail<K: ToString + Copy>(
     store.get_range(&name, offset, len as u64).await.map_err(RestoreError::object(location, &stored.key))
 }
 
-/// A table longer than this is not believed, in bytes: 32 MiB of page images hold no more.
-const TABLE_LIMIT: u64 = 512 << 20;
 /// What is read of a segment at first, to find its footer and, mostly, its table.
 const TAIL_GUESS: u64 = 32 * 1024;
 
@@ -360,14 +358,10 @@ pub async fn read_table(
     location: &str,
     stored: &Stored<SegmentKey>,
 ) -> Result<(SegmentFooter, Vec<Transaction>), RestoreError> {
-    let damaged = |what: &str| RestoreError::damaged(location, &stored.key, &what);
     let guess = stored.len_bytes.min(TAIL_GUESS).max(segment::FOOTER_LEN as u64);
     let end = tail(store, location, stored, guess as usize).await?;
     let footer = SegmentFooter::decode(&end, stored.len_bytes).map_err(RestoreError::format(location, &stored.key))?;
     check_footer(&footer, &stored.key, location)?;
-    if footer.table_len > TABLE_LIMIT {
-        return Err(damaged("its table is too long"));
-    }
     let wanted = footer.table_len as usize + segment::FOOTER_LEN;
     let table = match end.len().checked_sub(wanted) {
         Some(at) => end.slice(at..at + footer.table_len as usize),
