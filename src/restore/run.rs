@@ -50,9 +50,7 @@ pub(super) struct Run<'a> {
 impl<'a> Run<'a> {
     /// Of epochs of which each but the first continues the one before, each with the last transaction that counts.
     fn new(epochs: &[(&'a Epoch, Option<u64>)]) -> Self {
-        let first = epochs.first().map(|(epoch, _)| &epoch.record);
-        // Where an epoch continues, its first transaction comes after the first state.
-        let first_txid = first.map_or(0, |record| record.first_txid - u64::from(record.continues));
+        let first_txid = epochs.first().map_or(0, |(epoch, _)| epoch.record.start_txid());
         let mut run = Self {
             first_txid,
             last_txid: first_txid,
