@@ -3,6 +3,8 @@
 mod cli;
 mod downtime;
 mod format;
+mod install;
+mod objects;
 mod replicate;
 mod restore;
 mod store;

@@ -322,3 +322,41 @@ impl Oracle {
         std::iter::once(newest).chain(ends_of_runs.map(|(&txid, _)| txid)).find(|&txid| self.is_restorable(epoch, txid))
     }
 }
+
+/// A replica with every kind of epoch: found, continued, found again, forked inside a segment, continued after a fork.
+pub async fn all_kinds(page_size: u32, seed: u64) -> Oracle {
+    let mut oracle = Oracle::new(page_size, seed).await;
+    oracle.begin_with_snapshot(None, 5).await;
+    for transactions in [1, 4, 2] {
+        oracle.commit_and_cut(transactions).await;
+    }
+    // Read before and after the point that a later epoch forks from: of no use on its line.
+    oracle.snapshot(8, 11).await;
+    let end_of_first = oracle.position();
+    // Continued at the end of its parent.
+    oracle.begin(Some(end_of_first), true).await;
+    oracle.commit_and_cut(3).await;
+    for _ in 0..4 {
+        oracle.commit();
+    }
+    oracle.cut_overlapping().await;
+    let end_of_second = oracle.position();
+    // Found with unseen changes, and no snapshot of it was ever stored.
+    oracle.begin(Some(end_of_second), false).await;
+    oracle.commit_and_cut(2).await;
+    // Found again; snapshot read while it went on.
+    oracle.begin_with_snapshot(Some(oracle.position()), 3).await;
+    oracle.commit_and_cut(6).await;
+    oracle.snapshot(oracle.position().txid - 4, oracle.position().txid - 1).await;
+    oracle.commit_and_cut(2).await;
+    // A restore went back into the middle of the first epoch's second segment; what was undone stays on its own line.
+    oracle.begin(Some(Position { epoch: 1, txid: 9 }), true).await;
+    oracle.commit_and_cut(8).await;
+    let fork = oracle.position();
+    // Forked from the fork, before the end of its only segment, and then found changed.
+    oracle.begin(Some(Position { txid: fork.txid - 3, ..fork }), true).await;
+    oracle.commit_and_cut(2).await;
+    oracle.begin_with_snapshot(Some(oracle.position()), 0).await;
+    oracle.commit_and_cut(3).await;
+    oracle
+}
