@@ -200,22 +200,13 @@ impl Execution<'_> {
         // Nothing behind the last image that is wanted need be read.
         let Some(last_wanted) = selected.iter().rposition(|&is_wanted| is_wanted) else { return Ok(()) };
         let bad = || RestoreError::format(&location, &stored.key);
-        let name = stored.key.to_string();
-        let end = footer.table_offset();
+        let mut blocks = Blocks::of(self.store, &location, stored.key, &footer);
         let mut pages = PageStream::new(&footer).map_err(bad())?;
         let mut due = page_numbers.into_iter().zip(selected).collect::<Vec<_>>().into_iter();
         let mut seen = 0;
-        let mut at = footer.pages_offset;
-        while at < end && seen <= last_wanted {
-            let header = self.store.get_range(&name, at, BLOCK_HEADER_LEN as u64).await;
-            let header = header.map_err(RestoreError::object(&location, &stored.key))?;
-            let block_len = BlockHeader::decode(&header, "the segment's pages").map_err(bad())?.compressed_len as u64;
-            let block_end = at + BLOCK_HEADER_LEN as u64 + block_len;
-            if block_end > end {
-                return Err(RestoreError::damaged(&location, &stored.key, &"a block runs into its table"));
-            }
-            let block = self.store.get_range(&name, at, block_end - at).await;
-            let block = block.map_err(RestoreError::object(&location, &stored.key))?;
+        while seen <= last_wanted
+            && let Some(block) = blocks.next().await?
+        {
             let key = stored.key;
             let place = location.clone();
             (pages, due, seen) = self
@@ -232,7 +223,6 @@ impl Execution<'_> {
                     Ok((pages, due, seen))
                 })
                 .await?;
-            at = block_end;
         }
         if seen > last_wanted {
             Ok(())
@@ -284,6 +274,48 @@ impl Execution<'_> {
         let blocks = self.store.get_range(&key.to_string(), footer.index_offset, footer.index_len).await;
         let blocks = blocks.map_err(RestoreError::object(location, key))?;
         footer.decode_index(&blocks).map_err(RestoreError::format(location, key))
+    }
+}
+
+/// The page blocks of a large segment, fetched one after another, each with the header of the next one.
+struct Blocks<'a> {
+    store: &'a SharedStore,
+    location: &'a str,
+    key: SegmentKey,
+    at: u64,
+    end: u64,
+    /// The header of the next block; empty before the first.
+    header: Bytes,
+}
+
+impl<'a> Blocks<'a> {
+    fn of(store: &'a SharedStore, location: &'a str, key: SegmentKey, footer: &SegmentFooter) -> Self {
+        Self { store, location, key, at: footer.pages_offset, end: footer.table_offset(), header: Bytes::new() }
+    }
+
+    async fn next(&mut self) -> Result<Option<Bytes>, RestoreError> {
+        let left = self.end - self.at;
+        if left == 0 {
+            return Ok(None);
+        }
+        if self.header.is_empty() {
+            self.header = self.fetch(left.min(BLOCK_HEADER_LEN as u64)).await?;
+        }
+        let header = BlockHeader::decode(&self.header, "the segment's pages")
+            .map_err(RestoreError::format(self.location, &self.key))?;
+        let len = BLOCK_HEADER_LEN + header.compressed_len;
+        if len as u64 > left {
+            return Err(RestoreError::damaged(self.location, &self.key, &"a block runs into its table"));
+        }
+        let mut block = self.fetch(left.min((len + BLOCK_HEADER_LEN) as u64)).await?;
+        self.header = block.split_off(len);
+        self.at += len as u64;
+        Ok(Some(block))
+    }
+
+    async fn fetch(&self, len: u64) -> Result<Bytes, RestoreError> {
+        let range = self.store.get_range(&self.key.to_string(), self.at, len).await;
+        range.map_err(RestoreError::object(self.location, &self.key))
     }
 }
 

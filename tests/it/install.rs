@@ -69,15 +69,34 @@ async fn a_target_is_made_and_replaced_only_when_told() {
 }
 
 /// A read lock on one byte of a file, held by a description of its own: it counts against this process, too.
-fn hold_lock(path: &Path, byte: i64) -> File {
-    let file = File::options().read(true).write(true).open(path).unwrap();
-    // SAFETY: a plain structure of integers, for which all zeros is a value.
-    let mut lock: libc::flock = unsafe { std::mem::zeroed() };
-    (lock.l_type, lock.l_whence) = (libc::F_RDLCK as libc::c_short, libc::SEEK_SET as libc::c_short);
-    (lock.l_start, lock.l_len) = (byte, 1);
-    // SAFETY: the descriptor is open, and `lock` outlives the call.
-    assert_eq!(unsafe { libc::fcntl(file.as_raw_fd(), libc::F_OFD_SETLK, &raw mut lock) }, 0);
-    file
+struct HeldLock {
+    file: File,
+    byte: i64,
+}
+
+impl HeldLock {
+    fn new(path: &Path, byte: i64) -> Self {
+        let file = File::options().read(true).write(true).open(path).unwrap();
+        let held = Self { file, byte };
+        held.set(libc::F_RDLCK);
+        held
+    }
+
+    fn set(&self, kind: libc::c_int) {
+        // SAFETY: a plain structure of integers, for which all zeros is a value.
+        let mut lock: libc::flock = unsafe { std::mem::zeroed() };
+        (lock.l_type, lock.l_whence) = (kind as libc::c_short, libc::SEEK_SET as libc::c_short);
+        (lock.l_start, lock.l_len) = (self.byte, 1);
+        // SAFETY: the descriptor is open, and `lock` outlives the call.
+        assert_eq!(unsafe { libc::fcntl(self.file.as_raw_fd(), libc::F_OFD_SETLK, &raw mut lock) }, 0);
+    }
+}
+
+impl Drop for HeldLock {
+    /// Closing is not enough: a child that another test starts at this moment has the description, too, until it executes.
+    fn drop(&mut self) {
+        self.set(libc::F_UNLCK);
+    }
 }
 
 #[tokio::test]
@@ -89,14 +108,14 @@ async fn a_target_in_use_is_left_alone() {
     let before = std::fs::read(&target).unwrap();
     // Pending, reserved, the first and the last of the bytes that readers lock.
     for byte in [0x4000_0000, 0x4000_0001, 0x4000_0002, 0x4000_01ff] {
-        let held = hold_lock(&target, byte);
+        let held = HeldLock::new(&target, byte);
         let error = restore_to(&oracle, &target, true).await.unwrap_err();
         assert!(matches!(error, RestoreError::TargetInUse(_)), "{error}");
         drop(held);
     }
     // Taken into use while the restore was under way.
     let incoming = Incoming::create(&target, true).unwrap();
-    let held = hold_lock(&target, 0x4000_0002);
+    let held = HeldLock::new(&target, 0x4000_0002);
     let error = incoming.install(true).unwrap_err();
     assert!(matches!(error, RestoreError::TargetInUse(_)), "{error}");
     drop(held);
