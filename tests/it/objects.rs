@@ -16,7 +16,10 @@ use waltrail::restore::execute::execute;
 use waltrail::restore::history::History;
 use waltrail::restore::plan::{Target, plan};
 use waltrail::store::memory::MemoryStore;
+use waltrail::store::metered::Metered;
 use waltrail::store::{PutMode, SharedStore};
+
+use crate::support::oracle::Numbers;
 
 async fn put(store: &SharedStore, key: &impl ToString, bytes: Vec<u8>) {
     store.put(&key.to_string(), Bytes::from(bytes), PutMode::IfAbsent).await.unwrap();
@@ -223,4 +226,43 @@ async fn the_lock_page_is_left_out() {
     let footer = SegmentFooter::decode(&bytes, bytes.len() as u64).unwrap();
     let table = &bytes[footer.table_offset() as usize..][..footer.table_len as usize];
     assert!(matches!(footer.decode_table(table), Err(FormatError::Inconsistent(_))));
+}
+
+/// A large segment costs one request a block; one that no page is needed from costs its table alone.
+#[tokio::test]
+async fn no_more_is_fetched_than_is_needed() {
+    let (inner, page_size, size_pages) = (replica().await, 65_536_u32, 200_u32);
+    let mut numbers = Numbers::new(1);
+    let mut noise = || -> Vec<Vec<u8>> {
+        let mut page = || (0..page_size / 8).flat_map(|_| numbers.next().to_le_bytes()).collect();
+        (0..size_pages).map(|_| page()).collect()
+    };
+    let found = noise();
+    let (mut writer, mut bytes) = SnapshotWriter::new(page_size);
+    for (index, extent) in (0..).zip(found.chunks(4)) {
+        bytes.extend(writer.encode_extent(index, 1, &extent.concat()).unwrap());
+    }
+    let info = snapshot_info(1, size_pages, fingerprint(&found));
+    bytes.extend(writer.finish(&info).unwrap());
+    put(&inner, &info.key, bytes).await;
+    let (mut len_of_newest, mut blocks_of_newest) = (0, 0);
+    for txid in [2, 3] {
+        let pages = noise();
+        let all: Vec<(u32, &[u8])> = (1..).zip(pages.iter().map(Vec::as_slice)).collect();
+        let (key, bytes) = segment(page_size, txid, size_pages, fingerprint(&pages), &all);
+        len_of_newest = bytes.len() as u64;
+        let footer = SegmentFooter::decode(&bytes, len_of_newest).unwrap();
+        blocks_of_newest = u64::from(footer.page_block_count);
+        put(&inner, &key, bytes).await;
+    }
+    assert_eq!(blocks_of_newest, 4);
+    let (metered, meter) = Metered::new(inner);
+    let store: SharedStore = Arc::new(metered);
+    let plan = plan(&store, &History::load(&store).await.unwrap(), Target::Latest, None).await.unwrap();
+    let before = meter.traffic();
+    execute(&store, &plan, tempfile::tempfile().unwrap(), Path::new("scratch")).await.unwrap();
+    let after = meter.traffic();
+    // The newest: table, first block's header, blocks. The one before: its table. The snapshot: header and index, no extent.
+    assert_eq!(after.requests - before.requests, 1 + 1 + blocks_of_newest + 1 + 2);
+    assert!(after.received_bytes - before.received_bytes < len_of_newest + 100_000);
 }
