@@ -74,6 +74,13 @@ impl EpochRecord {
         Ok(record)
     }
 
+    /// The number of the epoch's first state: the parent's, or the one that was found.
+    #[must_use]
+    pub fn start_txid(&self) -> u64 {
+        // Decoding refuses a first transaction of 0.
+        if self.continues { self.first_txid.saturating_sub(1) } else { self.first_txid }
+    }
+
     /// The object's bytes.
     #[must_use]
     pub fn encode(&self) -> Vec<u8> {

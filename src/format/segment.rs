@@ -4,7 +4,7 @@
 
 use std::io::{self, Write};
 
-use super::block::{BlockReader, BlockWriter, read_section};
+use super::block::{BLOCK_HEADER_LEN, BLOCK_RAW_LIMIT, BlockReader, BlockWriter, read_section};
 use super::key::{SegmentKey, Span};
 use super::{
     FOOTER_LEN, Fields, FormatError, HEADER_LEN, decode_footer, decode_header, encode_footer, encode_header,
@@ -13,6 +13,12 @@ use super::{
 
 const HEADER_MAGIC: &[u8; 8] = b"WALTSEG1";
 const FOOTER_MAGIC: &[u8; 8] = b"WALTSEGE";
+
+/// Length of a transaction's record in the table, without its page numbers.
+const RECORD_LEN: u64 = 32;
+/// No table is longer than this, in bytes: a reader keeps all of it in memory. It is enough for 67 million pages, of
+/// which 512 bytes each make 34 GB.
+pub const TABLE_RAW_LIMIT: u64 = 256 << 20;
 
 const FLAG_FINGERPRINT: u32 = 1;
 const FLAG_COALESCED: u32 = 2;
@@ -82,7 +88,7 @@ impl<W: Write> SegmentWriter<W> {
     ///
     /// # Errors
     /// When the transaction before still wants pages, or the numbers do not ascend: a mistake of the caller that must not
-    /// reach storage.
+    /// reach storage. When the table would outgrow [`TABLE_RAW_LIMIT`].
     pub fn begin_transaction(&mut self, info: &TransactionInfo, page_numbers: &[u32]) -> io::Result<()> {
         let ascends = page_numbers.is_sorted_by(|before, after| before < after);
         if self.pages_due != 0 || !ascends {
@@ -92,6 +98,9 @@ impl<W: Write> SegmentWriter<W> {
             | flag(info.coalesced, FLAG_COALESCED)
             | flag(info.schema_changed, FLAG_SCHEMA_CHANGED);
         let page_count = u32::try_from(page_numbers.len()).map_err(io::Error::other)?;
+        if self.table.len() as u64 + RECORD_LEN + u64::from(page_count) * 4 > TABLE_RAW_LIMIT {
+            return Err(io::Error::other("a segment has more transactions and pages than its table can hold"));
+        }
         self.table.extend_from_slice(&info.time_ms.to_le_bytes());
         self.table.extend_from_slice(&info.fingerprint.unwrap_or(0).to_le_bytes());
         for field in [info.size_pages, info.schema_cookie, page_count, flags].iter().chain(page_numbers) {
@@ -165,6 +174,16 @@ impl<W: Write> SegmentWriter<W> {
     }
 }
 
+/// Whether so many blocks fit the bytes that they are said to take.
+fn has_room_for(len_bytes: u64, block_count: u32) -> bool {
+    u64::from(block_count) * BLOCK_HEADER_LEN as u64 <= len_bytes
+}
+
+/// zstd never makes more of raw bytes than this, headers included.
+fn most_compressed(raw_len_bytes: u64, block_count: u32) -> u64 {
+    raw_len_bytes + raw_len_bytes / 128 + u64::from(block_count) * 1024
+}
+
 fn flag(is_set: bool, bit: u32) -> u32 {
     if is_set { bit } else { 0 }
 }
@@ -230,10 +249,17 @@ impl SegmentFooter {
         let expected_len = [HEADER_LEN as u64, pages_len, table_len, FOOTER_LEN as u64]
             .iter()
             .try_fold(0_u64, |sum, &part| sum.checked_add(part));
+        let table_raw_due = (u64::from(transaction_count) * RECORD_LEN).saturating_add(page_count.saturating_mul(4));
         let is_consistent = expected_len == Some(object_len)
             && is_page_size(page_size)
-            && transaction_count != 0
-            && last_txid.checked_sub(first_txid) == Some(u64::from(transaction_count) - 1);
+            && transaction_count >= 1
+            && last_txid.checked_sub(first_txid) == Some(u64::from(transaction_count) - 1)
+            && table_raw_len == table_raw_due
+            && table_raw_len <= TABLE_RAW_LIMIT
+            && page_count.saturating_mul(u64::from(page_size)) <= u64::from(page_block_count) * BLOCK_RAW_LIMIT as u64
+            && has_room_for(pages_len, page_block_count)
+            && has_room_for(table_len, table_block_count)
+            && table_len <= most_compressed(table_raw_len, table_block_count);
         if !is_consistent {
             return Err(FormatError::Inconsistent("the segment's footer is not that of this object".into()));
         }

@@ -8,7 +8,7 @@ use std::io;
 
 use xxhash_rust::xxh3::xxh3_64;
 
-use super::block::{BLOCK_RAW_LIMIT, BlockWriter, read_section};
+use super::block::{BLOCK_HEADER_LEN, BLOCK_RAW_LIMIT, BlockWriter, read_section};
 use super::key::SnapshotKey;
 use super::{
     FOOTER_LEN, Fields, FormatError, HEADER_LEN, decode_footer, decode_header, encode_footer, encode_header,
@@ -209,7 +209,8 @@ impl SnapshotFooter {
             && index_offset >= HEADER_LEN as u64
             && is_page_size(page_size)
             && txid <= last_txid
-            && source_count >= 1
+            && (1..=extent_count.saturating_add(1)).contains(&source_count)
+            && u64::from(index_block_count) * BLOCK_HEADER_LEN as u64 <= index_len
             && extent_count == super::extent_count(size_pages, page_size);
         if !is_consistent {
             return Err(FormatError::Inconsistent("the snapshot's footer is not that of this object".into()));
@@ -249,12 +250,20 @@ impl SnapshotFooter {
         Ok(index)
     }
 
+    /// In this object an extent stands between the header and the index; of another one only that it ends somewhere is known.
+    fn has_place_for(&self, extent: &ExtentRecord) -> bool {
+        let end = extent.offset.checked_add(u64::from(extent.compressed_len));
+        let limit = if extent.source == 0 { self.index_offset } else { u64::MAX };
+        extent.offset >= HEADER_LEN as u64 && end.is_some_and(|end| end <= limit)
+    }
+
     fn check_extent(&self, number: u32, extent: &ExtentRecord) -> Result<(), FormatError> {
         // The database may have grown after the last extent was read: then that extent has fewer pages than fit now.
         let (_, most_pages) = extent_pages(number, u32::MAX, self.page_size);
         let is_right = extent.source < self.source_count
             && (1..=most_pages).contains(&extent.page_count)
             && extent.compressed_len as usize <= BLOCK_RAW_LIMIT
+            && self.has_place_for(extent)
             && extent.txid <= self.info.last_txid
             && (extent.source != 0 || extent.txid >= self.info.key.txid);
         if is_right {

@@ -10,8 +10,8 @@ use bytes::Bytes;
 use futures_util::stream::{self, StreamExt};
 
 use super::RestoreError;
-use super::history::Stored;
 use super::plan::{Plan, check_footer, read_table};
+use super::run::PlannedSegment;
 use crate::format::block::{BLOCK_HEADER_LEN, BlockHeader};
 use crate::format::key::SegmentKey;
 use crate::format::segment::{PageStream, Segment, SegmentFooter, Transaction};
@@ -143,27 +143,28 @@ impl Execution<'_> {
     /// Newest first.
     async fn apply_segments(&mut self) -> Result<(), RestoreError> {
         let (store, location) = (self.store, self.plan.location.as_str());
-        let fetch = |stored: Stored<SegmentKey>| async move {
-            if stored.len_bytes > SMALL_SEGMENT {
-                return Ok((stored, None));
+        let fetch = |planned: PlannedSegment| async move {
+            let key = planned.stored.key;
+            if planned.stored.len_bytes > SMALL_SEGMENT {
+                return Ok((planned, None));
             }
-            let whole = store.get(&stored.key.to_string(), SMALL_SEGMENT).await;
-            whole.map(|bytes| (stored, Some(bytes))).map_err(RestoreError::object(location, &stored.key))
+            let whole = store.get(&key.to_string(), SMALL_SEGMENT).await;
+            whole.map(|bytes| (planned, Some(bytes))).map_err(RestoreError::object(location, &key))
         };
         let newest_first = self.plan.segments.iter().rev().copied();
         let mut fetched = stream::iter(newest_first).map(fetch).buffered(SEGMENTS_IN_FLIGHT);
         while let Some(next) = fetched.next().await {
             match next? {
-                (stored, Some(bytes)) => self.apply_small(stored, bytes).await?,
-                (stored, None) => self.apply_large(stored).await?,
+                (planned, Some(bytes)) => self.apply_small(planned, bytes).await?,
+                (planned, None) => self.apply_large(planned).await?,
             }
         }
         Ok(())
     }
 
-    async fn apply_small(&mut self, stored: Stored<SegmentKey>, bytes: Bytes) -> Result<(), RestoreError> {
-        let (location, last_txid, page_size) =
-            (self.plan.location.clone(), self.plan.position.txid, self.plan.page_size);
+    async fn apply_small(&mut self, planned: PlannedSegment, bytes: Bytes) -> Result<(), RestoreError> {
+        let PlannedSegment { stored, last_txid } = planned;
+        let (location, page_size) = (self.plan.location.clone(), self.plan.page_size);
         self.blocking(move |image, path| {
             let bad = || RestoreError::format(&location, &stored.key);
             let footer = SegmentFooter::decode(&bytes, bytes.len() as u64).map_err(bad())?;
@@ -188,33 +189,24 @@ impl Execution<'_> {
     }
 
     /// Block by block: a single transaction can be larger than memory.
-    async fn apply_large(&mut self, stored: Stored<SegmentKey>) -> Result<(), RestoreError> {
+    async fn apply_large(&mut self, planned: PlannedSegment) -> Result<(), RestoreError> {
+        let PlannedSegment { stored, last_txid } = planned;
         let location = self.plan.location.clone();
         let (footer, transactions) = read_table(self.store, &location, &stored).await?;
         check_segment(&footer, &stored.key, &location, self.plan.page_size)?;
-        let last_txid = self.plan.position.txid;
         let page_numbers: Vec<u32> =
             transactions.iter().flat_map(|transaction| transaction.page_numbers.iter().copied()).collect();
         let selected = self.blocking(move |image, _| Ok(image.select(&transactions, last_txid))).await?;
         // Nothing behind the last image that is wanted need be read.
         let Some(last_wanted) = selected.iter().rposition(|&is_wanted| is_wanted) else { return Ok(()) };
         let bad = || RestoreError::format(&location, &stored.key);
-        let name = stored.key.to_string();
-        let end = footer.table_offset();
+        let mut blocks = Blocks::of(self.store, &location, stored.key, &footer);
         let mut pages = PageStream::new(&footer).map_err(bad())?;
         let mut due = page_numbers.into_iter().zip(selected).collect::<Vec<_>>().into_iter();
         let mut seen = 0;
-        let mut at = footer.pages_offset;
-        while at < end && seen <= last_wanted {
-            let header = self.store.get_range(&name, at, BLOCK_HEADER_LEN as u64).await;
-            let header = header.map_err(RestoreError::object(&location, &stored.key))?;
-            let block_len = BlockHeader::decode(&header, "the segment's pages").map_err(bad())?.compressed_len as u64;
-            let block_end = at + BLOCK_HEADER_LEN as u64 + block_len;
-            if block_end > end {
-                return Err(RestoreError::damaged(&location, &stored.key, &"a block runs into its table"));
-            }
-            let block = self.store.get_range(&name, at, block_end - at).await;
-            let block = block.map_err(RestoreError::object(&location, &stored.key))?;
+        while seen <= last_wanted
+            && let Some(block) = blocks.next().await?
+        {
             let key = stored.key;
             let place = location.clone();
             (pages, due, seen) = self
@@ -231,7 +223,6 @@ impl Execution<'_> {
                     Ok((pages, due, seen))
                 })
                 .await?;
-            at = block_end;
         }
         if seen > last_wanted {
             Ok(())
@@ -283,6 +274,48 @@ impl Execution<'_> {
         let blocks = self.store.get_range(&key.to_string(), footer.index_offset, footer.index_len).await;
         let blocks = blocks.map_err(RestoreError::object(location, key))?;
         footer.decode_index(&blocks).map_err(RestoreError::format(location, key))
+    }
+}
+
+/// The page blocks of a large segment, fetched one after another, each with the header of the next one.
+struct Blocks<'a> {
+    store: &'a SharedStore,
+    location: &'a str,
+    key: SegmentKey,
+    at: u64,
+    end: u64,
+    /// The header of the next block; empty before the first.
+    header: Bytes,
+}
+
+impl<'a> Blocks<'a> {
+    fn of(store: &'a SharedStore, location: &'a str, key: SegmentKey, footer: &SegmentFooter) -> Self {
+        Self { store, location, key, at: footer.pages_offset, end: footer.table_offset(), header: Bytes::new() }
+    }
+
+    async fn next(&mut self) -> Result<Option<Bytes>, RestoreError> {
+        let left = self.end - self.at;
+        if left == 0 {
+            return Ok(None);
+        }
+        if self.header.is_empty() {
+            self.header = self.fetch(left.min(BLOCK_HEADER_LEN as u64)).await?;
+        }
+        let header = BlockHeader::decode(&self.header, "the segment's pages")
+            .map_err(RestoreError::format(self.location, &self.key))?;
+        let len = BLOCK_HEADER_LEN + header.compressed_len;
+        if len as u64 > left {
+            return Err(RestoreError::damaged(self.location, &self.key, &"a block runs into its table"));
+        }
+        let mut block = self.fetch(left.min((len + BLOCK_HEADER_LEN) as u64)).await?;
+        self.header = block.split_off(len);
+        self.at += len as u64;
+        Ok(Some(block))
+    }
+
+    async fn fetch(&self, len: u64) -> Result<Bytes, RestoreError> {
+        let range = self.store.get_range(&self.key.to_string(), self.at, len).await;
+        range.map_err(RestoreError::object(self.location, &self.key))
     }
 }
 

@@ -95,14 +95,17 @@ impl History {
         let no_such = || RestoreError::NoSuchEpoch { location: self.location.clone(), epoch: asked, first, last };
         let mut line = vec![(self.epochs.get(&asked).ok_or_else(no_such)?, None)];
         // A record's parent has a lower number, so this ends.
-        while let Some(parent) = line.last().and_then(|(epoch, _)| epoch.record.parent) {
-            match self.epochs.get(&parent.epoch) {
-                Some(epoch) => line.push((epoch, Some(parent.txid))),
-                None => {
-                    let key = EpochKey { epoch: parent.epoch, writer: None };
-                    return Err(RestoreError::damaged(&self.location, &key, &"it is missing"));
-                }
+        while let Some((epoch, _)) = line.last().copied() {
+            let Some(parent) = epoch.record.parent else { break };
+            let parent_key = EpochKey { epoch: parent.epoch, writer: None };
+            let missing = || RestoreError::damaged(&self.location, &parent_key, &"it is missing");
+            let of_parent = self.epochs.get(&parent.epoch).ok_or_else(missing)?;
+            if parent.txid < of_parent.record.start_txid() {
+                let key = EpochKey { epoch: epoch.record.epoch, writer: None };
+                let what = format!("it goes on from {parent}, which that epoch never had");
+                return Err(RestoreError::damaged(&self.location, &key, &what));
             }
+            line.push((of_parent, Some(parent.txid)));
         }
         Ok(line)
     }

@@ -1,7 +1,7 @@
 //! Giving a restored database its name: never over something that is in use, never half, and what was there is whole until
 //! the moment that the new file takes its place.
 
-use std::fs::{self, File, Permissions};
+use std::fs::{self, File, Metadata, Permissions};
 use std::io;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::{MetadataExt, PermissionsExt, chown};
@@ -25,23 +25,30 @@ pub struct Incoming {
 }
 
 impl Incoming {
-    /// Makes the file, after checking that the target may be replaced or is not there.
+    /// Makes the file, after checking that the target may be replaced or is not there. A target that is a symbolic link stands
+    /// for the file it leads to, as it does for SQLite.
     ///
     /// # Errors
     /// [`RestoreError::TargetExists`] unless `force`; [`RestoreError::TargetInUse`].
     pub fn create(target: &Path, force: bool) -> Result<Self, RestoreError> {
+        let mut target = target.to_owned();
+        // The file gets no more rights than what is there now has; where nothing is, those that SQLite gives, less the umask.
+        let mut mode = 0o644;
         if target.exists() {
             if !force {
-                return Err(RestoreError::TargetExists(target.to_owned()));
+                return Err(RestoreError::TargetExists(target));
             }
-            check_unused(target)?;
+            target = fs::canonicalize(&target).map_err(RestoreError::io(&target, "follow"))?;
+            check_unused(&target)?;
+            mode = 0o600;
         }
         let name = target.file_name().unwrap_or_default().to_string_lossy().into_owned();
         let file = tempfile::Builder::new()
             .prefix(&format!(".{name}.waltrail-restore-"))
-            .tempfile_in(directory_of(target))
-            .map_err(RestoreError::io(target, "make a file beside"))?;
-        Ok(Self { file, target: target.to_owned() })
+            .permissions(Permissions::from_mode(mode))
+            .tempfile_in(directory_of(&target))
+            .map_err(RestoreError::io(&target, "make a file beside"))?;
+        Ok(Self { file, target })
     }
 
     /// The file's path.
@@ -61,7 +68,7 @@ impl Incoming {
     /// Puts the file in the target's place. The file is whole and durable. Returns what the user should know.
     ///
     /// # Errors
-    /// As at [`Incoming::create`]; then the target is as it was.
+    /// As at [`Incoming::create`]; then the target holds what it held.
     pub fn install(self, force: bool) -> Result<Vec<String>, RestoreError> {
         let Self { file, target } = self;
         let mut notes = Vec::new();
@@ -71,27 +78,54 @@ impl Incoming {
                 return Err(RestoreError::TargetExists(target));
             }
             check_unused(&target)?;
-            notes.extend(settle_old(&target)?);
-            // Not being the owner is no reason to fail: the mode is kept all the same.
-            chown(file.path(), Some(old.uid()), Some(old.gid())).ok();
+            notes.extend(take_over_rights(&file, old, &target)?);
         }
-        let mode = old.as_ref().map_or(0o644, |old| old.mode() & 0o7777);
-        fs::set_permissions(file.path(), Permissions::from_mode(mode))
-            .map_err(RestoreError::io(&target, "set the permissions of"))?;
-        // A WAL of the old database beside the new one would be taken for its own.
-        for suffix in ["-wal", "-shm", "-journal"] {
-            remove_if_there(&sidecar(&target, suffix))?;
+        // SQLite takes the WAL beside an empty file for a leftover and deletes it.
+        let kept = settle_old(&target, old.is_some_and(|old| old.len() > 0))?;
+        let replaced = replace(file, &target, force);
+        if let Some(kept) = kept {
+            let wal = sidecar(&target, "-wal");
+            match &replaced {
+                Ok(()) => notes.push(format!(
+                    "the old database's WAL could not be brought into it and was kept as {}",
+                    kept.display()
+                )),
+                // The old database is still there, and it needs its WAL. That the attempt failed is the error to tell.
+                Err(_) => fs::rename(&kept, &wal).map_err(RestoreError::io(&kept, "move the WAL back from"))?,
+            }
         }
-        let persisted = if force { file.persist(&target) } else { file.persist_noclobber(&target) };
-        persisted.map_err(|failed| match failed.error.kind() {
-            io::ErrorKind::AlreadyExists => RestoreError::TargetExists(target.clone()),
-            _ => RestoreError::io(&target, "rename to")(failed.error),
-        })?;
-        let directory = directory_of(&target);
-        let synced = File::open(directory).and_then(|directory| directory.sync_all());
-        synced.map_err(RestoreError::io(directory, "sync"))?;
-        Ok(notes)
+        replaced.map(|()| notes)
     }
+}
+
+/// Gives the file the mode and owner of what it replaces.
+fn take_over_rights(file: &NamedTempFile, old: &Metadata, target: &Path) -> Result<Option<String>, RestoreError> {
+    // Before the mode: a change of owner clears bits of it.
+    let chowned = chown(file.path(), Some(old.uid()), Some(old.gid()));
+    fs::set_permissions(file.path(), Permissions::from_mode(old.mode() & 0o7777))
+        .map_err(RestoreError::io(target, "set the permissions of"))?;
+    Ok(chowned.err().map(|error| {
+        format!(
+            "{} belonged to user {} and group {}, which could not be kept ({error}): check that the application may write it",
+            target.display(),
+            old.uid(),
+            old.gid()
+        )
+    }))
+}
+
+fn replace(file: NamedTempFile, target: &Path, force: bool) -> Result<(), RestoreError> {
+    // A WAL of the old database beside the new one would be taken for its own.
+    for suffix in ["-wal", "-shm", "-journal"] {
+        remove_if_there(&sidecar(target, suffix))?;
+    }
+    let persisted = if force { file.persist(target) } else { file.persist_noclobber(target) };
+    persisted.map_err(|failed| match failed.error.kind() {
+        io::ErrorKind::AlreadyExists => RestoreError::TargetExists(target.to_owned()),
+        _ => RestoreError::io(target, "rename to")(failed.error),
+    })?;
+    let directory = directory_of(target);
+    File::open(directory).and_then(|directory| directory.sync_all()).map_err(RestoreError::io(directory, "sync"))
 }
 
 fn directory_of(target: &Path) -> &Path {
@@ -122,25 +156,38 @@ fn check_unused(target: &Path) -> Result<(), RestoreError> {
     if i32::from(lock.l_type) == libc::F_UNLCK { Ok(()) } else { Err(RestoreError::TargetInUse(target.to_owned())) }
 }
 
-/// Brings what stands in the old database's WAL into its main file, so that it loses nothing if we fail from here on. If
-/// SQLite can't, the WAL is kept under another name.
-fn settle_old(target: &Path) -> Result<Option<String>, RestoreError> {
-    let wal = sidecar(target, "-wal");
-    if !fs::metadata(&wal).is_ok_and(|found| found.len() > 0) {
+/// Brings what stands in the old database's WAL or journal into its main file, so that it loses nothing if we fail from here on.
+/// If SQLite can't, or the main file holds nothing or is gone, the WAL is kept under another name, which is returned.
+fn settle_old(target: &Path, has_main: bool) -> Result<Option<PathBuf>, RestoreError> {
+    let has_content = |path: &Path| fs::metadata(path).is_ok_and(|found| found.len() > 0);
+    let (wal, journal) = (sidecar(target, "-wal"), sidecar(target, "-journal"));
+    if !has_content(&wal) && !has_content(&journal) {
         return Ok(None);
     }
-    let checkpoint = || -> rusqlite::Result<bool> {
+    let settle = || -> rusqlite::Result<bool> {
         let flags = OpenFlags::SQLITE_OPEN_READ_WRITE | OpenFlags::SQLITE_OPEN_NO_MUTEX;
         let connection = Connection::open_with_flags(target, flags)?;
+        // The first read rolls a transaction back that a crash left in the journal.
+        connection.query_row("SELECT count(*) FROM sqlite_schema", [], |_| Ok(()))?;
         let (is_busy, frames, copied): (i64, i64, i64) =
             connection
                 .query_row("PRAGMA wal_checkpoint(TRUNCATE)", [], |row| Ok((row.get(0)?, row.get(1)?, row.get(2)?)))?;
         Ok(is_busy == 0 && frames == copied)
     };
-    if checkpoint().unwrap_or(false) {
+    if (has_main && settle().unwrap_or(false)) || !has_content(&wal) {
         return Ok(None);
     }
-    let kept = sidecar(target, "-wal.before-restore");
+    let kept = free_name(target)?;
     fs::rename(&wal, &kept).map_err(RestoreError::io(&wal, "keep"))?;
-    Ok(Some(format!("the old database's WAL could not be brought into it and was kept as {}", kept.display())))
+    Ok(Some(kept))
+}
+
+/// What an earlier restore kept is not written over.
+fn free_name(target: &Path) -> Result<PathBuf, RestoreError> {
+    let names = (0..1000).map(|number| match number {
+        0 => sidecar(target, "-wal.before-restore"),
+        _ => sidecar(target, &format!("-wal.before-restore-{number}")),
+    });
+    let taken = || RestoreError::io(target, "keep the WAL of")(io::ErrorKind::AlreadyExists.into());
+    names.into_iter().find(|name| !name.exists()).ok_or_else(taken)
 }

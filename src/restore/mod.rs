@@ -4,6 +4,7 @@ pub mod execute;
 pub mod history;
 pub mod install;
 pub mod plan;
+pub mod run;
 
 use std::io;
 use std::path::{Path, PathBuf};
@@ -60,15 +61,18 @@ pub enum RestoreError {
     },
     /// Transactions are missing in the middle of the history.
     #[error(
-        "transactions from {first_missing} on are missing in {location}; the newest one that can be restored is {newest}"
+        "transactions {first_missing} to {last_missing} are missing in {location}; {}",
+        newest_before(*newest)
     )]
     Gap {
         /// The place.
         location: String,
         /// The first that is missing.
         first_missing: u64,
-        /// The last one before.
-        newest: u64,
+        /// The last that is missing.
+        last_missing: u64,
+        /// The newest one before them that can be restored, if there is one.
+        newest: Option<u64>,
     },
     /// The restored pages are not those that the writer had.
     #[error(
@@ -101,6 +105,13 @@ pub enum RestoreError {
         /// The operating system's error.
         source: io::Error,
     },
+}
+
+fn newest_before(newest: Option<u64>) -> String {
+    match newest {
+        Some(txid) => format!("the newest one before them that can be restored is {txid}"),
+        None => "nothing before them can be restored".into(),
+    }
 }
 
 impl RestoreError {

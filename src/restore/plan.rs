@@ -3,10 +3,12 @@
 use std::fmt;
 
 use super::RestoreError;
-use super::history::{Epoch, History, Stored};
+use super::history::{History, Stored};
+use super::run::{Missing, PlannedSegment, Run, runs};
+use crate::clock::format_time;
 use crate::format::key::{SegmentKey, SnapshotKey};
 use crate::format::segment::{SegmentFooter, Transaction};
-use crate::format::snapshot::SnapshotFooter;
+use crate::format::snapshot::{SnapshotFooter, SnapshotInfo};
 use crate::format::{FOOTER_LEN, Position};
 use crate::store::SharedStore;
 
@@ -41,7 +43,7 @@ pub struct Plan {
     /// Its footer.
     pub snapshot_footer: SnapshotFooter,
     /// The segments to apply, oldest first.
-    pub segments: Vec<Stored<SegmentKey>>,
+    pub segments: Vec<PlannedSegment>,
     /// What the person who asked should know.
     pub notes: Vec<String>,
 }
@@ -50,7 +52,11 @@ impl Plan {
     /// Bytes of all objects that the plan names. Not all of them need be read.
     #[must_use]
     pub fn objects_len_bytes(&self) -> u64 {
-        self.snapshot.len_bytes + self.segments.iter().map(|segment| segment.len_bytes).sum::<u64>()
+        self.snapshot.len_bytes + self.segments_len_bytes()
+    }
+
+    fn segments_len_bytes(&self) -> u64 {
+        self.segments.iter().map(|planned| planned.stored.len_bytes).sum()
     }
 
     /// Size of the restored database in bytes.
@@ -71,99 +77,8 @@ impl fmt::Display for Plan {
             self.page_size
         )?;
         writeln!(out, "snapshot   {} ({} bytes)", self.snapshot.key, self.snapshot.len_bytes)?;
-        let segments_len: u64 = self.segments.iter().map(|segment| segment.len_bytes).sum();
-        writeln!(out, "segments   {} ({segments_len} bytes)", self.segments.len())?;
+        writeln!(out, "segments   {} ({} bytes)", self.segments.len(), self.segments_len_bytes())?;
         write!(out, "fingerprint {:016x}", self.fingerprint)
-    }
-}
-
-/// A run of history without a gap: an epoch that began with a state that was found, and those that continued it.
-#[derive(Debug, Clone)]
-struct Run<'a> {
-    /// The segments in order, without a gap.
-    segments: Vec<Stored<SegmentKey>>,
-    /// The snapshots on this line, newest first.
-    snapshots: Vec<Stored<SnapshotKey>>,
-    /// The last transaction up to which nothing is missing.
-    last_txid: u64,
-    /// If something is missing behind that: the history goes on in storage all the same.
-    has_gap: bool,
-    /// For each epoch, the last transaction of it that counts.
-    epochs: Vec<(&'a Epoch, u64)>,
-}
-
-impl Run<'_> {
-    fn segments_between(&self, after_txid: u64, last_txid: u64) -> Vec<Stored<SegmentKey>> {
-        let is_needed =
-            |stored: &&Stored<SegmentKey>| stored.key.0.last_txid > after_txid && stored.key.0.first_txid <= last_txid;
-        self.segments.iter().filter(is_needed).copied().collect()
-    }
-
-    /// The epoch that a transaction belongs to on this line.
-    fn epoch_of(&self, txid: u64) -> u32 {
-        let holds = |(_, last_txid): &&(&Epoch, u64)| txid <= *last_txid;
-        self.epochs.iter().find(holds).or(self.epochs.last()).map_or(0, |(epoch, _)| epoch.record.epoch)
-    }
-}
-
-/// The runs of a line, newest first.
-fn runs<'a>(line: &[(&'a Epoch, Option<u64>)]) -> Vec<Run<'a>> {
-    let mut runs = Vec::new();
-    let mut epochs: Vec<(&Epoch, Option<u64>)> = Vec::new();
-    for &(epoch, cap) in line {
-        epochs.push((epoch, cap));
-        if !epoch.record.continues {
-            epochs.reverse();
-            runs.push(run_of(&std::mem::take(&mut epochs)));
-        }
-    }
-    if !epochs.is_empty() {
-        epochs.reverse();
-        runs.push(run_of(&epochs));
-    }
-    runs
-}
-
-fn run_of<'a>(epochs: &[(&'a Epoch, Option<u64>)]) -> Run<'a> {
-    let first_txid = epochs.first().map_or(0, |(epoch, _)| epoch.record.first_txid);
-    let mut run =
-        Run { segments: Vec::new(), snapshots: Vec::new(), last_txid: first_txid, has_gap: false, epochs: Vec::new() };
-    for &(epoch, cap) in epochs {
-        run.last_txid = run.last_txid.max(epoch.record.first_txid - u64::from(epoch.record.continues));
-        let counts = |txid: u64| cap.is_none_or(|cap| txid <= cap);
-        if !run.has_gap {
-            extend_chain(&mut run, epoch, cap);
-        }
-        let on_line =
-            epoch.snapshots.iter().filter(|stored| counts(stored.key.txid) && stored.key.txid <= run.last_txid);
-        run.snapshots.extend(on_line);
-        run.epochs.push((epoch, cap.unwrap_or(u64::MAX).min(run.last_txid)));
-        if cap.is_some_and(|cap| cap > run.last_txid) {
-            run.has_gap = true;
-        }
-    }
-    run.snapshots.reverse();
-    run
-}
-
-/// Adds an epoch's segments as far as they go without a gap. Where several hold a transaction, the one that goes furthest is
-/// taken.
-fn extend_chain(run: &mut Run<'_>, epoch: &Epoch, cap: Option<u64>) {
-    let mut rest = epoch.segments.as_slice();
-    loop {
-        let next_txid = run.last_txid + 1;
-        if cap.is_some_and(|cap| next_txid > cap) {
-            return;
-        }
-        let reach = rest.partition_point(|stored| stored.key.0.first_txid <= next_txid);
-        let best = rest[..reach].iter().filter(|stored| stored.key.0.last_txid >= next_txid);
-        let Some(best) = best.max_by_key(|stored| stored.key.0.last_txid) else {
-            run.has_gap |= reach < rest.len();
-            return;
-        };
-        run.segments.push(*best);
-        run.last_txid = best.key.0.last_txid.min(cap.unwrap_or(u64::MAX));
-        rest = &rest[reach.saturating_sub(1)..];
     }
 }
 
@@ -179,17 +94,10 @@ pub async fn plan(
 ) -> Result<Plan, RestoreError> {
     let line = history.line(epoch)?;
     let planner = Planner { store, location: &history.location, runs: runs(&line) };
-    let mut notes = Vec::new();
     for (index, run) in planner.runs.iter().enumerate() {
         let Some(txid) = planner.choose(run, target).await? else { continue };
-        if index > 0 && !matches!(target, Target::Txid(_)) {
-            notes.push(planner.why_older(index, target).await?);
-        }
         if let Some(mut plan) = planner.plan_for(run, txid).await? {
-            plan.notes = notes;
-            if let Target::Time(asked_ms) = target {
-                plan.notes.push(distance(asked_ms, plan.time_ms));
-            }
+            plan.notes = planner.notes(index, target, &plan).await?;
             return Ok(plan);
         }
     }
@@ -207,102 +115,124 @@ struct Planner<'a> {
     runs: Vec<Run<'a>>,
 }
 
+/// What a state can be restored from.
+enum Served {
+    By(Stored<SnapshotKey>, SnapshotFooter),
+    /// A snapshot would serve, if transactions after it were not missing.
+    ButFor(Missing),
+    ByNothing,
+}
+
 impl Planner<'_> {
-    /// The transaction of `run` that the target means; `None` when it is not in it.
+    /// The state of `run` that the target means, if it is in it. Whether it can be restored is another question.
     async fn choose(&self, run: &Run<'_>, target: Target) -> Result<Option<u64>, RestoreError> {
         match target {
-            Target::Latest if run.has_gap => Err(self.gap(run)),
             Target::Latest => Ok(Some(run.last_txid)),
-            Target::Txid(txid) => {
-                let first = run.epochs.first().map_or(0, |(epoch, _)| epoch.record.first_txid);
-                if txid > run.last_txid
-                    && run.has_gap
-                    && run
-                        .epochs
-                        .iter()
-                        .any(|(epoch, _)| epoch.segments.iter().any(|stored| stored.key.0.last_txid >= txid))
-                {
-                    return Err(self.gap(run));
-                }
-                Ok((first..=run.last_txid).contains(&txid).then_some(txid))
+            Target::Txid(txid) => Ok((run.first_txid..=run.last_txid).contains(&txid).then_some(txid)),
+            Target::Time(asked_ms) => {
+                let known = match self.last_transaction_at(run, asked_ms).await? {
+                    None => self
+                        .first_restorable(run)
+                        .await?
+                        .filter(|info| info.time_ms <= asked_ms)
+                        .map(|info| info.last_txid),
+                    known => known,
+                };
+                // If those that follow are missing, nobody knows whether they were later.
+                let follows = known.and_then(|txid| run.missing_between(txid, txid.saturating_add(1)));
+                Ok(follows.map(|gap| gap.first_txid).or(known))
             }
-            Target::Time(asked_ms) => self.choose_by_time(run, asked_ms).await,
         }
     }
 
-    fn gap(&self, run: &Run<'_>) -> RestoreError {
-        let (location, newest) = (self.location.to_owned(), run.last_txid);
-        RestoreError::Gap { location, first_missing: newest + 1, newest }
-    }
-
-    async fn choose_by_time(&self, run: &Run<'_>, asked_ms: u64) -> Result<Option<u64>, RestoreError> {
-        let later = run.segments.partition_point(|stored| stored.key.0.time_ms <= asked_ms);
-        let Some(stored) = run.segments.get(later) else {
-            // All that is known is not later; behind a gap there may be more that is not.
-            return if run.has_gap { Err(self.gap(run)) } else { self.last_state(run, asked_ms).await };
-        };
-        let transactions = self.table(stored).await?;
-        let inside = transactions.iter().rev().find(|transaction| transaction.info.time_ms <= asked_ms);
-        match (inside, later.checked_sub(1)) {
-            (Some(transaction), _) => Ok(Some(transaction.txid.min(run.last_txid))),
-            (None, Some(before)) => Ok(Some(run.segments[before].key.0.last_txid)),
-            (None, None) => self.first_state(run, asked_ms).await,
+    /// The last transaction in a segment of `run` that is not later.
+    async fn last_transaction_at(&self, run: &Run<'_>, asked_ms: u64) -> Result<Option<u64>, RestoreError> {
+        let later = run.segments.partition_point(|planned| planned.stored.key.0.time_ms <= asked_ms);
+        let mut last = later.checked_sub(1).map(|before| run.segments[before].last_txid);
+        // The time in a segment's name can be that of a transaction that does not count, so the next one is asked as well.
+        for planned in &run.segments[later..] {
+            let transactions = self.table(&planned.stored).await?;
+            let counts = |transaction: &&Transaction| {
+                transaction.txid <= planned.last_txid && transaction.info.time_ms <= asked_ms
+            };
+            let Some(found) = transactions.iter().rev().find(counts) else { break };
+            last = Some(found.txid);
+            if found.txid < planned.last_txid {
+                break;
+            }
         }
+        Ok(last)
     }
 
-    /// The run's last state, if it was known by that time: its snapshots may all be later.
-    async fn last_state(&self, run: &Run<'_>, asked_ms: u64) -> Result<Option<u64>, RestoreError> {
-        if run.segments.is_empty() { self.first_state(run, asked_ms).await } else { Ok(Some(run.last_txid)) }
-    }
-
-    /// The state that the run began with, if that was found by the time.
-    async fn first_state(&self, run: &Run<'_>, asked_ms: u64) -> Result<Option<u64>, RestoreError> {
-        let Some(oldest) = run.snapshots.last() else { return Ok(None) };
-        let info = self.footer(oldest).await?.info;
-        Ok((info.time_ms <= asked_ms).then_some(info.last_txid))
+    /// What the state after `txid` can be restored from: the newest snapshot that is not newer.
+    async fn served(&self, run: &Run<'_>, txid: u64) -> Result<Served, RestoreError> {
+        for planned in run.snapshots.iter().filter(|planned| planned.stored.key.txid <= txid) {
+            let footer = self.footer(&planned.stored).await?;
+            if footer.info.last_txid > txid.min(planned.last_txid) {
+                continue;
+            }
+            // An older snapshot would need what is missing, too.
+            return Ok(match run.missing_between(planned.stored.key.txid, txid) {
+                Some(gap) => Served::ButFor(gap),
+                None => Served::By(planned.stored, footer),
+            });
+        }
+        Ok(Served::ByNothing)
     }
 
     /// The plan for the state after `txid`; `None` when no snapshot of the run serves it.
     async fn plan_for(&self, run: &Run<'_>, txid: u64) -> Result<Option<Plan>, RestoreError> {
-        for stored in run.snapshots.iter().filter(|stored| stored.key.txid <= txid) {
-            let footer = self.footer(stored).await?;
-            if footer.info.last_txid > txid {
-                continue;
+        let (snapshot, footer) = match self.served(run, txid).await? {
+            Served::By(snapshot, footer) => (snapshot, footer),
+            Served::ButFor(gap) => return Err(self.gap(run, gap).await?),
+            Served::ByNothing => return Ok(None),
+        };
+        let (time_ms, size_pages, fingerprint) = if footer.info.last_txid == txid {
+            (footer.info.time_ms, footer.info.size_pages, footer.info.fingerprint)
+        } else {
+            self.state_after(run, txid).await?
+        };
+        Ok(Some(Plan {
+            location: self.location.to_owned(),
+            position: Position { epoch: run.epoch_of(txid), txid },
+            time_ms,
+            size_pages,
+            page_size: footer.page_size,
+            fingerprint,
+            snapshot,
+            snapshot_footer: footer,
+            segments: run.segments_between(snapshot.key.txid, txid),
+            notes: Vec::new(),
+        }))
+    }
+
+    /// The error that names what is missing, and the newest state before it.
+    async fn gap(&self, run: &Run<'_>, gap: Missing) -> Result<RestoreError, RestoreError> {
+        let mut before = gap;
+        let newest = loop {
+            let txid = before.first_txid - 1;
+            match self.served(run, txid).await? {
+                Served::By(..) => break Some(txid),
+                Served::ButFor(earlier) => before = earlier,
+                Served::ByNothing => break None,
             }
-            let segments = run.segments_between(stored.key.txid, txid);
-            let (time_ms, size_pages, fingerprint) = if footer.info.last_txid == txid {
-                (footer.info.time_ms, footer.info.size_pages, footer.info.fingerprint)
-            } else {
-                self.state_after(&segments, txid).await?
-            };
-            return Ok(Some(Plan {
-                location: self.location.to_owned(),
-                position: Position { epoch: run.epoch_of(txid), txid },
-                time_ms,
-                size_pages,
-                page_size: footer.page_size,
-                fingerprint,
-                snapshot: *stored,
-                snapshot_footer: footer,
-                segments,
-                notes: Vec::new(),
-            }));
-        }
-        Ok(None)
+        };
+        let location = self.location.to_owned();
+        Ok(RestoreError::Gap { location, first_missing: gap.first_txid, last_missing: gap.last_txid, newest })
     }
 
     /// Time, size and fingerprint after a transaction.
-    async fn state_after(&self, segments: &[Stored<SegmentKey>], txid: u64) -> Result<(u64, u32, u64), RestoreError> {
-        let holds = |stored: &&Stored<SegmentKey>| (stored.key.0.first_txid..=stored.key.0.last_txid).contains(&txid);
-        let missing =
-            || RestoreError::Gap { location: self.location.to_owned(), first_missing: txid, newest: txid - 1 };
-        let stored = segments.iter().find(holds).ok_or_else(missing)?;
-        let transactions = self.table(stored).await?;
-        let transaction = transactions.iter().find(|transaction| transaction.txid == txid).ok_or_else(missing)?;
-        let unknown =
-            || RestoreError::damaged(self.location, &stored.key, &"it lacks a fingerprint that must be there");
-        let info = transaction.info;
-        Ok((info.time_ms, info.size_pages, info.fingerprint.ok_or_else(unknown)?))
+    async fn state_after(&self, run: &Run<'_>, txid: u64) -> Result<(u64, u32, u64), RestoreError> {
+        let Some(planned) = run.segment_of(txid) else {
+            return Err(self.gap(run, Missing { first_txid: txid, last_txid: txid }).await?);
+        };
+        let key = &planned.stored.key;
+        let transactions = self.table(&planned.stored).await?;
+        let transaction = transactions.iter().find(|transaction| transaction.txid == txid);
+        let lacks =
+            |what: &str| RestoreError::damaged(self.location, key, &format!("it lacks {what} of transaction {txid}"));
+        let info = transaction.ok_or_else(|| lacks("the pages"))?.info;
+        Ok((info.time_ms, info.size_pages, info.fingerprint.ok_or_else(|| lacks("the fingerprint"))?))
     }
 
     async fn table(&self, stored: &Stored<SegmentKey>) -> Result<Vec<Transaction>, RestoreError> {
@@ -320,48 +250,85 @@ impl Planner<'_> {
         }
     }
 
-    /// Why the newest run did not serve.
-    async fn why_older(&self, index: usize, target: Target) -> Result<String, RestoreError> {
-        let newer = &self.runs[index - 1];
-        let epoch = newer.epochs.first().map_or(0, |(epoch, _)| epoch.record.epoch);
-        Ok(match (self.first_restorable(newer).await?, target) {
-            (None, _) => format!(
+    /// What the person who asked should know of the state that was chosen, in run number `index`.
+    async fn notes(&self, index: usize, target: Target, plan: &Plan) -> Result<Vec<String>, RestoreError> {
+        let mut notes = Vec::new();
+        let is_end_of_run = self.runs.get(index).is_some_and(|run| run.last_txid == plan.position.txid);
+        if is_end_of_run && !matches!(target, Target::Txid(_)) {
+            // A time is before the start of all but the next run, or the newest of them would have served it.
+            let newer =
+                if target == Target::Latest { &self.runs[..index] } else { &self.runs[index.saturating_sub(1)..index] };
+            for run in newer {
+                notes.push(self.why_not(run).await?);
+            }
+        }
+        if let Target::Time(asked_ms) = target {
+            notes.push(distance(asked_ms, plan.time_ms));
+        }
+        Ok(notes)
+    }
+
+    /// Why a newer run did not serve.
+    async fn why_not(&self, newer: &Run<'_>) -> Result<String, RestoreError> {
+        let epoch = newer.first_epoch();
+        Ok(match self.first_restorable(newer).await? {
+            None => format!(
                 "epoch {epoch} began with a database that had changed unseen, and its first snapshot is not there yet: \
                  this is the last state known before it"
             ),
-            (Some(_), _) => format!(
+            Some(_) => format!(
                 "between this state and the start of epoch {epoch} the database may have changed unseen: this is the last \
                  state known before"
             ),
         })
     }
 
-    /// The first state of a run that can be restored: transaction, time.
-    async fn first_restorable(&self, run: &Run<'_>) -> Result<Option<(u64, u64)>, RestoreError> {
-        let Some(oldest) = run.snapshots.last() else { return Ok(None) };
-        let info = self.footer(oldest).await?.info;
-        Ok((info.last_txid <= run.last_txid).then_some((info.last_txid, info.time_ms)))
+    /// The first state of a run that can be restored: that of its oldest snapshot that is whole.
+    async fn first_restorable(&self, run: &Run<'_>) -> Result<Option<SnapshotInfo>, RestoreError> {
+        for planned in run.snapshots.iter().rev() {
+            let info = self.footer(&planned.stored).await?.info;
+            let is_on_line = info.last_txid <= planned.last_txid;
+            if is_on_line && run.missing_between(planned.stored.key.txid, info.last_txid).is_none() {
+                return Ok(Some(info));
+            }
+        }
+        Ok(None)
     }
 
     async fn out_of_range(&self, target: Target) -> Result<RestoreError, RestoreError> {
         let asked = match target {
             Target::Latest => return Ok(RestoreError::NothingYet { location: self.location.to_owned() }),
-            Target::Time(asked_ms) => format!("the time {}", crate::clock::format_time(asked_ms)),
+            Target::Time(asked_ms) => format!("the time {}", format_time(asked_ms)),
             Target::Txid(txid) => format!("transaction {txid}"),
         };
         let mut ranges = Vec::new();
         for run in self.runs.iter().rev() {
-            if let Some((first_txid, first_ms)) = self.first_restorable(run).await? {
-                let last_ms = run.segments.last().map_or(first_ms, |stored| stored.key.0.time_ms.max(first_ms));
-                let (from, to) = (crate::clock::format_time(first_ms), crate::clock::format_time(last_ms));
-                ranges.push(format!("transactions {first_txid} to {} ({from} to {to})", run.last_txid));
+            if let Some(first) = self.first_restorable(run).await? {
+                ranges.push(self.range(run, &first).await?);
             }
         }
         let location = self.location.to_owned();
         if ranges.is_empty() {
             return Ok(RestoreError::NothingYet { location });
         }
-        Ok(RestoreError::OutOfRange { location, asked, range: ranges.join(", ") })
+        Ok(RestoreError::OutOfRange { location, asked, range: ranges.join("; ") })
+    }
+
+    /// What of a run can be restored, in words.
+    async fn range(&self, run: &Run<'_>, first: &SnapshotInfo) -> Result<String, RestoreError> {
+        let last_ms = match run.segment_of(run.last_txid) {
+            Some(planned) if planned.last_txid < planned.stored.key.0.last_txid => {
+                self.state_after(run, run.last_txid).await?.0
+            }
+            Some(planned) => planned.stored.key.0.time_ms.max(first.time_ms),
+            None => first.time_ms,
+        };
+        let (from, to) = (format_time(first.time_ms), format_time(last_ms));
+        let mut range = format!("transactions {} to {} ({from} to {to})", first.last_txid, run.last_txid);
+        for gap in run.missing.iter().filter(|gap| gap.last_txid > first.last_txid) {
+            range.push_str(&format!(", of which {} to {} are missing", gap.first_txid, gap.last_txid));
+        }
+        Ok(range)
     }
 }
 
@@ -379,8 +346,6 @@ async fn tail<K: ToString + Copy>(
     store.get_range(&name, offset, len as u64).await.map_err(RestoreError::object(location, &stored.key))
 }
 
-/// A table longer than this is not believed, in bytes: 32 MiB of page images hold no more.
-const TABLE_LIMIT: u64 = 512 << 20;
 /// What is read of a segment at first, to find its footer and, mostly, its table.
 const TAIL_GUESS: u64 = 32 * 1024;
 
@@ -393,14 +358,10 @@ pub async fn read_table(
     location: &str,
     stored: &Stored<SegmentKey>,
 ) -> Result<(SegmentFooter, Vec<Transaction>), RestoreError> {
-    let damaged = |what: &str| RestoreError::damaged(location, &stored.key, &what);
     let guess = stored.len_bytes.min(TAIL_GUESS).max(FOOTER_LEN as u64);
     let end = tail(store, location, stored, guess as usize).await?;
     let footer = SegmentFooter::decode(&end, stored.len_bytes).map_err(RestoreError::format(location, &stored.key))?;
     check_footer(&footer, &stored.key, location)?;
-    if footer.table_len > TABLE_LIMIT {
-        return Err(damaged("its table is too long"));
-    }
     let wanted = footer.table_len as usize + FOOTER_LEN;
     let table = match end.len().checked_sub(wanted) {
         Some(at) => end.slice(at..at + footer.table_len as usize),

@@ -3,6 +3,9 @@
 mod cli;
 mod downtime;
 mod format;
+mod install;
+mod objects;
 mod replicate;
+mod restore;
 mod store;
 mod support;

@@ -128,7 +128,7 @@ fn the_wal_stays_small_under_load() {
         count_up(&application);
         application.execute_batch("COMMIT").unwrap();
         largest = largest.max(scene.wal_len());
-        std::thread::sleep(Duration::from_micros(200));
+        std::thread::sleep(Duration::from_micros(500));
     }
     assert!(largest < 64 << 20, "the WAL grew to {largest} bytes");
     assert_eq!(daemon.terminate(), Some(0), "{}", scene.log());

@@ -1,0 +1,260 @@
+//! What a restore does to the place it restores to: nothing before the database is whole, and nothing that was there is lost.
+
+use std::fs::File;
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
+use std::path::{Path, PathBuf};
+
+use bytes::Bytes;
+use waltrail::format::segment::{Segment, SegmentWriter};
+use waltrail::restore::RestoreError;
+use waltrail::restore::execute::execute;
+use waltrail::restore::history::History;
+use waltrail::restore::install::Incoming;
+use waltrail::restore::plan::{Target, plan};
+use waltrail::store::PutMode;
+
+use crate::support::oracle::{Oracle, all_kinds};
+use crate::support::{Daemon, create_database, insert, number, open, wait_for_restored};
+
+/// Restores a newest state over `target`, as the command does.
+async fn restore_to(oracle: &Oracle, target: &Path, force: bool) -> Result<Vec<String>, RestoreError> {
+    let incoming = Incoming::create(target, force)?;
+    let history = History::load(&oracle.store).await?;
+    let plan = plan(&oracle.store, &history, Target::Latest, None).await?;
+    execute(&oracle.store, &plan, incoming.handle()?, incoming.path()).await?;
+    incoming.install(force)
+}
+
+fn names(directory: &Path) -> Vec<String> {
+    let mut names: Vec<String> =
+        std::fs::read_dir(directory).unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
+    names.sort();
+    names
+}
+
+fn mode(path: &Path) -> u32 {
+    std::fs::metadata(path).unwrap().permissions().mode() & 0o7777
+}
+
+#[tokio::test]
+async fn a_target_is_made_and_replaced_only_when_told() {
+    let oracle = all_kinds(512, 16).await;
+    let directory = tempfile::tempdir().unwrap();
+    let target = directory.path().join("app.db");
+    let newest = oracle.states[&oracle.position()].bytes();
+    restore_to(&oracle, &target, false).await.unwrap();
+    assert!(std::fs::read(&target).unwrap() == newest);
+    // As SQLite would make it: what the umask leaves of 0644.
+    let made = directory.path().join("made");
+    std::fs::OpenOptions::new().write(true).create_new(true).mode(0o644).open(&made).unwrap();
+    assert_eq!(mode(&target), mode(&made));
+    std::fs::remove_file(made).unwrap();
+    std::fs::write(&target, "mine").unwrap();
+    let error = restore_to(&oracle, &target, false).await.unwrap_err();
+    assert!(matches!(error, RestoreError::TargetExists(_)), "{error}");
+    assert_eq!(std::fs::read(&target).unwrap(), b"mine");
+    std::fs::set_permissions(&target, std::fs::Permissions::from_mode(0o640)).unwrap();
+    restore_to(&oracle, &target, true).await.unwrap();
+    assert!(std::fs::read(&target).unwrap() == newest);
+    assert_eq!(mode(&target), 0o640);
+    assert_eq!(names(directory.path()), ["app.db"]);
+    // Through a link, the file behind it is replaced.
+    let link = directory.path().join("link.db");
+    std::os::unix::fs::symlink(&target, &link).unwrap();
+    std::fs::write(&target, "mine").unwrap();
+    restore_to(&oracle, &link, true).await.unwrap();
+    assert!(std::fs::read(&target).unwrap() == newest);
+    assert!(std::fs::symlink_metadata(&link).unwrap().is_symlink());
+}
+
+/// A read lock on one byte of a file, held by a description of its own: it counts against this process, too.
+struct HeldLock {
+    file: File,
+    byte: i64,
+}
+
+impl HeldLock {
+    fn new(path: &Path, byte: i64) -> Self {
+        let file = File::options().read(true).write(true).open(path).unwrap();
+        let held = Self { file, byte };
+        held.set(libc::F_RDLCK);
+        held
+    }
+
+    fn set(&self, kind: libc::c_int) {
+        // SAFETY: a plain structure of integers, for which all zeros is a value.
+        let mut lock: libc::flock = unsafe { std::mem::zeroed() };
+        (lock.l_type, lock.l_whence) = (kind as libc::c_short, libc::SEEK_SET as libc::c_short);
+        (lock.l_start, lock.l_len) = (self.byte, 1);
+        // SAFETY: the descriptor is open, and `lock` outlives the call.
+        assert_eq!(unsafe { libc::fcntl(self.file.as_raw_fd(), libc::F_OFD_SETLK, &raw mut lock) }, 0);
+    }
+}
+
+impl Drop for HeldLock {
+    /// Closing is not enough: a child that another test starts at this moment has the description, too, until it executes.
+    fn drop(&mut self) {
+        self.set(libc::F_UNLCK);
+    }
+}
+
+#[tokio::test]
+async fn a_target_in_use_is_left_alone() {
+    let oracle = all_kinds(512, 17).await;
+    let directory = tempfile::tempdir().unwrap();
+    let target = directory.path().join("app.db");
+    drop(create_database(&target, 10, ""));
+    let before = std::fs::read(&target).unwrap();
+    // Pending, reserved, the first and the last of the bytes that readers lock.
+    for byte in [0x4000_0000, 0x4000_0001, 0x4000_0002, 0x4000_01ff] {
+        let held = HeldLock::new(&target, byte);
+        let error = restore_to(&oracle, &target, true).await.unwrap_err();
+        assert!(matches!(error, RestoreError::TargetInUse(_)), "{error}");
+        drop(held);
+    }
+    // Taken into use while the restore was under way.
+    let incoming = Incoming::create(&target, true).unwrap();
+    let held = HeldLock::new(&target, 0x4000_0002);
+    let error = incoming.install(true).unwrap_err();
+    assert!(matches!(error, RestoreError::TargetInUse(_)), "{error}");
+    drop(held);
+    assert!(std::fs::read(&target).unwrap() == before);
+    assert_eq!(names(directory.path()), ["app.db"]);
+    restore_to(&oracle, &target, true).await.unwrap();
+    assert_eq!(names(directory.path()), ["app.db"]);
+}
+
+/// A real process that has the database open, and is idle.
+#[tokio::test]
+async fn a_database_that_is_replicated_is_in_use() {
+    let oracle = all_kinds(512, 18).await;
+    let directory = tempfile::tempdir().unwrap();
+    let target = directory.path().join("app.db");
+    drop(create_database(&target, 10, ""));
+    let replica = format!("file://{}", directory.path().join("replica").display());
+    let daemon = Daemon::start(&[target.to_str().unwrap(), &replica], &directory.path().join("log"));
+    wait_for_restored(&replica, directory.path(), "SELECT count(*) FROM item", 10);
+    let error = restore_to(&oracle, &target, true).await.unwrap_err();
+    assert!(matches!(error, RestoreError::TargetInUse(_)), "{error}");
+    drop(daemon);
+    assert_eq!(number(&open(&target), "SELECT count(*) FROM item"), 10);
+}
+
+#[tokio::test]
+async fn nothing_is_left_of_a_failed_restore() {
+    let oracle = all_kinds(512, 19).await;
+    let directory = tempfile::tempdir().unwrap();
+    let target = directory.path().join("app.db");
+    let snapshot = oracle.store.list("snap/", None).await.unwrap().pop().unwrap();
+    let mut bytes = oracle.store.get(&snapshot.key, u64::MAX).await.unwrap().to_vec();
+    bytes[40] ^= 1;
+    oracle.store.put(&snapshot.key, Bytes::from(bytes), PutMode::Overwrite).await.unwrap();
+    let error = restore_to(&oracle, &target, false).await.unwrap_err();
+    assert!(matches!(&error, RestoreError::Damaged { object, .. } if *object == snapshot.key), "{error}");
+    assert!(names(directory.path()).is_empty());
+    drop(create_database(&target, 10, ""));
+    restore_to(&oracle, &target, true).await.unwrap_err();
+    assert_eq!(names(directory.path()), ["app.db"]);
+    assert_eq!(number(&open(&target), "SELECT count(*) FROM item"), 10);
+}
+
+/// The files of a database whose application was killed: `rows` rows, the last one of them in the WAL alone.
+fn crashed(directory: &Path, rows: i64) -> PathBuf {
+    let scratch = tempfile::tempdir().unwrap();
+    let path = scratch.path().join("app.db");
+    let connection = create_database(&path, rows - 1, "");
+    connection.execute_batch("PRAGMA wal_checkpoint(TRUNCATE)").unwrap();
+    insert(&connection, 1);
+    for name in ["app.db", "app.db-wal", "app.db-shm"] {
+        std::fs::copy(scratch.path().join(name), directory.join(name)).unwrap();
+    }
+    directory.join("app.db")
+}
+
+#[tokio::test]
+async fn what_the_old_database_holds_in_its_wal_outlives_a_failure() {
+    let directory = tempfile::tempdir().unwrap();
+    let target = crashed(directory.path(), 20);
+    // The journal can't be removed, so the restore fails after the old database was settled.
+    std::fs::create_dir_all(directory.path().join("app.db-journal/in-the-way")).unwrap();
+    Incoming::create(&target, true).unwrap().install(true).unwrap_err();
+    std::fs::remove_dir_all(directory.path().join("app.db-journal")).unwrap();
+    assert_eq!(number(&open(&target), "SELECT count(*) FROM item"), 20);
+    assert!(!names(directory.path()).iter().any(|name| name.contains("restore")), "{:?}", names(directory.path()));
+}
+
+#[tokio::test]
+async fn what_the_old_database_holds_in_its_journal_outlives_a_failure() {
+    let (scratch, directory) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let path = scratch.path().join("app.db");
+    let connection = create_database(&path, 200, "");
+    connection
+        .execute_batch("PRAGMA journal_mode=DELETE; PRAGMA cache_size=1; BEGIN; UPDATE item SET body = 'lost'")
+        .unwrap();
+    for name in ["app.db", "app.db-journal"] {
+        std::fs::copy(scratch.path().join(name), directory.path().join(name)).unwrap();
+    }
+    std::fs::create_dir_all(directory.path().join("app.db-shm/in-the-way")).unwrap();
+    let target = directory.path().join("app.db");
+    Incoming::create(&target, true).unwrap().install(true).unwrap_err();
+    std::fs::remove_dir_all(directory.path().join("app.db-shm")).unwrap();
+    // No journal any more: what it held is in the main file.
+    assert_eq!(names(directory.path()), ["app.db"]);
+    assert_eq!(number(&open(&target), "SELECT count(*) FROM item WHERE body <> 'lost'"), 200);
+}
+
+#[tokio::test]
+async fn a_wal_that_can_not_be_settled_is_kept() {
+    let oracle = all_kinds(512, 20).await;
+    let directory = tempfile::tempdir().unwrap();
+    for kept in ["app.db-wal.before-restore", "app.db-wal.before-restore-1"] {
+        let target = crashed(directory.path(), 20);
+        std::fs::write(&target, "").unwrap();
+        let wal = std::fs::read(directory.path().join("app.db-wal")).unwrap();
+        let notes = restore_to(&oracle, &target, true).await.unwrap();
+        assert!(notes.iter().any(|note| note.ends_with(kept)), "{notes:?}");
+        assert!(std::fs::read(directory.path().join(kept)).unwrap() == wal);
+        assert!(std::fs::read(&target).unwrap() == oracle.states[&oracle.position()].bytes());
+    }
+    // The main file was deleted, its WAL was not.
+    let target = crashed(directory.path(), 20);
+    std::fs::remove_file(&target).unwrap();
+    restore_to(&oracle, &target, false).await.unwrap();
+    let expected =
+        ["app.db", "app.db-wal.before-restore", "app.db-wal.before-restore-1", "app.db-wal.before-restore-2"];
+    assert_eq!(names(directory.path()), expected);
+    // One that can be is not kept, and leaves nothing.
+    let target = crashed(directory.path(), 20);
+    assert_eq!(restore_to(&oracle, &target, true).await.unwrap(), Vec::<String>::new());
+    assert_eq!(names(directory.path()), expected);
+}
+
+/// Every checksum of an object can be right and its pages wrong all the same, if its writer was.
+#[tokio::test]
+async fn only_the_fingerprint_tells() {
+    let mut oracle = Oracle::new(512, 21).await;
+    oracle.begin_with_snapshot(None, 0).await;
+    let key = oracle.commit_and_cut(3).await.to_string();
+    let good = oracle.store.get(&key, u64::MAX).await.unwrap();
+    let mut pages = Vec::new();
+    let Segment { footer, transactions } = Segment::decode(&good, |_, _, page| pages.push(page.to_vec())).unwrap();
+    // The last image of a transaction is the one that a restore to it takes.
+    pages.last_mut().unwrap()[100] ^= 1;
+    let mut writer = SegmentWriter::new(Vec::new(), 512).unwrap();
+    let mut images = pages.iter();
+    for transaction in &transactions {
+        writer.begin_transaction(&transaction.info, &transaction.page_numbers).unwrap();
+        images.by_ref().take(transaction.page_numbers.len()).for_each(|page| writer.push_page(page).unwrap());
+    }
+    let (bytes, written) = writer.finish(footer.span.epoch, footer.span.first_txid).unwrap();
+    assert_eq!(written.to_string(), key);
+    oracle.store.put(&key, Bytes::from(bytes), PutMode::Overwrite).await.unwrap();
+    let directory = tempfile::tempdir().unwrap();
+    let error = restore_to(&oracle, &directory.path().join("app.db"), false).await.unwrap_err();
+    assert!(
+        matches!(error, RestoreError::FingerprintMismatch { position, .. } if position == oracle.position()),
+        "{error}"
+    );
+    assert!(names(directory.path()).is_empty());
+}

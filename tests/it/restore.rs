@@ -1,0 +1,343 @@
+//! Restores of replicas whose every state is known: each transaction, each moment, on every line, byte for byte; and what
+//! happens when objects are not as they were.
+
+use std::io::{Read, Seek};
+use std::path::Path;
+use std::sync::Arc;
+
+use bytes::Bytes;
+use waltrail::format::Position;
+use waltrail::format::key::{MARKER_KEY, SegmentKey};
+use waltrail::restore::RestoreError;
+use waltrail::restore::execute::execute;
+use waltrail::restore::history::History;
+use waltrail::restore::plan::{Plan, Target, plan};
+use waltrail::store::memory::MemoryStore;
+use waltrail::store::{PutMode, SharedStore};
+
+use crate::support::oracle::{Numbers, Oracle, all_kinds};
+
+/// Restores; gives the plan and the database's bytes.
+async fn restore(store: &SharedStore, target: Target, epoch: Option<u32>) -> Result<(Plan, Vec<u8>), RestoreError> {
+    let history = History::load(store).await?;
+    let plan = plan(store, &history, target, epoch).await?;
+    let mut file = tempfile::tempfile().unwrap();
+    execute(store, &plan, file.try_clone().unwrap(), Path::new("scratch")).await?;
+    let mut bytes = Vec::new();
+    file.rewind().unwrap();
+    file.read_to_end(&mut bytes).unwrap();
+    Ok((plan, bytes))
+}
+
+#[tokio::test]
+async fn every_transaction_on_every_line() {
+    for (page_size, seed) in [(512, 1), (512, 2), (4096, 3), (65_536, 4)] {
+        let oracle = all_kinds(page_size, seed).await;
+        for &epoch in oracle.records.keys() {
+            let line = oracle.line(epoch);
+            let newest = *line.keys().next_back().unwrap();
+            for txid in 0..=newest + 2 {
+                let what = format!("transaction {txid} on the line of epoch {epoch}, page size {page_size}");
+                match restore(&oracle.store, Target::Txid(txid), Some(epoch)).await {
+                    Ok((plan, bytes)) => {
+                        assert!(oracle.is_restorable(epoch, txid), "{what}");
+                        let position = line[&txid].0;
+                        assert_eq!(plan.position, position, "{what}");
+                        assert!(bytes == oracle.states[&position].bytes(), "{what}: wrong bytes");
+                        assert_eq!(plan.time_ms, oracle.states[&position].time_ms, "{what}");
+                    }
+                    Err(RestoreError::OutOfRange { .. }) => assert!(!oracle.is_restorable(epoch, txid), "{what}"),
+                    Err(error) => panic!("{what}: {error}"),
+                }
+            }
+        }
+    }
+}
+
+#[tokio::test]
+async fn every_moment_on_every_line() {
+    for (page_size, seed) in [(512, 5), (4096, 6)] {
+        let oracle = all_kinds(page_size, seed).await;
+        let times: Vec<u64> = oracle.states.values().map(|state| state.time_ms).collect();
+        for &epoch in oracle.records.keys() {
+            for asked_ms in times.iter().flat_map(|&time_ms| [time_ms - 1, time_ms, time_ms + 1]) {
+                let what = format!("{asked_ms} on the line of epoch {epoch}, page size {page_size}");
+                match restore(&oracle.store, Target::Time(asked_ms), Some(epoch)).await {
+                    Ok((plan, bytes)) => {
+                        assert_eq!(Some(plan.position.txid), oracle.at_time(epoch, asked_ms), "{what}");
+                        assert_eq!(plan.position, oracle.line(epoch)[&plan.position.txid].0, "{what}");
+                        assert!(plan.time_ms <= asked_ms, "{what}");
+                        assert!(bytes == oracle.states[&plan.position].bytes(), "{what}: wrong bytes");
+                    }
+                    Err(RestoreError::OutOfRange { range, .. }) => {
+                        assert_eq!(oracle.at_time(epoch, asked_ms), None, "{what}");
+                        assert!(range.contains("transactions "), "{what}: {range}");
+                    }
+                    Err(error) => panic!("{what}: {error}"),
+                }
+            }
+        }
+    }
+}
+
+#[tokio::test]
+async fn the_newest_state_and_what_is_said_of_it() {
+    let oracle = all_kinds(512, 7).await;
+    let (plan, bytes) = restore(&oracle.store, Target::Latest, None).await.unwrap();
+    assert_eq!(plan.position, oracle.position());
+    assert!(bytes == oracle.states[&oracle.position()].bytes());
+    assert!(plan.notes.is_empty(), "{:?}", plan.notes);
+    // Epoch 3 never got its snapshot: what was known before it is restored, and that is said.
+    let (plan, bytes) = restore(&oracle.store, Target::Latest, Some(3)).await.unwrap();
+    assert_eq!(plan.position.epoch, 2);
+    assert!(bytes == oracle.states[&plan.position].bytes());
+    assert!(plan.notes.iter().any(|note| note.contains("epoch 3")), "{:?}", plan.notes);
+}
+
+#[tokio::test]
+async fn a_note_is_given_only_where_it_is_true() {
+    let mut oracle = Oracle::new(512, 8).await;
+    oracle.begin_with_snapshot(None, 0).await;
+    oracle.commit_and_cut(9).await;
+    let end = oracle.position();
+    oracle.begin_with_snapshot(Some(end), 0).await;
+    let unseen = |plan: &Plan| plan.notes.iter().any(|note| note.contains("unseen"));
+    let end_ms = oracle.states[&end].time_ms;
+    let (plan, _) = restore(&oracle.store, Target::Time(end_ms + 5), None).await.unwrap();
+    assert!(plan.position == end && unseen(&plan), "{:?}", plan.notes);
+    // In the middle of the older history nothing is unknown.
+    let (middle, state) = oracle.states.iter().rev().find(|(_, state)| state.time_ms < end_ms).unwrap();
+    let (plan, _) = restore(&oracle.store, Target::Time(state.time_ms), None).await.unwrap();
+    assert!(plan.position == *middle && !unseen(&plan), "{:?}", plan.notes);
+}
+
+#[tokio::test]
+async fn a_gap_is_named_and_never_stepped_over() {
+    let mut oracle = Oracle::new(512, 9).await;
+    oracle.begin_with_snapshot(None, 2).await;
+    let before = oracle.commit_and_cut(3).await.0;
+    let lost = oracle.commit_and_cut(3).await;
+    oracle.commit_and_cut(3).await;
+    oracle.store.delete(&lost.to_string()).await.unwrap();
+    let SegmentKey(lost) = lost;
+    let is_the_gap = |error: RestoreError| match error {
+        RestoreError::Gap { first_missing, last_missing, newest, .. } => {
+            assert_eq!((first_missing, last_missing), (lost.first_txid, lost.last_txid));
+            assert_eq!(newest, Some(before.last_txid));
+        }
+        other => panic!("{other}"),
+    };
+    is_the_gap(restore(&oracle.store, Target::Latest, None).await.unwrap_err());
+    for txid in lost.first_txid..=oracle.position().txid {
+        is_the_gap(restore(&oracle.store, Target::Txid(txid), None).await.unwrap_err());
+    }
+    // Those that are missing may have been in that very millisecond.
+    let before_ms = oracle.states[&Position { epoch: 1, txid: before.last_txid }].time_ms;
+    is_the_gap(restore(&oracle.store, Target::Time(before_ms), None).await.unwrap_err());
+    let far_ms = oracle.states[&oracle.position()].time_ms + 1000;
+    is_the_gap(restore(&oracle.store, Target::Time(far_ms), None).await.unwrap_err());
+    for txid in before.first_txid..=before.last_txid {
+        let (plan, bytes) = restore(&oracle.store, Target::Txid(txid), None).await.unwrap();
+        assert!(bytes == oracle.states[&plan.position].bytes());
+    }
+    // Beyond everything that was ever stored there is no gap, only nothing.
+    let beyond = restore(&oracle.store, Target::Txid(oracle.position().txid + 1), None).await.unwrap_err();
+    assert!(matches!(beyond, RestoreError::OutOfRange { .. }), "{beyond}");
+    // A snapshot behind the gap makes what follows it restorable.
+    oracle.commit_and_cut(2).await;
+    oracle.snapshot(oracle.position().txid - 1, oracle.position().txid).await;
+    let first_again = oracle.position().txid;
+    oracle.commit_and_cut(2).await;
+    let (plan, bytes) = restore(&oracle.store, Target::Latest, None).await.unwrap();
+    assert_eq!(plan.position, oracle.position());
+    assert!(bytes == oracle.states[&plan.position].bytes());
+    is_the_gap(restore(&oracle.store, Target::Txid(first_again - 1), None).await.unwrap_err());
+}
+
+#[tokio::test]
+async fn transactions_missing_at_a_parents_end_are_a_gap() {
+    let mut oracle = Oracle::new(512, 10).await;
+    oracle.begin_with_snapshot(None, 0).await;
+    oracle.commit_and_cut(3).await;
+    let lost = oracle.commit_and_cut(2).await;
+    oracle.begin(Some(oracle.position()), true).await;
+    oracle.commit_and_cut(3).await;
+    oracle.store.delete(&lost.to_string()).await.unwrap();
+    for target in [Target::Latest, Target::Txid(lost.0.first_txid), Target::Txid(oracle.position().txid)] {
+        let error = restore(&oracle.store, target, None).await.unwrap_err();
+        let is_gap = matches!(error, RestoreError::Gap { first_missing, .. } if first_missing == lost.0.first_txid);
+        assert!(is_gap, "{target:?}: {error}");
+    }
+}
+
+/// Makes an object other than it was.
+async fn damage(store: &SharedStore, key: &str, how: usize, numbers: &mut Numbers) {
+    let good = store.get(key, u64::MAX).await.unwrap();
+    let mut bytes = good.to_vec();
+    match how {
+        0 => return store.delete(key).await.unwrap(),
+        1 => bytes.truncate(numbers.below(good.len() as u64) as usize),
+        2 => bytes.clear(),
+        3 => bytes.extend_from_slice(&good),
+        4 => {
+            // What is under another key of the same kind.
+            let kind = key.split_inclusive('/').next().unwrap();
+            let all = store.list(kind, None).await.unwrap();
+            let other = &all[numbers.below(all.len() as u64) as usize];
+            bytes = store.get(&other.key, u64::MAX).await.unwrap().to_vec();
+        }
+        _ => {
+            let bit = numbers.below(good.len() as u64 * 8) as usize;
+            bytes[bit / 8] ^= 1 << (bit % 8);
+        }
+    }
+    store.put(key, Bytes::from(bytes), PutMode::Overwrite).await.unwrap();
+}
+
+/// Whatever is done to whichever object: an error, or exactly the bytes of the state that the plan names.
+async fn damage_everything(oracle: &Oracle, ways: usize) -> (usize, usize) {
+    let mut numbers = Numbers::new(99);
+    let newest = oracle.position();
+    let (mut refused, mut right) = (0, 0);
+    for object in oracle.store.list("", None).await.unwrap() {
+        let good = oracle.store.get(&object.key, u64::MAX).await.unwrap();
+        for how in 0..ways {
+            damage(&oracle.store, &object.key, how, &mut numbers).await;
+            let some_txid = 1 + numbers.below(newest.txid);
+            let some_epoch = 1 + numbers.below(newest.epoch.into()) as u32;
+            for (target, epoch) in [(Target::Latest, None), (Target::Txid(some_txid), Some(some_epoch))] {
+                let Ok((plan, bytes)) = restore(&oracle.store, target, epoch).await else {
+                    refused += 1;
+                    continue;
+                };
+                right += 1;
+                assert!(target == Target::Latest || target == Target::Txid(plan.position.txid));
+                assert!(
+                    bytes == oracle.states[&plan.position].bytes(),
+                    "{}, damage {how}: wrong bytes for {}",
+                    object.key,
+                    plan.position
+                );
+            }
+            oracle.store.put(&object.key, good.clone(), PutMode::Overwrite).await.unwrap();
+        }
+    }
+    (refused, right)
+}
+
+#[tokio::test]
+async fn damage_never_gives_wrong_bytes() {
+    let oracle = all_kinds(512, 11).await;
+    let (refused, right) = damage_everything(&oracle, 25).await;
+    assert!(refused > 100 && right > 100, "{refused} refused, {right} right");
+}
+
+/// The object that is wrong is named, so that a person can act.
+#[tokio::test]
+async fn an_object_under_anothers_name_is_named() {
+    let mut oracle = Oracle::new(512, 23).await;
+    oracle.begin_with_snapshot(None, 0).await;
+    let first = oracle.commit_and_cut(2).await.to_string();
+    let second = oracle.commit_and_cut(2).await.to_string();
+    oracle.commit_and_cut(2).await;
+    let bytes = oracle.store.get(&first, u64::MAX).await.unwrap();
+    oracle.store.put(&second, bytes, PutMode::Overwrite).await.unwrap();
+    let error = restore(&oracle.store, Target::Latest, None).await.unwrap_err();
+    assert!(matches!(&error, RestoreError::Damaged { object, .. } if *object == second), "{error}");
+    oracle.store.delete(&second).await.unwrap();
+    let error = restore(&oracle.store, Target::Txid(4), None).await.unwrap_err();
+    assert!(matches!(error, RestoreError::Gap { first_missing: 4, last_missing: 5, newest: Some(3), .. }), "{error}");
+}
+
+/// Segments so large that they are read block by block.
+async fn large(seed: u64) -> Oracle {
+    let mut oracle = Oracle::new(4096, seed).await;
+    (oracle.is_noise, oracle.most_pages, oracle.size_limit) = (true, 400, 3000);
+    oracle.begin_with_snapshot(None, 3).await;
+    oracle.commit_and_cut(2).await;
+    oracle.commit_and_cut(12).await;
+    oracle.commit_and_cut(8).await;
+    oracle
+}
+
+#[tokio::test]
+async fn large_segments() {
+    let oracle = large(12).await;
+    let segments = oracle.store.list("log/", None).await.unwrap();
+    assert!(segments.iter().any(|segment| segment.len_bytes > 6 << 20), "{segments:?}");
+    for txid in 4..=oracle.position().txid {
+        let (plan, bytes) = restore(&oracle.store, Target::Txid(txid), None).await.unwrap();
+        assert!(bytes == oracle.states[&plan.position].bytes(), "{txid}");
+    }
+    let (refused, right) = damage_everything(&oracle, 12).await;
+    assert!(refused > 10 && right > 10, "{refused} refused, {right} right");
+}
+
+#[tokio::test]
+async fn what_is_not_a_replica() {
+    let oracle = all_kinds(512, 13).await;
+    let newer = Bytes::from_static(br#"{"format":2,"replica":{"id":7}}"#);
+    oracle.store.put(MARKER_KEY, newer, PutMode::Overwrite).await.unwrap();
+    let error = restore(&oracle.store, Target::Latest, None).await.unwrap_err().to_string();
+    assert!(error.contains("format version 2"), "{error}");
+    // A replica that lost its marker is damaged; only a place where nothing is has no backup.
+    oracle.store.delete(MARKER_KEY).await.unwrap();
+    let error = restore(&oracle.store, Target::Latest, None).await.unwrap_err();
+    assert!(matches!(error, RestoreError::Damaged { .. }), "{error}");
+    let nothing: SharedStore = Arc::new(MemoryStore::new());
+    let error = restore(&nothing, Target::Latest, None).await.unwrap_err();
+    assert!(matches!(error, RestoreError::NoReplica { .. }), "{error}");
+    let mut empty = Oracle::new(512, 14).await;
+    empty.begin(None, false).await;
+    empty.commit_and_cut(2).await;
+    for target in [Target::Latest, Target::Txid(1), Target::Time(u64::MAX)] {
+        let error = restore(&empty.store, target, None).await.unwrap_err();
+        assert!(matches!(error, RestoreError::NothingYet { .. }), "{error}");
+    }
+    let error = restore(&empty.store, Target::Latest, Some(2)).await.unwrap_err();
+    assert!(matches!(error, RestoreError::NoSuchEpoch { epoch: 2, .. }), "{error}");
+}
+
+#[tokio::test]
+async fn a_record_that_contradicts_its_parent() {
+    let mut oracle = Oracle::new(512, 22).await;
+    oracle.begin_with_snapshot(None, 0).await;
+    oracle.commit_and_cut(5).await;
+    oracle.begin(Some(oracle.position()), true).await;
+    oracle.commit_and_cut(2).await;
+    let mut record = oracle.records[&2].clone();
+    // The second epoch began with transaction 7, on top of 6.
+    for (txid, is_possible) in [(5, false), (6, true), (7, true)] {
+        (record.epoch, record.parent, record.first_txid) = (3, Some(Position { epoch: 2, txid }), txid + 1);
+        oracle.store.put("epochs/00000003", Bytes::from(record.encode()), PutMode::Overwrite).await.unwrap();
+        match restore(&oracle.store, Target::Latest, None).await {
+            Ok((plan, bytes)) => {
+                assert!(is_possible && plan.position.txid == txid);
+                assert!(bytes == oracle.states[&plan.position].bytes());
+            }
+            Err(RestoreError::Damaged { object, .. }) => assert!(!is_possible && object == "epochs/00000003"),
+            Err(error) => panic!("{txid}: {error}"),
+        }
+    }
+    oracle.store.delete("epochs/00000002").await.unwrap();
+    let error = restore(&oracle.store, Target::Latest, None).await.unwrap_err();
+    assert!(matches!(&error, RestoreError::Damaged { object, .. } if object == "epochs/00000002"), "{error}");
+}
+
+#[tokio::test]
+async fn strangers_are_listed_and_harm_nothing() {
+    let oracle = all_kinds(512, 15).await;
+    for key in [
+        "log/zz",
+        "log/00000001/1-2-3",
+        "log/000000ff/0000000000000001-0000000000000002-000000000003",
+        "snap/x",
+        "epochs/1",
+    ] {
+        oracle.store.put(key, Bytes::from_static(b"?"), PutMode::IfAbsent).await.unwrap();
+    }
+    let history = History::load(&oracle.store).await.unwrap();
+    assert_eq!(history.strangers.len(), 5, "{:?}", history.strangers);
+    let (plan, bytes) = restore(&oracle.store, Target::Latest, None).await.unwrap();
+    assert!(bytes == oracle.states[&plan.position].bytes());
+}
