@@ -110,9 +110,7 @@ impl From<RestoreError> for Failure {
             RestoreError::NoSuchEpoch { .. } | RestoreError::OutOfRange { .. } => {
                 (NOT_THERE, "`waltrail log REPLICA` shows what there is")
             }
-            RestoreError::Damaged { ref what, .. } if what.contains("format version") => {
-                (DAMAGED, "it was written by a newer waltrail; use that version")
-            }
+            RestoreError::NewerFormat { .. } => (DAMAGED, "it was written by a newer waltrail; use that version"),
             RestoreError::Damaged { .. } | RestoreError::FingerprintMismatch { .. } => {
                 (DAMAGED, "nothing was written; an earlier point may not need the object: try --at or --txid")
             }

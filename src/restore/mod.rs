@@ -9,7 +9,7 @@ pub mod run;
 use std::io;
 use std::path::{Path, PathBuf};
 
-use crate::format::{FormatError, Position};
+use crate::format::{FORMAT_VERSION, FormatError, Position};
 use crate::store::{StoreError, StoreErrorKind};
 
 /// Why a database could not be restored. Nothing that was there before is harmed by any of these.
@@ -58,6 +58,16 @@ pub enum RestoreError {
         object: String,
         /// What is wrong.
         what: String,
+    },
+    /// An object was written by a newer program.
+    #[error("{object} in {location} has format version {found}; this program reads version {FORMAT_VERSION}")]
+    NewerFormat {
+        /// The place.
+        location: String,
+        /// The object's key.
+        object: String,
+        /// The version it has.
+        found: u32,
     },
     /// Transactions are missing in the middle of the history.
     #[error(
@@ -124,7 +134,12 @@ impl RestoreError {
     }
 
     fn format(location: &str, object: &impl ToString) -> impl FnOnce(FormatError) -> Self {
-        move |error| Self::damaged(location, object, &error)
+        move |error| match error {
+            FormatError::UnknownVersion { found } => {
+                Self::NewerFormat { location: location.to_owned(), object: object.to_string(), found }
+            }
+            other => Self::damaged(location, object, &other),
+        }
     }
 
     /// An object that a plan needs: that it is missing or too short is damage, not a state of the store.
