@@ -1,30 +1,40 @@
 //! Times and transaction numbers as people write them.
 
 use jiff::civil::DateTime;
-use jiff::{SignedDuration, Timestamp, tz::TimeZone};
+use jiff::{Span, SpanRelativeTo, Timestamp, Zoned, tz::TimeZone};
 
-/// Reads a time: RFC 3339 (`2026-03-01T14:00:00.5Z`, `…+02:00`), `2026-03-01 14:00` in UTC, or `10 minutes ago`.
-/// Returns milliseconds since 1970.
+/// Reads a time: RFC 3339 (`2026-03-01T14:00:00.5Z`, `…+02:00`), with a zone (`2026-03-01T14:00[Europe/Berlin]`),
+/// `2026-03-01 14:00` in UTC, or `10 minutes ago`. Returns milliseconds since 1970.
 ///
 /// # Errors
 /// A sentence with examples.
 pub fn parse_moment(text: &str, now_ms: u64) -> Result<u64, String> {
     let text = text.trim();
-    let parsed = text
-        .parse::<Timestamp>()
-        .ok()
-        .or_else(|| text.parse::<DateTime>().ok()?.to_zoned(TimeZone::UTC).ok().map(|zoned| zoned.timestamp()))
-        .map(|timestamp| timestamp.as_millisecond())
-        .or_else(|| ago(text, now_ms));
+    let parsed = match text.strip_suffix("ago") {
+        Some(span) => ago(span, now_ms),
+        None => timestamp(text).map(|timestamp| timestamp.as_millisecond()),
+    };
     parsed.and_then(|ms| u64::try_from(ms).ok()).ok_or_else(|| {
         format!("'{text}' is not a time; write 2026-03-01T14:00:00Z, '2026-03-01 14:00' (UTC), or '10 minutes ago'")
     })
 }
 
-fn ago(text: &str, now_ms: u64) -> Option<i64> {
-    let (span, word) = text.rsplit_once(char::is_whitespace)?;
-    let span: SignedDuration = (word == "ago").then(|| span.trim().parse().ok()).flatten()?;
-    i64::try_from(now_ms).ok()?.checked_sub(i64::try_from(span.as_millis()).ok()?)
+fn timestamp(text: &str) -> Option<Timestamp> {
+    // Only this reader heeds a zone's name; the others pass over it, and would be hours off.
+    if text.contains('[') {
+        return text.parse::<Zoned>().ok().map(|zoned| zoned.timestamp());
+    }
+    let in_utc = || text.parse::<DateTime>().ok()?.to_zoned(TimeZone::UTC).ok().map(|zoned| zoned.timestamp());
+    text.parse().ok().or_else(in_utc)
+}
+
+/// A day is 24 hours and a week seven of them; how long a month is, nobody can say.
+fn ago(span: &str, now_ms: u64) -> Option<i64> {
+    let span: Span = span.strip_suffix(char::is_whitespace)?.trim().parse().ok()?;
+    let before_ms = span.to_duration(SpanRelativeTo::days_are_24_hours()).ok()?.as_millis();
+    // "10 minutes ago ago" is none.
+    let before_ms = i64::try_from(before_ms).ok().filter(|ms| *ms >= 0)?;
+    i64::try_from(now_ms).ok()?.checked_sub(before_ms)
 }
 
 /// Reads a transaction number: decimal, or hexadecimal as 16 digits or after `0x`, as object names have it.
@@ -56,12 +66,34 @@ mod tests {
             ("10 minutes ago", now - 600_000),
             ("90s ago", now - 90_000),
             ("1h 30m ago", now - 5_400_000),
+            ("2 days ago", now - 172_800_000),
+            ("1 week ago", now - 604_800_000),
+            ("2026-03-01T15:00[+01:00]", 1_772_373_600_000),
+            ("2026-03-01T15:00:00+01:00[+01:00]", 1_772_373_600_000),
+            ("2026-03-01 15:00+01", 1_772_373_600_000),
         ] {
             assert_eq!(parse_moment(text, now), Ok(ms), "{text}");
         }
-        for wrong in ["", "yesterday", "10 minutes", "ago", "1960-01-01T00:00:00Z", "14:00"] {
+        for wrong in [
+            "",
+            "yesterday",
+            "10 minutes",
+            "ago",
+            "1960-01-01T00:00:00Z",
+            "14:00",
+            "10 minutes ago ago",
+            "-10 minutes ago",
+            "1 month ago",
+            "10 minutesago",
+            "2026-03-01T14:00[Europe/Nowhere]",
+            "2026-03-01T14:00:00+05:00[+01:00]",
+            "2026-02-30 14:00",
+        ] {
             assert!(parse_moment(wrong, now).is_err(), "{wrong}");
         }
+        // A machine may know no zones: then it is an error, but never UTC.
+        let berlin = parse_moment("2026-03-01T15:00:00[Europe/Berlin]", now);
+        assert!(berlin.is_err() || berlin == Ok(1_772_373_600_000), "{berlin:?}");
         assert_eq!(parse_txid("0x4d2"), Ok(1234));
         assert_eq!(parse_txid("00000000000004d2"), Ok(1234));
         assert!(parse_txid("12x").is_err());

@@ -8,8 +8,9 @@ use std::time::Duration;
 use serde::{Deserialize, Deserializer};
 
 use super::replica_url::{ReplicaUrl, check_endpoint};
+use super::toml_error::explain;
 use super::units::{parse_duration, parse_size};
-use super::{Config, ConfigError, DEFAULT_SHUTDOWN_TIMEOUT, DatabaseConfig, LogConfig, LogFormat, LogLevel};
+use super::{Config, ConfigError, DEFAULT_SHUTDOWN_TIMEOUT, DatabaseConfig, LogConfig, LogFormat, LogLevel, identity};
 
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields, rename_all = "kebab-case")]
@@ -54,8 +55,21 @@ struct ReplicaTable {
     region: Option<String>,
     path_style: Option<bool>,
     profile: Option<String>,
-    access_key_id: Option<String>,
-    secret_access_key: Option<String>,
+    access_key_id: Option<SecretText>,
+    secret_access_key: Option<SecretText>,
+}
+
+/// A text that no error may show.
+struct SecretText(String);
+
+impl<'de> Deserialize<'de> for SecretText {
+    /// By way of any value, because serde's own error for a wrong type quotes the value.
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        match toml::Value::deserialize(deserializer)? {
+            toml::Value::String(text) => Ok(Self(text)),
+            _ => Err(serde::de::Error::custom("a key is a text in quotes")),
+        }
+    }
 }
 
 impl<'de> Deserialize<'de> for ReplicaValue {
@@ -127,8 +141,8 @@ impl ReplicaValue {
         options.region = table.region.or(options.region.take());
         options.path_style = table.path_style.or(options.path_style);
         options.profile = table.profile.or(options.profile.take());
-        options.access_key_id = table.access_key_id;
-        options.secret_access_key = table.secret_access_key;
+        options.access_key_id = table.access_key_id.map(|SecretText(text)| text);
+        options.secret_access_key = table.secret_access_key.map(|SecretText(text)| text);
         Ok(replica)
     }
 }
@@ -140,7 +154,8 @@ impl DatabaseTable {
         let mut database =
             DatabaseConfig::new(path, self.replica.resolve().map_err(|why| format!("database '{shown}': {why}"))?);
         if let Some(state_dir) = self.state_dir {
-            database.state_dir = state_dir;
+            database.state_dir = std::path::absolute(&state_dir)
+                .map_err(|error| format!("database '{shown}': state-dir '{}': {error}", state_dir.display()))?;
         }
         if let Some(DurationText(interval)) = self.sync_interval {
             database.sync_interval = interval;
@@ -152,6 +167,9 @@ impl DatabaseTable {
             database.poll_interval = interval;
         }
         if let Some(SizeText(bytes)) = self.checkpoint_threshold {
+            if bytes == 0 {
+                return Err(format!("database '{shown}': checkpoint-threshold must not be 0"));
+            }
             database.checkpoint_threshold_bytes = bytes;
         }
         if let Some(SizeText(bytes)) = self.spool_limit {
@@ -175,25 +193,46 @@ pub fn load(path: &Path) -> Result<Config, ConfigError> {
 /// # Errors
 /// A sentence that says what is wrong, and where.
 pub fn parse(text: &str) -> Result<Config, String> {
-    let file: ConfigFile = toml::from_str(text).map_err(|error| error.to_string().trim_end().to_owned())?;
+    let file: ConfigFile = toml::from_str(text).map_err(|error| explain(text, &error))?;
     let databases = file.database.into_iter().map(DatabaseTable::resolve).collect::<Result<Vec<_>, _>>()?;
     if databases.is_empty() {
         return Err("there is no [[database]] in it".into());
     }
-    let (mut paths, mut replicas) = (HashSet::new(), HashSet::new());
-    for database in &databases {
-        if !paths.insert(&database.path) {
-            return Err(format!("database '{}' is there twice", database.path.display()));
-        }
-        if !replicas.insert(database.replica.to_string()) {
-            return Err(format!("two databases go to {}; each needs a place of its own", database.replica));
-        }
-    }
+    check_apart(&databases)?;
     Ok(Config {
         log: LogConfig { level: file.log.level, format: file.log.format },
         shutdown_timeout: file.shutdown_timeout.map_or(DEFAULT_SHUTDOWN_TIMEOUT, |DurationText(timeout)| timeout),
         databases,
     })
+}
+
+/// No two databases may share a file, a replica or a state directory, however they are spelt.
+fn check_apart(databases: &[DatabaseConfig]) -> Result<(), String> {
+    let (mut paths, mut replicas, mut state_dirs) = (HashSet::new(), HashSet::new(), HashSet::new());
+    for database in databases {
+        if !paths.insert(identity(&database.path)) {
+            return Err(format!("database '{}' is there twice", database.path.display()));
+        }
+        if !replicas.insert(place(&database.replica)) {
+            return Err(format!("two databases go to {}; each needs a place of its own", database.replica));
+        }
+        if !state_dirs.insert(identity(&database.state_dir)) {
+            let shown = database.state_dir.display();
+            return Err(format!("two databases have the state-dir '{shown}'; each needs one of its own"));
+        }
+    }
+    Ok(())
+}
+
+/// What tells replicas apart: buckets of different servers may have one name.
+fn place(replica: &ReplicaUrl) -> (String, PathBuf) {
+    match replica {
+        ReplicaUrl::S3(options) => {
+            let endpoint = options.endpoint.as_deref().unwrap_or_default().trim_end_matches('/');
+            (endpoint.to_owned(), PathBuf::from(options.location()))
+        }
+        ReplicaUrl::Directory(path) => (String::new(), identity(path)),
+    }
 }
 
 #[cfg(test)]
@@ -213,7 +252,13 @@ mod tests {
         let one = "[[database]]\npath = \"/a.db\"\nreplica = \"s3://b/a\"\n";
         for (text, says) in [
             (String::new(), "no [[database]]"),
-            (format!("{one}sync-intervall = \"1s\"\n"), "sync-interval"),
+            (
+                format!("{one}sync-intervall = \"1s\"\n"),
+                "line 4: unknown key 'sync-intervall'; did you mean 'sync-interval'?",
+            ),
+            (one.replace("[[database]]", "[[databases]]"), "line 1: unknown key 'databases'; did you mean 'database'?"),
+            (format!("{one}retention = \"30d\"\n"), "line 4: unknown key 'retention'; there are path, replica"),
+            (format!("{one}checkpoint-threshold = \"0B\"\n"), "must not be 0"),
             (format!("colour = 1\n{one}"), "colour"),
             (format!("{one}sync-interval = \"1 parsec\"\n"), "is not a duration"),
             (format!("{one}spool-limit = 5\n"), "spool-limit"),
@@ -229,6 +274,52 @@ mod tests {
         ] {
             let error = parse(&text).unwrap_err();
             assert!(error.contains(says), "{text}\n{error}");
+            assert!(!error.contains('\n'), "one sentence: {error}");
+        }
+    }
+
+    #[test]
+    fn one_place_spelt_in_two_ways() {
+        let two = |first: &str, second: &str| {
+            parse(&format!("[[database]]\npath = \"/no/a.db\"\n{first}\n[[database]]\npath = \"/no/b.db\"\n{second}\n"))
+        };
+        for (first, second) in [
+            ("replica = \"/backup/x\"", "replica = \"file:///backup//x/\""),
+            ("replica = \"/tmp/x\"", "replica = \"/tmp/../tmp/x\""),
+            ("replica = \"s3://b/x\"", "replica = \"s3://b/x/?region=eu-1\""),
+            ("replica = \"s3://b/x?endpoint=http://h\"", "replica = { url = \"s3://b/x\", endpoint = \"http://h/\" }"),
+            ("replica = \"/x\"\nstate-dir = \"/s\"", "replica = \"/y\"\nstate-dir = \"/s/\""),
+        ] {
+            let error = two(first, second).unwrap_err();
+            assert!(error.contains("of its own"), "{first} {second}: {error}");
+        }
+        let other_server = two("replica = \"s3://b/x\"", "replica = \"s3://b/x?endpoint=http://h\"");
+        assert!(other_server.is_ok(), "{other_server:?}");
+        let twice = parse(
+            "[[database]]\npath = \"/tmp/a.db\"\nreplica = \"/x\"\n[[database]]\npath = \"/tmp/../tmp/a.db\"\nreplica = \"/y\"\n",
+        );
+        assert!(twice.unwrap_err().contains("is there twice"));
+    }
+
+    #[test]
+    fn no_error_shows_a_secret() {
+        let table = "[[database]]\npath = \"/a.db\"\n[database.replica]\nurl = \"s3://b/a\"\naccess-key-id = \"x\"\n";
+        for line in [
+            "secret-access-key = hunter2",
+            "secret-access-key = \"hunter2",
+            "secret-access-key = 'hunter2\"",
+            "secret-access-key = \"hunter2\" x",
+            "secret-access-key = \"hunter2\\q\"",
+            "secret-access-kye = \"hunter2\"",
+            "secret-access-key: \"hunter2\"",
+            "secret-access-key = [\"hunter2\"]",
+            "secret-access-key = 72077207",
+            "secret-access-key = \"hunter2\"\nsecret-access-key = \"hunter2\"",
+            "secret-access-key = \"hunter2\"\ncolour = 1",
+        ] {
+            let error = parse(&format!("{table}{line}\n")).unwrap_err();
+            assert!(!error.contains("hunter2") && !error.contains("72077207"), "{line}: {error}");
+            assert!(error.starts_with("line "), "{line}: {error}");
         }
     }
 }

@@ -2,6 +2,7 @@
 
 pub mod file;
 pub mod replica_url;
+mod toml_error;
 pub mod units;
 
 use std::path::{Path, PathBuf};
@@ -98,6 +99,18 @@ impl DatabaseConfig {
 pub fn default_state_dir(database: &Path) -> PathBuf {
     let name = database.file_name().unwrap_or_default().to_string_lossy();
     database.with_file_name(format!(".{name}-waltrail"))
+}
+
+/// A path that two spellings of one place share: without `..`, `//` or links, as far as the place is there.
+///
+/// Only to compare by; files are opened by the name that the user gave.
+#[must_use]
+pub fn identity(path: &Path) -> PathBuf {
+    let missing = || match (path.parent(), path.file_name()) {
+        (Some(parent), Some(name)) => identity(parent).join(name),
+        _ => path.to_owned(),
+    };
+    std::fs::canonicalize(path).unwrap_or_else(|_| missing())
 }
 
 /// Why there is no configuration.
