@@ -14,6 +14,9 @@
 //!
 //! `docs/ARCHITECTURE.md` follows a page through all of them.
 
+// They panic when nobody reads their output any more: `cli::tell`, or `writeln!` with its error handled.
+#![deny(clippy::print_stdout, clippy::print_stderr)]
+
 pub mod clock;
 pub mod config;
 pub mod format;

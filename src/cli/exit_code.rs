@@ -2,6 +2,7 @@
 
 use std::process::ExitCode;
 
+use super::tell::tell;
 use crate::config::ConfigError;
 use crate::config::replica_url::ReplicaUrlError;
 use crate::format::FormatError;
@@ -57,9 +58,9 @@ impl Failure {
     /// Writes it to standard error; gives the exit code.
     #[must_use]
     pub fn report(&self) -> ExitCode {
-        eprintln!("error: {}", self.message);
+        tell(format_args!("error: {}", self.message));
         if let Some(hint) = &self.hint {
-            eprintln!("hint: {hint}");
+            tell(format_args!("hint: {hint}"));
         }
         ExitCode::from(self.code)
     }

@@ -6,6 +6,7 @@ use clap::{Args, ValueEnum};
 use serde::Serialize;
 
 use super::exit_code::Failure;
+use super::tell::tell;
 use super::{ConfigArgument, open_patiently};
 use crate::clock::format_time;
 use crate::format::Position;
@@ -128,7 +129,7 @@ pub async fn run(arguments: LogArguments) -> Result<(), Failure> {
         }
         _ => {
             for stranger in &history.strangers {
-                eprintln!("note: {stranger} belongs to no epoch and is not used");
+                tell(format_args!("note: {stranger} belongs to no epoch and is not used"));
             }
             Ok(())
         }

@@ -6,6 +6,7 @@ pub mod log;
 pub mod moment;
 pub mod replicate;
 pub mod restore;
+mod tell;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -16,20 +17,21 @@ use tracing_subscriber::EnvFilter;
 
 use self::exit_code::Failure;
 use crate::config::replica_url::ReplicaUrl;
-use crate::config::{Config, LogConfig, LogFormat, LogLevel, file};
+use crate::config::{Config, LogConfig, LogFormat, LogLevel, file, identity};
 use crate::store::SharedStore;
 use crate::store::retry::{RetryPolicy, Retrying};
 
 const SYSTEM_CONFIG: &str = "/etc/waltrail.toml";
+const CONFIG_VARIABLE: &str = "WALTRAIL_CONFIG";
 
 /// Continuous backup for SQLite: every transaction to S3-compatible storage, restored to any point in time.
 #[derive(Debug, Parser)]
 #[command(name = "waltrail", version, long_version = long_version(), max_term_width = 100, after_help = EXIT_CODES)]
 struct Arguments {
-    /// How much to log [default: info, or what the configuration says]
+    /// How much to log [default of replicate: info, or what the configuration says; of the others: warn]
     #[arg(long, global = true, value_enum)]
     log_level: Option<LogLevel>,
-    /// How to write the log [default: text, or what the configuration says]
+    /// How to write the log [default: text; for replicate what the configuration says]
     #[arg(long, global = true, value_enum)]
     log_format: Option<LogFormat>,
     #[command(subcommand)]
@@ -61,31 +63,44 @@ enum Command {
 /// Where the configuration is.
 #[derive(Debug, Args)]
 struct ConfigArgument {
-    /// Configuration file [default: /etc/waltrail.toml, if it is there]
-    #[arg(long, env = "WALTRAIL_CONFIG", value_name = "FILE")]
+    /// Configuration file [default: what WALTRAIL_CONFIG names, or /etc/waltrail.toml if it is there]
+    #[arg(long, value_name = "FILE")]
     config: Option<PathBuf>,
 }
 
 impl ConfigArgument {
-    /// The configuration that was named, or the system's; `None` when there is neither.
+    /// The configuration that was named here or in the environment, or the system's; `None` when there is none of them.
     fn load(&self) -> Result<Option<Config>, Failure> {
-        match &self.config {
-            Some(path) => Ok(Some(file::load(path)?)),
-            None if std::path::Path::new(SYSTEM_CONFIG).exists() => Ok(Some(file::load(SYSTEM_CONFIG.as_ref())?)),
-            None => Ok(None),
+        // Set to nothing is not set: that is how container files leave a variable out.
+        let variable = || std::env::var_os(CONFIG_VARIABLE).filter(|path| !path.is_empty()).map(PathBuf::from);
+        let system = || Some(PathBuf::from(SYSTEM_CONFIG)).filter(|path| path.exists());
+        let path = self.config.clone().or_else(variable).or_else(system);
+        path.map(|path| file::load(&path)).transpose().map_err(Failure::from)
+    }
+
+    /// A --config that would have no effect is a mistake. One of the environment or the system is there for other commands.
+    fn refuse(&self, why: &str) -> Result<(), Failure> {
+        match self.config {
+            Some(_) => Err(Failure::usage(format!("--config has nothing to do here: {why}"))),
+            None => Ok(()),
         }
     }
 
     /// The replica that `source` names: a replica URL, or the path of a database of the configuration.
     fn resolve(&self, source: &str) -> Result<Source, Failure> {
         if source.contains("://") {
-            return Ok(Source { replica: source.parse()?, database: None });
+            let replica: ReplicaUrl = source.parse()?;
+            self.refuse(&format!("{replica} is the replica already"))?;
+            return Ok(Source { replica, database: None });
         }
         let path = std::path::absolute(source).map_err(|error| Failure::usage(format!("'{source}': {error}")))?;
         let config = self.load()?;
-        let known = config.iter().flat_map(|config| &config.databases).find(|database| database.path == path);
+        let known = config
+            .iter()
+            .flat_map(|config| &config.databases)
+            .find(|database| identity(&database.path) == identity(&path));
         match known {
-            Some(database) => Ok(Source { replica: database.replica.clone(), database: Some(path) }),
+            Some(database) => Ok(Source { replica: database.replica.clone(), database: Some(database.path.clone()) }),
             None if path.is_dir() => Ok(Source { replica: ReplicaUrl::Directory(path), database: None }),
             None => Err(Failure::usage(format!(
                 "'{source}' is not a replica: it is no URL, no directory, and no database of {}",
@@ -155,7 +170,7 @@ fn run(arguments: Arguments) -> Result<(), Failure> {
     done
 }
 
-/// The log goes to standard error. Libraries speak up only from warnings on, or when everything is asked for.
+/// The log goes to standard error. Of the libraries only errors are shown: at finer levels they log requests whole.
 fn start_log(flags: &LogConfig, config: Option<&LogConfig>, default: LogLevel) {
     let level = flags.level.or(config.and_then(|config| config.level)).unwrap_or(default);
     let format = flags.format.or(config.and_then(|config| config.format)).unwrap_or(LogFormat::Text);
@@ -167,7 +182,12 @@ fn start_log(flags: &LogConfig, config: Option<&LogConfig>, default: LogLevel) {
         LogLevel::Trace => "trace",
     };
     let filter = EnvFilter::new(format!("error,waltrail={name}"));
-    let builder = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_target(false);
+    let builder = tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr)
+        .with_target(false)
+        // Where it can't write, it would complain with `eprintln!`, which panics: the end of a daemon whose log reader left.
+        .log_internal_errors(false);
     match format {
         LogFormat::Text => builder.with_ansi(std::io::IsTerminal::is_terminal(&std::io::stderr())).init(),
         LogFormat::Json => builder.json().init(),

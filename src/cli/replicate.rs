@@ -7,7 +7,8 @@ use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 
 use super::exit_code::{Failure, NOT_CONFIRMED};
-use super::{ConfigArgument, SYSTEM_CONFIG};
+use super::tell::tell;
+use super::{CONFIG_VARIABLE, ConfigArgument, SYSTEM_CONFIG};
 use crate::clock::SystemClock;
 use crate::config::replica_url::ReplicaUrl;
 use crate::config::{Config, DEFAULT_SHUTDOWN_TIMEOUT, DatabaseConfig, LogConfig};
@@ -44,6 +45,7 @@ impl ReplicateArguments {
     /// When there is none, or it is wrong.
     pub fn config(&self) -> Result<Config, Failure> {
         if let (Some(database), Some(replica)) = (&self.database, &self.replica) {
+            self.config.refuse("a DATABASE and a REPLICA are all there is to replicate")?;
             let path = std::path::absolute(database)
                 .map_err(|error| Failure::usage(format!("'{}': {error}", database.display())))?;
             let replica: ReplicaUrl = replica.parse()?;
@@ -52,7 +54,7 @@ impl ReplicateArguments {
         }
         self.config.load()?.ok_or_else(|| {
             Failure::usage(format!(
-                "nothing to replicate: name a database and a replica, or a --config (there is no {SYSTEM_CONFIG})"
+                "nothing to replicate: name a database and a replica, or a --config ({CONFIG_VARIABLE} is not set, and there is no {SYSTEM_CONFIG})"
             ))
         })
     }
@@ -100,7 +102,7 @@ fn watch_signals(stop: CancellationToken) -> Result<(), Failure> {
                 _ = interrupt.recv() => {}
             }
             if stop.is_cancelled() {
-                eprintln!("stopped at once; what was not confirmed is shipped by the next start");
+                tell("stopped at once; what was not confirmed is shipped by the next start");
                 std::process::exit(i32::from(NOT_CONFIRMED));
             }
             tracing::info!("stopping: capturing and shipping what is left");

@@ -1,6 +1,7 @@
 //! `waltrail restore`
 
-use std::io::{self, Write};
+use std::fmt;
+use std::io::{self, IsTerminal, Write};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -9,6 +10,7 @@ use tokio::signal::unix::{SignalKind, signal};
 
 use super::exit_code::Failure;
 use super::moment::{parse_moment, parse_txid};
+use super::tell::tell;
 use super::{ConfigArgument, open_patiently};
 use crate::clock::{Clock, SystemClock, format_time};
 use crate::restore::RestoreError;
@@ -26,9 +28,10 @@ Examples:
   waltrail restore s3://my-bucket/app --output app.db --at '10 minutes ago'
   waltrail restore s3://my-bucket/app --output app.db --txid 1234 --dry-run
   waltrail restore --config /etc/waltrail.toml /data/app.db --if-missing --if-replica-exists
-  waltrail restore s3://my-bucket/app --output - | sqlite3 -readonly …
+  waltrail restore s3://my-bucket/app --output - | gzip > app.db.gz
 
-Times: 2026-03-01T14:00:00Z, '2026-03-01 14:00' (UTC), '10 minutes ago'. The last transaction that is not later is chosen.
+Times: 2026-03-01T14:00:00Z, 2026-03-01T16:00:00+02:00, '2026-03-01 14:00' (UTC unless it has an offset), '10 minutes ago',
+'2 days ago'. The last transaction that is not later is chosen.
 What is restored is checked against its recorded fingerprint before the file gets its name.")]
 pub struct RestoreArguments {
     /// A replica URL, or the path of a database of the configuration
@@ -39,13 +42,13 @@ pub struct RestoreArguments {
     /// Restore the state at this time
     #[arg(long, value_name = "TIME", conflicts_with = "txid")]
     at: Option<String>,
-    /// Restore the state after this transaction
+    /// Restore the state after this transaction: 1234, 0x4d2 or, as in object names, 00000000000004d2
     #[arg(long, value_parser = parse_txid)]
     txid: Option<u64>,
     /// Follow the line that ends in this epoch, not the newest one
     #[arg(long)]
     epoch: Option<u32>,
-    /// Show what would be done and read nothing more
+    /// Show what would be done, and do nothing; needs no --output
     #[arg(long)]
     dry_run: bool,
     /// Replace the target if it is there
@@ -79,16 +82,27 @@ pub async fn run(arguments: RestoreArguments) -> Result<(), Failure> {
 async fn restore(arguments: RestoreArguments) -> Result<(), Failure> {
     let clock = SystemClock::new();
     let source = arguments.config.resolve(&arguments.source)?;
-    let output = arguments.output.clone().or(source.database);
-    let output = output.ok_or_else(|| Failure::usage("where to? Name a file with --output".into()))?;
+    let output = arguments.output.clone().or(source.database).map(Output::of);
     let target = match (&arguments.at, arguments.txid) {
         (Some(at), _) => Target::Time(parse_moment(at, clock.now_ms()).map_err(Failure::usage)?),
         (None, Some(txid)) => Target::Txid(txid),
         (None, None) => Target::Latest,
     };
-    let is_stdout = output == Path::new("-");
-    if arguments.if_missing && !is_stdout && output.exists() {
-        eprintln!("{} is there; nothing to do", output.display());
+    // A plan needs no target; all else does.
+    let output = match output {
+        None if arguments.dry_run => None,
+        None => return Err(Failure::usage("where to? Name a file with --output".into())),
+        Some(output) => Some(output.check(&arguments)?),
+    };
+    let is_there = match &output {
+        Some(Output::File(path)) => is_there(path)?,
+        Some(Output::Stdout) | None => false,
+    };
+    if let Some(output) = &output
+        && arguments.if_missing
+        && is_there
+    {
+        tell(format_args!("{output} is there; nothing to do"));
         return Ok(());
     }
     let (store, meter) = Metered::new(open_patiently(&source.replica).await);
@@ -102,35 +116,80 @@ async fn restore(arguments: RestoreArguments) -> Result<(), Failure> {
         Err(error @ (RestoreError::NoReplica { .. } | RestoreError::NothingYet { .. }))
             if arguments.if_replica_exists =>
         {
-            eprintln!("{error}; nothing to do");
+            tell(format_args!("{error}; nothing to do"));
             return Ok(());
         }
         other => other?,
     };
-    eprintln!("{plan}");
-    eprintln!("time       {}", format_time(plan.time_ms));
+    tell(&plan);
+    if let Target::Time(asked_ms) = target {
+        tell(format_args!("asked      {}", format_time(asked_ms)));
+    }
+    tell(format_args!("time       {}", format_time(plan.time_ms)));
     for note in &plan.notes {
-        eprintln!("note: {note}");
+        tell(format_args!("note: {note}"));
     }
-    if arguments.dry_run {
-        return Ok(());
-    }
-    let notes = if is_stdout {
-        restore_to_stdout(&store, &plan).await?
-    } else {
-        restore_to_file(&store, &plan, &output, arguments.force).await?
+    let output = match output {
+        Some(output) if !arguments.dry_run => output,
+        planned => {
+            if let (Some(output), true, false) = (planned, is_there, arguments.force) {
+                tell(format_args!("note: {output} is there: without --force, the restore is refused"));
+            }
+            return Ok(());
+        }
+    };
+    let notes = match &output {
+        Output::Stdout => restore_to_stdout(&store, &plan).await?,
+        Output::File(path) => restore_to_file(&store, &plan, path, arguments.force).await?,
     };
     for note in notes {
-        eprintln!("note: {note}");
+        tell(format_args!("note: {note}"));
     }
     let (seconds, traffic) = ((clock.monotonic() - begun).as_secs_f64(), meter.traffic());
-    eprintln!(
-        "restored   {} in {seconds:.2} s; {} requests, {} bytes read; fingerprint checked",
-        output.display(),
-        traffic.requests,
-        traffic.received_bytes
-    );
+    tell(format_args!(
+        "restored   {output} in {seconds:.2} s; {} requests, {} bytes read; fingerprint checked",
+        traffic.requests, traffic.received_bytes
+    ));
     Ok(())
+}
+
+/// Where the database goes.
+enum Output {
+    Stdout,
+    File(PathBuf),
+}
+
+impl Output {
+    fn of(path: PathBuf) -> Self {
+        if path == Path::new("-") { Self::Stdout } else { Self::File(path) }
+    }
+
+    /// Refuses what makes no sense for standard output.
+    fn check(self, arguments: &RestoreArguments) -> Result<Self, Failure> {
+        match self {
+            Self::Stdout if arguments.force || arguments.if_missing => {
+                Err(Failure::usage("--force and --if-missing are about a file, not standard output".into()))
+            }
+            Self::Stdout if io::stdout().is_terminal() && !arguments.dry_run => {
+                Err(Failure::usage("standard output is a terminal, and a database is no text; redirect it".into()))
+            }
+            output => Ok(output),
+        }
+    }
+}
+
+impl fmt::Display for Output {
+    fn fmt(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Stdout => out.write_str("standard output"),
+            Self::File(path) => path.display().fmt(out),
+        }
+    }
+}
+
+/// That it can't be known is not the same as that it is missing.
+fn is_there(path: &Path) -> Result<bool, RestoreError> {
+    path.try_exists().map_err(|source| RestoreError::Io { path: path.to_owned(), doing: "look for", source })
 }
 
 async fn restore_to_file(
@@ -147,8 +206,13 @@ async fn restore_to_file(
 /// Through a file without a name: pages come newest first, and nothing may be written before all of it is checked.
 async fn restore_to_stdout(store: &crate::store::SharedStore, plan: &Plan) -> Result<Vec<String>, Failure> {
     let failed = |error: io::Error| Failure::other(format!("can't write to standard output: {error}"));
-    let mut file = tempfile::tempfile().map_err(failed)?;
-    execute(store, plan, file.try_clone().map_err(failed)?, Path::new("a temporary file")).await?;
+    let made = tempfile::tempfile().and_then(|file| Ok((file.try_clone()?, file)));
+    let (handle, mut file) = made.map_err(|source| RestoreError::Io {
+        path: std::env::temp_dir(),
+        doing: "make a temporary file in (TMPDIR names another place)",
+        source,
+    })?;
+    execute(store, plan, handle, Path::new("the temporary file in TMPDIR")).await?;
     let copy = move || {
         io::Seek::rewind(&mut file)?;
         let mut out = io::stdout().lock();
