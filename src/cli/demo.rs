@@ -1,5 +1,7 @@
 //! `waltrail demo`: the main job on a database of its own, with the same program doing each part.
 
+#![allow(clippy::print_stdout, reason = "a show that nobody watches any more may end")]
+
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
