@@ -7,20 +7,24 @@ use std::time::Duration;
 
 use clap::Args;
 use rusqlite::{Connection, params};
+use tokio::sync::oneshot;
 use xxhash_rust::xxh3::Xxh3;
 
 use super::exit_code::Failure;
+use super::interrupt::unless_interrupted;
 use super::open_patiently;
+use super::tell::say;
 use crate::clock::{Clock, SystemClock, format_time, random_bytes};
 use crate::config::replica_url::ReplicaUrl;
 use crate::restore::history::History;
-use crate::restore::plan::{Target, plan};
+use crate::restore::plan::{Target, plan, read_table};
 
 /// Rows before the first transaction that is watched.
 const CUSTOMERS: i64 = 2000;
-/// Transactions of the show, and those after which a moment is noted.
+/// Transactions of the show, those after which a moment is noted, and the one after which the replicator is killed.
 const TRANSACTIONS: usize = 1000;
 const MOMENTS: [usize; 2] = [300, 650];
+const KILL_AFTER: usize = 950;
 /// Around a noted moment nothing is written, so that its time means one state.
 const PAUSE: Duration = Duration::from_millis(150);
 const TRANSACTION_INTERVAL: Duration = Duration::from_millis(4);
@@ -46,6 +50,20 @@ struct Moment {
     time_ms: u64,
 }
 
+/// What the application did, by its own notes.
+#[derive(Default)]
+struct Written {
+    moments: Vec<Moment>,
+    /// When each transaction's COMMIT came back, in milliseconds since 1970.
+    committed_ms: Vec<u64>,
+}
+
+impl Written {
+    fn until(&self, time_ms: u64) -> usize {
+        self.committed_ms.partition_point(|&at| at <= time_ms)
+    }
+}
+
 /// Runs the show.
 ///
 /// # Errors
@@ -57,7 +75,7 @@ pub async fn run(arguments: DemoArguments) -> Result<(), Failure> {
         None => work.path().join("replica").display().to_string(),
     };
     let show = Show { work: work.path().to_owned(), replica, clock: SystemClock::new() };
-    show.run().await
+    unless_interrupted(show.run(), "interrupted; nothing of the demo is left on this machine").await
 }
 
 /// A new place below `url`.
@@ -91,48 +109,68 @@ impl Show {
 
     async fn run(&self) -> Result<(), Failure> {
         let replica: ReplicaUrl = self.replica.parse()?;
-        println!("1. An application makes a database: {}", self.database().display());
+        say(format_args!("1. An application makes a database: {}", self.database().display()))?;
         let application = Connection::open(self.database()).map_err(sqlite_failed)?;
         create(&application).map_err(sqlite_failed)?;
-        println!("   {CUSTOMERS} customers, SQLite in WAL mode.");
+        say(format_args!("   {CUSTOMERS} customers, SQLite in WAL mode."))?;
 
-        println!("\n2. A second process replicates it: waltrail replicate app.db {replica}");
+        say(format_args!("\n2. A second process replicates it: waltrail replicate app.db {replica}"))?;
         let mut replicator = Replicator(self.start_replicator()?);
-        let waited = self.wait_for_snapshot(&replica, &mut replicator).await?;
-        println!(
-            "   The first snapshot is stored after {} ms: from now on the database can be restored.",
-            waited.as_millis()
-        );
+        let waited = self.wait_for_snapshot(&replica, &mut replicator).await?.as_millis();
+        say(format_args!(
+            "   The first snapshot is stored after {waited} ms: from now on the database can be restored."
+        ))?;
 
-        println!("\n3. The application goes on: {TRANSACTIONS} transactions, a few milliseconds apart.");
-        let (moments, committed_ms) = self.write(&application)?;
-        for moment in &moments {
-            println!("   Noted: at {} there were {} transactions.", format_time(moment.time_ms), moment.transactions);
+        say(format_args!("\n3. The application goes on: {TRANSACTIONS} transactions, a few milliseconds apart."))?;
+        let (written, killed_ms) = self.write_and_kill(application, replicator).await?;
+        for moment in &written.moments {
+            let time = format_time(moment.time_ms);
+            say(format_args!("   Noted: at {time} there were {} transactions.", moment.transactions))?;
         }
 
-        println!("\n4. Milliseconds after a commit the replicator is killed (SIGKILL), and the machine is lost.");
-        replicator.kill()?;
-        drop(application);
+        let (at_kill, in_all) = (written.until(killed_ms), written.committed_ms.len());
+        say("\n4. In the middle of that the replicator was killed (SIGKILL). Then the machine is lost.")?;
+        say(format_args!(
+            "   Killed at {} after {at_kill} transactions; the application wrote on.",
+            format_time(killed_ms)
+        ))?;
         let database_len = fs::metadata(self.database()).map_or(0, |found| found.len());
         self.lose_machine()?;
-        println!("   Database, WAL and local state ({database_len} bytes of database) are deleted.");
+        say(format_args!("   Database ({database_len} bytes), WAL and local state are deleted."))?;
 
-        println!("\n5. Restore, elsewhere, from the replica alone:");
+        say("\n5. Restore, elsewhere, from the replica alone:")?;
         let newest = self.restore("newest", &[])?;
-        self.report_loss(newest, &committed_ms);
-        for moment in &moments {
+        for moment in &written.moments {
             let time = format_time(moment.time_ms);
             let found = self.restore(&format!("{} transactions", moment.transactions), &["--at", &time])?;
             if found != moment.transactions {
-                return Err(Failure::other(format!(
-                    "restored to {found} transactions instead of {}",
-                    moment.transactions
-                )));
+                let wanted = moment.transactions;
+                return Err(Failure::other(format!("restored to {found} transactions instead of {wanted}")));
             }
         }
+
+        say("\n6. What it cost:")?;
+        report_loss(newest, at_kill, in_all, &written.committed_ms, killed_ms)?;
         self.report_storage(&replica).await?;
-        println!("\nEverything restored is what the application had written. That is the whole job.");
-        Ok(())
+        say("\nEverything restored is what the application had written. That is the whole job.")
+    }
+
+    /// Lets the application write on a thread of its own, and kills the replicator while it does. Gives what was written, and
+    /// when the kill came.
+    async fn write_and_kill(
+        &self,
+        application: Connection,
+        mut replicator: Replicator,
+    ) -> Result<(Written, u64), Failure> {
+        let (reached, kill) = oneshot::channel();
+        let clock = self.clock.clone();
+        let writing = tokio::task::spawn_blocking(move || write(&application, &clock, reached));
+        // The sender goes without a word only when the writer has failed; then its error is told below.
+        let is_reached = kill.await.is_ok();
+        let killed_ms = self.clock.now_ms();
+        replicator.kill()?;
+        let written = writing.await.map_err(|error| Failure::other(error.to_string()))?.map_err(sqlite_failed)?;
+        if is_reached { Ok((written, killed_ms)) } else { Err(Failure::other("the demo's writer ended early".into())) }
     }
 
     fn start_replicator(&self) -> Result<Child, Failure> {
@@ -160,24 +198,6 @@ impl Show {
             }
             tokio::time::sleep(Duration::from_millis(50)).await;
         }
-    }
-
-    /// Runs the application's transactions; gives the moments that were noted and the time of each commit.
-    fn write(&self, application: &Connection) -> Result<(Vec<Moment>, Vec<u64>), Failure> {
-        let mut moments = Vec::new();
-        let mut committed_ms = Vec::new();
-        for number in 1..=TRANSACTIONS {
-            transaction(application, number).map_err(sqlite_failed)?;
-            committed_ms.push(self.clock.now_ms());
-            if MOMENTS.contains(&number) {
-                std::thread::sleep(PAUSE);
-                moments.push(Moment { transactions: number, time_ms: self.clock.now_ms() });
-                std::thread::sleep(PAUSE);
-            } else {
-                std::thread::sleep(TRANSACTION_INTERVAL);
-            }
-        }
-        Ok((moments, committed_ms))
     }
 
     fn lose_machine(&self) -> Result<(), Failure> {
@@ -210,33 +230,78 @@ impl Show {
             return Err(Failure::other(format!("restore failed ({status}):\n{}", String::from_utf8_lossy(&stderr))));
         }
         let transactions = check(&output)?;
-        println!(
+        say(format_args!(
             "   {what:<18} {transactions:>5} transactions in {:>4} ms: content as written, fingerprint and integrity_check ok",
             took.as_millis()
-        );
+        ))?;
         Ok(transactions)
     }
 
-    fn report_loss(&self, restored: usize, committed_ms: &[u64]) {
-        let lost = committed_ms.len() - restored;
-        let span_ms = match (committed_ms.get(restored), committed_ms.last()) {
-            (Some(first), Some(last)) => last - first,
-            _ => 0,
-        };
-        println!("   {:<18} {lost:>5} transactions were not confirmed yet at the kill: the last {span_ms} ms", "");
-    }
-
     async fn report_storage(&self, replica: &ReplicaUrl) -> Result<(), Failure> {
-        let history = History::load(&open_patiently(replica).await).await?;
-        let segments = history.epochs.values().flat_map(|epoch| &epoch.segments);
-        let (count, bytes) = segments.fold((0, 0), |(count, bytes), stored| (count + 1, bytes + stored.len_bytes));
+        let store = open_patiently(replica).await;
+        let history = History::load(&store).await?;
+        let (mut count, mut stored_bytes, mut image_bytes) = (0, 0, 0);
+        for stored in history.epochs.values().flat_map(|epoch| &epoch.segments) {
+            let (footer, transactions) = read_table(&store, &history.location, stored).await?;
+            let pages: usize = transactions.iter().map(|transaction| transaction.page_numbers.len()).sum();
+            count += 1;
+            stored_bytes += stored.len_bytes;
+            image_bytes += pages as u64 * u64::from(footer.page_size);
+        }
         let snapshots = history.epochs.values().flat_map(|epoch| &epoch.snapshots);
         let snapshot_bytes: u64 = snapshots.map(|stored| stored.len_bytes).sum();
-        println!(
-            "\n6. In storage: a snapshot of {snapshot_bytes} bytes, and {count} segments of {bytes} bytes in all."
-        );
-        Ok(())
+        say(format_args!(
+            "   In storage: a snapshot of {snapshot_bytes} bytes, and {count} segments of {stored_bytes} bytes in"
+        ))?;
+        say(format_args!("   all, which hold {image_bytes} bytes of changed pages, transaction by transaction."))
     }
+}
+
+/// What the kill cost: of the transactions that were committed by then, those that no restore has.
+fn report_loss(
+    newest: usize,
+    at_kill: usize,
+    in_all: usize,
+    committed_ms: &[u64],
+    killed_ms: u64,
+) -> Result<(), Failure> {
+    let lost = at_kill.saturating_sub(newest);
+    match committed_ms.get(newest).filter(|_| lost > 0) {
+        Some(first_ms) => {
+            let span_ms = killed_ms.saturating_sub(*first_ms);
+            let first = newest + 1;
+            say(format_args!(
+                "   Lost with the kill: {lost} transactions ({first} to {at_kill}), the last {span_ms} ms before it."
+            ))?;
+        }
+        None => say("   Lost with the kill: nothing that was committed before it.")?,
+    }
+    let after = in_all - newest.max(at_kill);
+    say(format_args!("   {after} more were written when the replicator was dead already: they went with the machine."))
+}
+
+/// The application: runs its transactions, and says by `reached` when the replicator is to be killed.
+fn write(application: &Connection, clock: &SystemClock, reached: oneshot::Sender<()>) -> rusqlite::Result<Written> {
+    let mut written = Written::default();
+    let mut reached = Some(reached);
+    for number in 1..=TRANSACTIONS {
+        transaction(application, number)?;
+        written.committed_ms.push(clock.now_ms());
+        if MOMENTS.contains(&number) {
+            std::thread::sleep(PAUSE);
+            written.moments.push(Moment { transactions: number, time_ms: clock.now_ms() });
+            std::thread::sleep(PAUSE);
+        } else {
+            std::thread::sleep(TRANSACTION_INTERVAL);
+        }
+        if number == KILL_AFTER
+            && let Some(reached) = reached.take()
+        {
+            // Nobody waits for it only when the demo is being interrupted.
+            reached.send(()).ok();
+        }
+    }
+    Ok(written)
 }
 
 /// A child process that does not outlive the show.

@@ -6,9 +6,9 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use clap::Args;
-use tokio::signal::unix::{SignalKind, signal};
 
 use super::exit_code::Failure;
+use super::interrupt::unless_interrupted;
 use super::moment::{parse_moment, parse_txid};
 use super::tell::tell;
 use super::{ConfigArgument, open_patiently};
@@ -69,14 +69,7 @@ pub struct RestoreArguments {
 /// # Errors
 /// See [`RestoreError`].
 pub async fn run(arguments: RestoreArguments) -> Result<(), Failure> {
-    let failed = |error: io::Error| Failure::other(format!("can't listen for signals: {error}"));
-    let mut terminate = signal(SignalKind::terminate()).map_err(failed)?;
-    let mut interrupt = signal(SignalKind::interrupt()).map_err(failed)?;
-    tokio::select! {
-        done = restore(arguments) => done,
-        _ = terminate.recv() => Err(Failure::other("interrupted; nothing was changed".into())),
-        _ = interrupt.recv() => Err(Failure::other("interrupted; nothing was changed".into())),
-    }
+    unless_interrupted(restore(arguments), "interrupted; nothing was changed").await
 }
 
 async fn restore(arguments: RestoreArguments) -> Result<(), Failure> {
