@@ -7,7 +7,6 @@ WORKDIR /src
 RUN apt-get update && apt-get install -y --no-install-recommends gcc libc6-dev && rm -rf /var/lib/apt/lists/*
 COPY Cargo.toml Cargo.lock ./
 COPY src src
-COPY config config
 RUN cargo build --release --locked
 
 FROM debian:bookworm-slim
