@@ -7,7 +7,6 @@ use std::time::Duration;
 
 use clap::Args;
 use rusqlite::{Connection, params};
-use tokio::sync::oneshot;
 use xxhash_rust::xxh3::Xxh3;
 
 use super::exit_code::Failure;
@@ -16,19 +15,25 @@ use super::open_patiently;
 use super::tell::say;
 use crate::clock::{Clock, SystemClock, format_time, random_bytes};
 use crate::config::replica_url::ReplicaUrl;
+use crate::restore::RestoreError;
 use crate::restore::history::History;
-use crate::restore::plan::{Target, plan, read_table};
+use crate::restore::plan::{Plan, Target, plan, read_table};
+use crate::store::SharedStore;
 
 /// Rows before the first transaction that is watched.
 const CUSTOMERS: i64 = 2000;
-/// Transactions of the show, those after which a moment is noted, and the one after which the replicator is killed.
+/// Transactions of the show, those after which a moment is noted, and the one soon after which the replicator is killed.
 const TRANSACTIONS: usize = 1000;
 const MOMENTS: [usize; 2] = [300, 650];
 const KILL_AFTER: usize = 950;
-/// Around a noted moment nothing is written, so that its time means one state.
-const PAUSE: Duration = Duration::from_millis(150);
 const TRANSACTION_INTERVAL: Duration = Duration::from_millis(4);
-const FIRST_SNAPSHOT_LIMIT: Duration = Duration::from_secs(120);
+/// From transaction [`KILL_AFTER`] to the kill: some of those that are left are then written, others not.
+const UNTIL_KILL: Duration = Duration::from_millis(50);
+/// After a noted moment nothing is written for so long, so that the next transaction has another time.
+const PAUSE: Duration = Duration::from_millis(20);
+/// The replica must have what was written within this time.
+const PATIENCE: Duration = Duration::from_secs(120);
+const POLL: Duration = Duration::from_millis(50);
 
 /// Arguments of `demo`.
 #[derive(Debug, Args)]
@@ -51,7 +56,6 @@ struct Moment {
 }
 
 /// What the application did, by its own notes.
-#[derive(Default)]
 struct Written {
     moments: Vec<Moment>,
     /// When each transaction's COMMIT came back, in milliseconds since 1970.
@@ -110,23 +114,20 @@ impl Show {
     async fn run(&self) -> Result<(), Failure> {
         let replica: ReplicaUrl = self.replica.parse()?;
         say(format_args!("1. An application makes a database: {}", self.database().display()))?;
-        let application = Connection::open(self.database()).map_err(sqlite_failed)?;
-        create(&application).map_err(sqlite_failed)?;
+        let application = Application::create(&self.database()).map_err(sqlite_failed)?;
         say(format_args!("   {CUSTOMERS} customers, SQLite in WAL mode."))?;
 
         say(format_args!("\n2. A second process replicates it: waltrail replicate app.db {replica}"))?;
         let mut replicator = Replicator(self.start_replicator()?);
-        let waited = self.wait_for_snapshot(&replica, &mut replicator).await?.as_millis();
+        let store = open_patiently(&replica).await;
+        let (first, waited) = self.wait_for_plan(&store, &mut replicator, 0).await?;
         say(format_args!(
-            "   The first snapshot is stored after {waited} ms: from now on the database can be restored."
+            "   The first snapshot is stored after {} ms: from now on the database can be restored.",
+            waited.as_millis()
         ))?;
 
         say(format_args!("\n3. The application goes on: {TRANSACTIONS} transactions, a few milliseconds apart."))?;
-        let (written, killed_ms) = self.write_and_kill(application, replicator).await?;
-        for moment in &written.moments {
-            let time = format_time(moment.time_ms);
-            say(format_args!("   Noted: at {time} there were {} transactions.", moment.transactions))?;
-        }
+        let (written, killed_ms) = self.write_and_kill(application, replicator, &store, &first).await?;
 
         let (at_kill, in_all) = (written.until(killed_ms), written.committed_ms.len());
         say("\n4. In the middle of that the replicator was killed (SIGKILL). Then the machine is lost.")?;
@@ -140,6 +141,12 @@ impl Show {
 
         say("\n5. Restore, elsewhere, from the replica alone:")?;
         let newest = self.restore("newest", &[])?;
+        let confirmed = written.moments.last().map_or(0, |moment| moment.transactions);
+        if newest < confirmed {
+            return Err(Failure::other(format!(
+                "restored {newest} transactions of {confirmed} that were in the replica"
+            )));
+        }
         for moment in &written.moments {
             let time = format_time(moment.time_ms);
             let found = self.restore(&format!("{} transactions", moment.transactions), &["--at", &time])?;
@@ -151,52 +158,89 @@ impl Show {
 
         say("\n6. What it cost:")?;
         report_loss(newest, at_kill, in_all, &written.committed_ms, killed_ms)?;
-        self.report_storage(&replica).await?;
+        self.report_storage(&store).await?;
         say("\nEverything restored is what the application had written. That is the whole job.")
     }
 
-    /// Lets the application write on a thread of its own, and kills the replicator while it does. Gives what was written, and
+    /// Lets the application write, notes the moments, and kills the replicator while it writes. Gives what was written, and
     /// when the kill came.
     async fn write_and_kill(
         &self,
-        application: Connection,
+        mut application: Application,
         mut replicator: Replicator,
+        store: &SharedStore,
+        first: &Plan,
     ) -> Result<(Written, u64), Failure> {
-        let (reached, kill) = oneshot::channel();
-        let clock = self.clock.clone();
-        let writing = tokio::task::spawn_blocking(move || write(&application, &clock, reached));
-        // The sender goes without a word only when the writer has failed; then its error is told below.
-        let is_reached = kill.await.is_ok();
+        let mut moments = Vec::new();
+        for transactions in MOMENTS {
+            application = application.write(transactions).await?;
+            moments.push(self.note(store, &mut replicator, first, transactions).await?);
+        }
+        application = application.write(KILL_AFTER).await?;
+        let writing = tokio::spawn(application.write(TRANSACTIONS));
+        tokio::time::sleep(UNTIL_KILL).await;
         let killed_ms = self.clock.now_ms();
         replicator.kill()?;
-        let written = writing.await.map_err(|error| Failure::other(error.to_string()))?.map_err(sqlite_failed)?;
-        if is_reached { Ok((written, killed_ms)) } else { Err(Failure::other("the demo's writer ended early".into())) }
+        let application = writing.await.map_err(|error| Failure::other(error.to_string()))??;
+        Ok((Written { moments, committed_ms: application.committed_ms }, killed_ms))
+    }
+
+    /// Waits until the replica, which had the state of `first` before, has all `transactions`; then notes the time. A
+    /// transaction's time is when the replicator saw it: before it did, no time means this state for certain.
+    async fn note(
+        &self,
+        store: &SharedStore,
+        replicator: &mut Replicator,
+        first: &Plan,
+        transactions: usize,
+    ) -> Result<Moment, Failure> {
+        let last_txid = first.position.txid + transactions as u64;
+        let (_, waited) = self.wait_for_plan(store, replicator, last_txid).await?;
+        let time_ms = self.clock.now_ms();
+        tokio::time::sleep(PAUSE).await;
+        say(format_args!(
+            "   Noted: at {} there were {transactions} transactions, all in the replica {} ms after the last commit.",
+            format_time(time_ms),
+            waited.as_millis()
+        ))?;
+        Ok(Moment { transactions, time_ms })
+    }
+
+    fn log(&self) -> PathBuf {
+        self.work.join("replicate.log")
     }
 
     fn start_replicator(&self) -> Result<Child, Failure> {
-        let log = File::create(self.work.join("replicate.log")).map_err(failed("make the replicator's log"))?;
+        let log = File::create(self.log()).map_err(failed("make the replicator's log"))?;
         let program = std::env::current_exe().map_err(failed("find this program"))?;
         let mut command = Command::new(program);
         command.arg("replicate").arg(self.database()).arg(&self.replica).stdout(Stdio::null()).stderr(log);
         command.spawn().map_err(failed("start the replicator"))
     }
 
-    async fn wait_for_snapshot(&self, replica: &ReplicaUrl, replicator: &mut Replicator) -> Result<Duration, Failure> {
-        let store = open_patiently(replica).await;
+    /// Waits until the replica can be restored to transaction `txid` or a later one; gives the plan, and how long it took.
+    async fn wait_for_plan(
+        &self,
+        store: &SharedStore,
+        replicator: &mut Replicator,
+        txid: u64,
+    ) -> Result<(Plan, Duration), Failure> {
         let begun = self.clock.monotonic();
         loop {
+            let found = plan_newest(store).await;
             let waited = self.clock.monotonic().saturating_sub(begun);
-            if let Ok(history) = History::load(&store).await
-                && plan(&store, &history, Target::Latest, None).await.is_ok()
-            {
-                return Ok(waited);
+            match found {
+                Ok(plan) if plan.position.txid >= txid => return Ok((plan, waited)),
+                Ok(_) | Err(RestoreError::NoReplica { .. } | RestoreError::NothingYet { .. }) => {}
+                // What storage refuses now, it refuses the replicator, too.
+                Err(error) => return Err(error.into()),
             }
             let is_gone = replicator.0.try_wait().map_err(failed("look after the replicator"))?.is_some();
-            if is_gone || waited > FIRST_SNAPSHOT_LIMIT {
-                let log = fs::read_to_string(self.work.join("replicate.log")).unwrap_or_default();
-                return Err(Failure::other(format!("the replicator did not store a snapshot; it said:\n{log}")));
+            if is_gone || waited > PATIENCE {
+                let log = fs::read_to_string(self.log()).map_err(failed("read the replicator's log"))?;
+                return Err(Failure::other(format!("the replicator did not store what was written; it said:\n{log}")));
             }
-            tokio::time::sleep(Duration::from_millis(50)).await;
+            tokio::time::sleep(POLL).await;
         }
     }
 
@@ -237,12 +281,11 @@ impl Show {
         Ok(transactions)
     }
 
-    async fn report_storage(&self, replica: &ReplicaUrl) -> Result<(), Failure> {
-        let store = open_patiently(replica).await;
-        let history = History::load(&store).await?;
+    async fn report_storage(&self, store: &SharedStore) -> Result<(), Failure> {
+        let history = History::load(store).await?;
         let (mut count, mut stored_bytes, mut image_bytes) = (0, 0, 0);
         for stored in history.epochs.values().flat_map(|epoch| &epoch.segments) {
-            let (footer, transactions) = read_table(&store, &history.location, stored).await?;
+            let (footer, transactions) = read_table(store, &history.location, stored).await?;
             let pages: usize = transactions.iter().map(|transaction| transaction.page_numbers.len()).sum();
             count += 1;
             stored_bytes += stored.len_bytes;
@@ -255,6 +298,11 @@ impl Show {
         ))?;
         say(format_args!("   all, which hold {image_bytes} bytes of changed pages, transaction by transaction."))
     }
+}
+
+async fn plan_newest(store: &SharedStore) -> Result<Plan, RestoreError> {
+    let history = History::load(store).await?;
+    plan(store, &history, Target::Latest, None).await
 }
 
 /// What the kill cost: of the transactions that were committed by then, those that no restore has.
@@ -280,28 +328,34 @@ fn report_loss(
     say(format_args!("   {after} more were written when the replicator was dead already: they went with the machine."))
 }
 
-/// The application: runs its transactions, and says by `reached` when the replicator is to be killed.
-fn write(application: &Connection, clock: &SystemClock, reached: oneshot::Sender<()>) -> rusqlite::Result<Written> {
-    let mut written = Written::default();
-    let mut reached = Some(reached);
-    for number in 1..=TRANSACTIONS {
-        transaction(application, number)?;
-        written.committed_ms.push(clock.now_ms());
-        if MOMENTS.contains(&number) {
-            std::thread::sleep(PAUSE);
-            written.moments.push(Moment { transactions: number, time_ms: clock.now_ms() });
-            std::thread::sleep(PAUSE);
-        } else {
-            std::thread::sleep(TRANSACTION_INTERVAL);
-        }
-        if number == KILL_AFTER
-            && let Some(reached) = reached.take()
-        {
-            // Nobody waits for it only when the demo is being interrupted.
-            reached.send(()).ok();
-        }
+/// What writes the database. It knows nothing of waltrail.
+struct Application {
+    connection: Connection,
+    /// When each transaction's COMMIT came back, in milliseconds since 1970.
+    committed_ms: Vec<u64>,
+}
+
+impl Application {
+    fn create(path: &Path) -> rusqlite::Result<Self> {
+        let connection = Connection::open(path)?;
+        create(&connection)?;
+        Ok(Self { connection, committed_ms: Vec::new() })
     }
-    Ok(written)
+
+    /// Goes on, on a thread of its own, until there are `transactions` in all.
+    async fn write(mut self, transactions: usize) -> Result<Self, Failure> {
+        let work = move || {
+            let clock = SystemClock::new();
+            while self.committed_ms.len() < transactions {
+                transaction(&self.connection, self.committed_ms.len() + 1)?;
+                self.committed_ms.push(clock.now_ms());
+                std::thread::sleep(TRANSACTION_INTERVAL);
+            }
+            Ok(self)
+        };
+        let done = tokio::task::spawn_blocking(work).await;
+        done.map_err(|error| Failure::other(error.to_string()))?.map_err(sqlite_failed)
+    }
 }
 
 /// A child process that does not outlive the show.

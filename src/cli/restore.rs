@@ -180,9 +180,16 @@ impl fmt::Display for Output {
     }
 }
 
-/// That it can't be known is not the same as that it is missing.
+/// That it can't be known is not the same as that it is missing. And a directory is no database: not what --if-missing means
+/// to leave alone, nor anything to replace.
 fn is_there(path: &Path) -> Result<bool, RestoreError> {
-    path.try_exists().map_err(|source| RestoreError::Io { path: path.to_owned(), doing: "look for", source })
+    let failed = |source| RestoreError::Io { path: path.to_owned(), doing: "restore to", source };
+    match path.metadata() {
+        Ok(found) if found.is_dir() => Err(failed(io::ErrorKind::IsADirectory.into())),
+        Ok(_) => Ok(true),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
+        Err(error) => Err(failed(error)),
+    }
 }
 
 async fn restore_to_file(

@@ -3,6 +3,7 @@
 use std::io::{BufRead, BufReader};
 use std::path::Path;
 use std::process::{Child, Stdio};
+use std::time::Duration;
 
 use crate::support::s3::S3Server;
 use crate::support::{Daemon, content, count_up, create_database, open, run, stderr, wait_for_restored, waltrail};
@@ -281,6 +282,46 @@ fn the_demo_shows_the_main_job() {
     let server = S3Server::start();
     let done = run(["demo", "--replica", &server.url("scratch")]);
     assert!(done.status.success(), "{}", stderr(&done));
+}
+
+#[test]
+fn a_demo_that_storage_refuses_says_so_at_once() {
+    let server = S3Server::start();
+    fails(&["demo", "--replica", &server.url("scratch").replace("backups", "elsewhere")], 11, "NoSuchBucket");
+}
+
+/// On a busy machine the replicator sees a commit late. Halted where the show notes its first moment, it still shows the truth.
+#[test]
+fn a_demo_whose_replicator_is_slow() {
+    let mut demo = waltrail().arg("demo").stdout(Stdio::piped()).spawn().unwrap();
+    let mut lines = BufReader::new(demo.stdout.take().unwrap());
+    let mut shown = String::new();
+    while !shown.contains("The application goes on") {
+        assert!(lines.read_line(&mut shown).unwrap() > 0, "{shown}");
+    }
+    let replicator: libc::pid_t = children_of(demo.id()).remove(0).parse().unwrap();
+    // SAFETY: both send a signal to a process that the demo has not waited for: it does so after the kill, later in the show.
+    assert_eq!(unsafe { libc::kill(replicator, libc::SIGSTOP) }, 0);
+    // Longer than the transactions before the moment take, which is some 1.3 s.
+    std::thread::sleep(Duration::from_secs(3));
+    assert_eq!(unsafe { libc::kill(replicator, libc::SIGCONT) }, 0);
+    std::io::Read::read_to_string(&mut lines, &mut shown).unwrap();
+    assert!(demo.wait().unwrap().success(), "{shown}");
+    assert_eq!(shown.matches("content as written").count(), 3, "{shown}");
+}
+
+#[test]
+fn a_directory_is_no_target() {
+    let directory = tempfile::tempdir().unwrap();
+    let replica = directory.path().join("replica").display().to_string();
+    make_replica(directory.path(), &replica);
+    let target = directory.path().join("target.db");
+    std::fs::create_dir(&target).unwrap();
+    let name = target.to_str().unwrap();
+    for flag in ["--if-missing", "--force", "--if-replica-exists"] {
+        fails(&["restore", &replica, "-o", name, flag], 14, "target.db: is a directory");
+    }
+    assert_eq!(std::fs::read_dir(&target).unwrap().count(), 0);
 }
 
 /// `waltrail … 2>&1 | tee log`: Ctrl-C ends `tee`, too. A log that nobody reads must not end a daemon, or a restore.
