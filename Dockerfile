@@ -1,5 +1,6 @@
 # docker build -t waltrail .
-# docker run -v /data:/data -e AWS_ACCESS_KEY_ID -e AWS_SECRET_ACCESS_KEY waltrail replicate /data/app.db s3://bucket/app
+# docker run -v /data:/data --user "$(stat -c %u:%g /data)" -e AWS_ACCESS_KEY_ID -e AWS_SECRET_ACCESS_KEY \
+#   waltrail replicate /data/app.db s3://bucket/app
 
 FROM rust:1.95-slim-bookworm AS build
 WORKDIR /src
@@ -7,7 +8,6 @@ WORKDIR /src
 RUN apt-get update && apt-get install -y --no-install-recommends gcc libc6-dev && rm -rf /var/lib/apt/lists/*
 COPY Cargo.toml Cargo.lock ./
 COPY src src
-COPY config config
 RUN cargo build --release --locked
 
 FROM debian:bookworm-slim

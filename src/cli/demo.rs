@@ -12,21 +12,30 @@ use rusqlite::{Connection, params};
 use xxhash_rust::xxh3::Xxh3;
 
 use super::exit_code::Failure;
+use super::interrupt::unless_interrupted;
 use super::open_patiently;
+use super::tell::say;
 use crate::clock::{Clock, SystemClock, format_time, random_bytes};
 use crate::config::replica_url::ReplicaUrl;
+use crate::restore::RestoreError;
 use crate::restore::history::History;
-use crate::restore::plan::{Target, plan};
+use crate::restore::plan::{Plan, Target, plan, read_table};
+use crate::store::SharedStore;
 
 /// Rows before the first transaction that is watched.
 const CUSTOMERS: i64 = 2000;
-/// Transactions of the show, and those after which a moment is noted.
+/// Transactions of the show, those after which a moment is noted, and the one soon after which the replicator is killed.
 const TRANSACTIONS: usize = 1000;
 const MOMENTS: [usize; 2] = [300, 650];
-/// Around a noted moment nothing is written, so that its time means one state.
-const PAUSE: Duration = Duration::from_millis(150);
+const KILL_AFTER: usize = 950;
 const TRANSACTION_INTERVAL: Duration = Duration::from_millis(4);
-const FIRST_SNAPSHOT_LIMIT: Duration = Duration::from_secs(120);
+/// From transaction [`KILL_AFTER`] to the kill: some of those that are left are then written, others not.
+const UNTIL_KILL: Duration = Duration::from_millis(50);
+/// After a noted moment nothing is written for so long, so that the next transaction has another time.
+const PAUSE: Duration = Duration::from_millis(20);
+/// The replica must have what was written within this time.
+const PATIENCE: Duration = Duration::from_secs(120);
+const POLL: Duration = Duration::from_millis(50);
 
 /// Arguments of `demo`.
 #[derive(Debug, Args)]
@@ -48,6 +57,19 @@ struct Moment {
     time_ms: u64,
 }
 
+/// What the application did, by its own notes.
+struct Written {
+    moments: Vec<Moment>,
+    /// When each transaction's COMMIT came back, in milliseconds since 1970.
+    committed_ms: Vec<u64>,
+}
+
+impl Written {
+    fn until(&self, time_ms: u64) -> usize {
+        self.committed_ms.partition_point(|&at| at <= time_ms)
+    }
+}
+
 /// Runs the show.
 ///
 /// # Errors
@@ -59,7 +81,7 @@ pub async fn run(arguments: DemoArguments) -> Result<(), Failure> {
         None => work.path().join("replica").display().to_string(),
     };
     let show = Show { work: work.path().to_owned(), replica, clock: SystemClock::new() };
-    show.run().await
+    unless_interrupted(show.run(), "interrupted; nothing of the demo is left on this machine").await
 }
 
 /// A new place below `url`.
@@ -93,93 +115,135 @@ impl Show {
 
     async fn run(&self) -> Result<(), Failure> {
         let replica: ReplicaUrl = self.replica.parse()?;
-        println!("1. An application makes a database: {}", self.database().display());
-        let application = Connection::open(self.database()).map_err(sqlite_failed)?;
-        create(&application).map_err(sqlite_failed)?;
-        println!("   {CUSTOMERS} customers, SQLite in WAL mode.");
+        say(format_args!("1. An application makes a database: {}", self.database().display()))?;
+        let application = Application::create(&self.database()).map_err(sqlite_failed)?;
+        say(format_args!("   {CUSTOMERS} customers, SQLite in WAL mode."))?;
 
-        println!("\n2. A second process replicates it: waltrail replicate app.db {replica}");
+        say(format_args!("\n2. A second process replicates it: waltrail replicate app.db {replica}"))?;
         let mut replicator = Replicator(self.start_replicator()?);
-        let waited = self.wait_for_snapshot(&replica, &mut replicator).await?;
-        println!(
+        let store = open_patiently(&replica).await;
+        let (first, waited) = self.wait_for_plan(&store, &mut replicator, 0).await?;
+        say(format_args!(
             "   The first snapshot is stored after {} ms: from now on the database can be restored.",
             waited.as_millis()
-        );
+        ))?;
 
-        println!("\n3. The application goes on: {TRANSACTIONS} transactions, a few milliseconds apart.");
-        let (moments, committed_ms) = self.write(&application)?;
-        for moment in &moments {
-            println!("   Noted: at {} there were {} transactions.", format_time(moment.time_ms), moment.transactions);
-        }
+        say(format_args!("\n3. The application goes on: {TRANSACTIONS} transactions, a few milliseconds apart."))?;
+        let (written, killed_ms) = self.write_and_kill(application, replicator, &store, &first).await?;
 
-        println!("\n4. Milliseconds after a commit the replicator is killed (SIGKILL), and the machine is lost.");
-        replicator.kill()?;
-        drop(application);
+        let (at_kill, in_all) = (written.until(killed_ms), written.committed_ms.len());
+        say("\n4. In the middle of that the replicator was killed (SIGKILL). Then the machine is lost.")?;
+        say(format_args!(
+            "   Killed at {} after {at_kill} transactions; the application wrote on.",
+            format_time(killed_ms)
+        ))?;
         let database_len = fs::metadata(self.database()).map_or(0, |found| found.len());
         self.lose_machine()?;
-        println!("   Database, WAL and local state ({database_len} bytes of database) are deleted.");
+        say(format_args!("   Database ({database_len} bytes), WAL and local state are deleted."))?;
 
-        println!("\n5. Restore, elsewhere, from the replica alone:");
+        say("\n5. Restore, elsewhere, from the replica alone:")?;
         let newest = self.restore("newest", &[])?;
-        self.report_loss(newest, &committed_ms);
-        for moment in &moments {
+        let confirmed = written.moments.last().map_or(0, |moment| moment.transactions);
+        if newest < confirmed {
+            return Err(Failure::other(format!(
+                "restored {newest} transactions of {confirmed} that were in the replica"
+            )));
+        }
+        for moment in &written.moments {
             let time = format_time(moment.time_ms);
             let found = self.restore(&format!("{} transactions", moment.transactions), &["--at", &time])?;
             if found != moment.transactions {
-                return Err(Failure::other(format!(
-                    "restored to {found} transactions instead of {}",
-                    moment.transactions
-                )));
+                let wanted = moment.transactions;
+                return Err(Failure::other(format!("restored to {found} transactions instead of {wanted}")));
             }
         }
-        self.report_storage(&replica).await?;
-        println!("\nEverything restored is what the application had written. That is the whole job.");
-        Ok(())
+
+        say("\n6. What it cost:")?;
+        report_loss(newest, at_kill, in_all, &written.committed_ms, killed_ms)?;
+        self.report_storage(&store).await?;
+        say("\nEverything restored is what the application had written. That is the whole job.")
+    }
+
+    /// Lets the application write, notes the moments, and kills the replicator while it writes. Gives what was written, and
+    /// when the kill came.
+    async fn write_and_kill(
+        &self,
+        mut application: Application,
+        mut replicator: Replicator,
+        store: &SharedStore,
+        first: &Plan,
+    ) -> Result<(Written, u64), Failure> {
+        let mut moments = Vec::new();
+        for transactions in MOMENTS {
+            application = application.write(transactions).await?;
+            moments.push(self.note(store, &mut replicator, first, transactions).await?);
+        }
+        application = application.write(KILL_AFTER).await?;
+        let writing = tokio::spawn(application.write(TRANSACTIONS));
+        tokio::time::sleep(UNTIL_KILL).await;
+        let killed_ms = self.clock.now_ms();
+        replicator.kill()?;
+        let application = writing.await.map_err(|error| Failure::other(error.to_string()))??;
+        Ok((Written { moments, committed_ms: application.committed_ms }, killed_ms))
+    }
+
+    /// Waits until the replica, which had the state of `first` before, has all `transactions`; then notes the time. A
+    /// transaction's time is when the replicator saw it: before it did, no time means this state for certain.
+    async fn note(
+        &self,
+        store: &SharedStore,
+        replicator: &mut Replicator,
+        first: &Plan,
+        transactions: usize,
+    ) -> Result<Moment, Failure> {
+        let last_txid = first.position.txid + transactions as u64;
+        let (_, waited) = self.wait_for_plan(store, replicator, last_txid).await?;
+        let time_ms = self.clock.now_ms();
+        tokio::time::sleep(PAUSE).await;
+        say(format_args!(
+            "   Noted: at {} there were {transactions} transactions, all in the replica {} ms after the last commit.",
+            format_time(time_ms),
+            waited.as_millis()
+        ))?;
+        Ok(Moment { transactions, time_ms })
+    }
+
+    fn log(&self) -> PathBuf {
+        self.work.join("replicate.log")
     }
 
     fn start_replicator(&self) -> Result<Child, Failure> {
-        let log = File::create(self.work.join("replicate.log")).map_err(failed("make the replicator's log"))?;
+        let log = File::create(self.log()).map_err(failed("make the replicator's log"))?;
         let program = std::env::current_exe().map_err(failed("find this program"))?;
         let mut command = Command::new(program);
         command.arg("replicate").arg(self.database()).arg(&self.replica).stdout(Stdio::null()).stderr(log);
         command.spawn().map_err(failed("start the replicator"))
     }
 
-    async fn wait_for_snapshot(&self, replica: &ReplicaUrl, replicator: &mut Replicator) -> Result<Duration, Failure> {
-        let store = open_patiently(replica).await;
+    /// Waits until the replica can be restored to transaction `txid` or a later one; gives the plan, and how long it took.
+    async fn wait_for_plan(
+        &self,
+        store: &SharedStore,
+        replicator: &mut Replicator,
+        txid: u64,
+    ) -> Result<(Plan, Duration), Failure> {
         let begun = self.clock.monotonic();
         loop {
+            let found = plan_newest(store).await;
             let waited = self.clock.monotonic().saturating_sub(begun);
-            if let Ok(history) = History::load(&store).await
-                && plan(&store, &history, Target::Latest, None).await.is_ok()
-            {
-                return Ok(waited);
+            match found {
+                Ok(plan) if plan.position.txid >= txid => return Ok((plan, waited)),
+                Ok(_) | Err(RestoreError::NoReplica { .. } | RestoreError::NothingYet { .. }) => {}
+                // What storage refuses now, it refuses the replicator, too.
+                Err(error) => return Err(error.into()),
             }
             let is_gone = replicator.0.try_wait().map_err(failed("look after the replicator"))?.is_some();
-            if is_gone || waited > FIRST_SNAPSHOT_LIMIT {
-                let log = fs::read_to_string(self.work.join("replicate.log")).unwrap_or_default();
-                return Err(Failure::other(format!("the replicator did not store a snapshot; it said:\n{log}")));
+            if is_gone || waited > PATIENCE {
+                let log = fs::read_to_string(self.log()).map_err(failed("read the replicator's log"))?;
+                return Err(Failure::other(format!("the replicator did not store what was written; it said:\n{log}")));
             }
-            tokio::time::sleep(Duration::from_millis(50)).await;
+            tokio::time::sleep(POLL).await;
         }
-    }
-
-    /// Runs the application's transactions; gives the moments that were noted and the time of each commit.
-    fn write(&self, application: &Connection) -> Result<(Vec<Moment>, Vec<u64>), Failure> {
-        let mut moments = Vec::new();
-        let mut committed_ms = Vec::new();
-        for number in 1..=TRANSACTIONS {
-            transaction(application, number).map_err(sqlite_failed)?;
-            committed_ms.push(self.clock.now_ms());
-            if MOMENTS.contains(&number) {
-                std::thread::sleep(PAUSE);
-                moments.push(Moment { transactions: number, time_ms: self.clock.now_ms() });
-                std::thread::sleep(PAUSE);
-            } else {
-                std::thread::sleep(TRANSACTION_INTERVAL);
-            }
-        }
-        Ok((moments, committed_ms))
     }
 
     fn lose_machine(&self) -> Result<(), Failure> {
@@ -212,32 +276,87 @@ impl Show {
             return Err(Failure::other(format!("restore failed ({status}):\n{}", String::from_utf8_lossy(&stderr))));
         }
         let transactions = check(&output)?;
-        println!(
+        say(format_args!(
             "   {what:<18} {transactions:>5} transactions in {:>4} ms: content as written, fingerprint and integrity_check ok",
             took.as_millis()
-        );
+        ))?;
         Ok(transactions)
     }
 
-    fn report_loss(&self, restored: usize, committed_ms: &[u64]) {
-        let lost = committed_ms.len() - restored;
-        let span_ms = match (committed_ms.get(restored), committed_ms.last()) {
-            (Some(first), Some(last)) => last - first,
-            _ => 0,
-        };
-        println!("   {:<18} {lost:>5} transactions were not confirmed yet at the kill: the last {span_ms} ms", "");
-    }
-
-    async fn report_storage(&self, replica: &ReplicaUrl) -> Result<(), Failure> {
-        let history = History::load(&open_patiently(replica).await).await?;
-        let segments = history.epochs.values().flat_map(|epoch| &epoch.segments);
-        let (count, bytes) = segments.fold((0, 0), |(count, bytes), stored| (count + 1, bytes + stored.len_bytes));
+    async fn report_storage(&self, store: &SharedStore) -> Result<(), Failure> {
+        let history = History::load(store).await?;
+        let (mut count, mut stored_bytes, mut image_bytes) = (0, 0, 0);
+        for stored in history.epochs.values().flat_map(|epoch| &epoch.segments) {
+            let (footer, transactions) = read_table(store, &history.location, stored).await?;
+            let pages: usize = transactions.iter().map(|transaction| transaction.page_numbers.len()).sum();
+            count += 1;
+            stored_bytes += stored.len_bytes;
+            image_bytes += pages as u64 * u64::from(footer.page_size);
+        }
         let snapshots = history.epochs.values().flat_map(|epoch| &epoch.snapshots);
         let snapshot_bytes: u64 = snapshots.map(|stored| stored.len_bytes).sum();
-        println!(
-            "\n6. In storage: a snapshot of {snapshot_bytes} bytes, and {count} segments of {bytes} bytes in all."
-        );
-        Ok(())
+        say(format_args!(
+            "   In storage: a snapshot of {snapshot_bytes} bytes, and {count} segments of {stored_bytes} bytes in"
+        ))?;
+        say(format_args!("   all, which hold {image_bytes} bytes of changed pages, transaction by transaction."))
+    }
+}
+
+async fn plan_newest(store: &SharedStore) -> Result<Plan, RestoreError> {
+    let history = History::load(store).await?;
+    plan(store, &history, Target::Latest, None).await
+}
+
+/// What the kill cost: of the transactions that were committed by then, those that no restore has.
+fn report_loss(
+    newest: usize,
+    at_kill: usize,
+    in_all: usize,
+    committed_ms: &[u64],
+    killed_ms: u64,
+) -> Result<(), Failure> {
+    let lost = at_kill.saturating_sub(newest);
+    match committed_ms.get(newest).filter(|_| lost > 0) {
+        Some(first_ms) => {
+            let span_ms = killed_ms.saturating_sub(*first_ms);
+            let first = newest + 1;
+            say(format_args!(
+                "   Lost with the kill: {lost} transactions ({first} to {at_kill}), the last {span_ms} ms before it."
+            ))?;
+        }
+        None => say("   Lost with the kill: nothing that was committed before it.")?,
+    }
+    let after = in_all - newest.max(at_kill);
+    say(format_args!("   {after} more were written when the replicator was dead already: they went with the machine."))
+}
+
+/// What writes the database. It knows nothing of waltrail.
+struct Application {
+    connection: Connection,
+    /// When each transaction's COMMIT came back, in milliseconds since 1970.
+    committed_ms: Vec<u64>,
+}
+
+impl Application {
+    fn create(path: &Path) -> rusqlite::Result<Self> {
+        let connection = Connection::open(path)?;
+        create(&connection)?;
+        Ok(Self { connection, committed_ms: Vec::new() })
+    }
+
+    /// Goes on, on a thread of its own, until there are `transactions` in all.
+    async fn write(mut self, transactions: usize) -> Result<Self, Failure> {
+        let work = move || {
+            let clock = SystemClock::new();
+            while self.committed_ms.len() < transactions {
+                transaction(&self.connection, self.committed_ms.len() + 1)?;
+                self.committed_ms.push(clock.now_ms());
+                std::thread::sleep(TRANSACTION_INTERVAL);
+            }
+            Ok(self)
+        };
+        let done = tokio::task::spawn_blocking(work).await;
+        done.map_err(|error| Failure::other(error.to_string()))?.map_err(sqlite_failed)
     }
 }
 

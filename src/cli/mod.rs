@@ -2,6 +2,7 @@
 
 pub mod demo;
 pub mod exit_code;
+mod interrupt;
 pub mod log;
 pub mod moment;
 pub mod replicate;

@@ -6,9 +6,9 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use clap::Args;
-use tokio::signal::unix::{SignalKind, signal};
 
 use super::exit_code::Failure;
+use super::interrupt::unless_interrupted;
 use super::moment::{parse_moment, parse_txid};
 use super::tell::tell;
 use super::{ConfigArgument, open_patiently};
@@ -69,14 +69,7 @@ pub struct RestoreArguments {
 /// # Errors
 /// See [`RestoreError`].
 pub async fn run(arguments: RestoreArguments) -> Result<(), Failure> {
-    let failed = |error: io::Error| Failure::other(format!("can't listen for signals: {error}"));
-    let mut terminate = signal(SignalKind::terminate()).map_err(failed)?;
-    let mut interrupt = signal(SignalKind::interrupt()).map_err(failed)?;
-    tokio::select! {
-        done = restore(arguments) => done,
-        _ = terminate.recv() => Err(Failure::other("interrupted; nothing was changed".into())),
-        _ = interrupt.recv() => Err(Failure::other("interrupted; nothing was changed".into())),
-    }
+    unless_interrupted(restore(arguments), "interrupted; nothing was changed").await
 }
 
 async fn restore(arguments: RestoreArguments) -> Result<(), Failure> {
@@ -187,9 +180,16 @@ impl fmt::Display for Output {
     }
 }
 
-/// That it can't be known is not the same as that it is missing.
+/// That it can't be known is not the same as that it is missing. And a directory is no database: not what --if-missing means
+/// to leave alone, nor anything to replace.
 fn is_there(path: &Path) -> Result<bool, RestoreError> {
-    path.try_exists().map_err(|source| RestoreError::Io { path: path.to_owned(), doing: "look for", source })
+    let failed = |source| RestoreError::Io { path: path.to_owned(), doing: "restore to", source };
+    match path.metadata() {
+        Ok(found) if found.is_dir() => Err(failed(io::ErrorKind::IsADirectory.into())),
+        Ok(_) => Ok(true),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
+        Err(error) => Err(failed(error)),
+    }
 }
 
 async fn restore_to_file(

@@ -1,6 +1,9 @@
 //! Bad input: one clear sentence, the right exit code, and nothing harmed.
 
+use std::io::{BufRead, BufReader};
 use std::path::Path;
+use std::process::{Child, Stdio};
+use std::time::Duration;
 
 use crate::support::s3::S3Server;
 use crate::support::{Daemon, content, count_up, create_database, open, run, stderr, wait_for_restored, waltrail};
@@ -35,15 +38,25 @@ fn usage_and_configuration() {
     let config_name = config.to_str().unwrap();
     fails(&["replicate", "--config", config_name], 10, "can't be read");
     std::fs::write(&config, "[[database]]\npath = \"/a.db\"\nreplika = \"s3://b/a\"\n").unwrap();
-    fails(&["replicate", "--config", config_name], 10, "replika");
+    fails(&["replicate", "--config", config_name], 10, "line 3: unknown key 'replika'; did you mean 'replica'?");
+    let secret = "replica = { url = \"s3://b/a\", access-key-id = \"x\", secret-access-kye = \"testtest\" }\n";
+    std::fs::write(&config, format!("[[database]]\npath = \"/a.db\"\n{secret}")).unwrap();
+    fails(&["replicate", "--config", config_name], 10, "did you mean 'secret-access-key'?");
     std::fs::write(&config, "[[database]]\npath = \"/a.db\"\nreplica = \"s3://b/a\"\n").unwrap();
     fails(&["restore", "--config", config_name, "/b.db"], 10, "no database of the configuration");
     fails(&["replicate", "/a.db"], 10, "REPLICA");
     fails(&["replicate", "/a.db", "ftp://x"], 10, "unknown scheme 'ftp'");
     fails(&["restore", "s3://b/a"], 10, "--output");
+    fails(&["replicate", "/a.db", "/b", "--config", config_name], 10, "--config has nothing to do here");
+    fails(&["restore", "s3://b/a", "-o", "x", "--config", config_name], 10, "--config has nothing to do here");
+    fails(&["restore", "s3://b/a", "-o", "-", "--force"], 10, "not standard output");
+    fails(&["restore", "s3://b/a", "-o", "-", "--if-missing"], 10, "not standard output");
     fails(&["restore", "s3://b/a", "-o", "x", "--at", "yesterdayish"], 10, "is not a time");
     fails(&["restore", "s3://b/a", "-o", "x", "--txid", "1", "--at", "1s ago"], 10, "cannot be used with");
     fails(&["restore", "s3://b/a?secret-access-key=testtest", "-o", "x"], 10, "do not belong in a URL");
+    let by_variable = |path: &str| waltrail().arg("replicate").env("WALTRAIL_CONFIG", path).output().unwrap();
+    assert!(stderr(&by_variable("/no/such.toml")).contains("/no/such.toml can't be read"));
+    assert!(!stderr(&by_variable("")).contains("can't be read"), "set to nothing is not set");
     let version = run(["--version"]);
     assert!(version.status.success());
     assert!(String::from_utf8(version.stdout).unwrap().contains("SQLite 3."));
@@ -110,6 +123,10 @@ fn restores_that_are_refused_harm_nothing() {
     ] {
         fails(&["restore", &replica, "-o", name, "--force", arguments[0], arguments[1]], 12, says);
     }
+    let planned = run(["restore", &replica, "--dry-run"]);
+    assert!(planned.status.success() && stderr(&planned).contains("fingerprint"), "{}", stderr(&planned));
+    let planned = run(["restore", &replica, "-o", name, "--dry-run"]);
+    assert!(planned.status.success() && stderr(&planned).contains("without --force"), "{}", stderr(&planned));
     let shown = run(["restore", &replica, "-o", name, "--dry-run", "--force"]);
     assert!(shown.status.success() && stderr(&shown).contains("snapshot   snap/00000001/"), "{}", stderr(&shown));
     assert_eq!(crate::support::number(&open(&target), "SELECT n FROM counter"), 99, "the target is as it was");
@@ -265,4 +282,123 @@ fn the_demo_shows_the_main_job() {
     let server = S3Server::start();
     let done = run(["demo", "--replica", &server.url("scratch")]);
     assert!(done.status.success(), "{}", stderr(&done));
+}
+
+#[test]
+fn a_demo_that_storage_refuses_says_so_at_once() {
+    let server = S3Server::start();
+    fails(&["demo", "--replica", &server.url("scratch").replace("backups", "elsewhere")], 11, "NoSuchBucket");
+}
+
+/// On a busy machine the replicator sees a commit late. Halted where the show notes its first moment, it still shows the truth.
+#[test]
+fn a_demo_whose_replicator_is_slow() {
+    let mut demo = waltrail().arg("demo").stdout(Stdio::piped()).spawn().unwrap();
+    let mut lines = BufReader::new(demo.stdout.take().unwrap());
+    let mut shown = String::new();
+    while !shown.contains("The application goes on") {
+        assert!(lines.read_line(&mut shown).unwrap() > 0, "{shown}");
+    }
+    let replicator: libc::pid_t = children_of(demo.id()).remove(0).parse().unwrap();
+    // SAFETY: both send a signal to a process that the demo has not waited for: it does so after the kill, later in the show.
+    assert_eq!(unsafe { libc::kill(replicator, libc::SIGSTOP) }, 0);
+    // Longer than the transactions before the moment take, which is some 1.3 s.
+    std::thread::sleep(Duration::from_secs(3));
+    assert_eq!(unsafe { libc::kill(replicator, libc::SIGCONT) }, 0);
+    std::io::Read::read_to_string(&mut lines, &mut shown).unwrap();
+    assert!(demo.wait().unwrap().success(), "{shown}");
+    assert_eq!(shown.matches("content as written").count(), 3, "{shown}");
+}
+
+#[test]
+fn a_directory_is_no_target() {
+    let directory = tempfile::tempdir().unwrap();
+    let replica = directory.path().join("replica").display().to_string();
+    make_replica(directory.path(), &replica);
+    let target = directory.path().join("target.db");
+    std::fs::create_dir(&target).unwrap();
+    let name = target.to_str().unwrap();
+    for flag in ["--if-missing", "--force", "--if-replica-exists"] {
+        fails(&["restore", &replica, "-o", name, flag], 14, "target.db: is a directory");
+    }
+    assert_eq!(std::fs::read_dir(&target).unwrap().count(), 0);
+}
+
+/// `waltrail … 2>&1 | tee log`: Ctrl-C ends `tee`, too. A log that nobody reads must not end a daemon, or a restore.
+#[test]
+fn nobody_reads_the_log_any_more() {
+    for format in ["text", "json"] {
+        let directory = tempfile::tempdir().unwrap();
+        let database = directory.path().join("app.db");
+        let replica = directory.path().join("replica").display().to_string();
+        let application = create_database(&database, 10, "");
+        let (mut reader, writer) = std::io::pipe().unwrap();
+        let mut daemon = waltrail()
+            .args(["--log-level", "debug", "--log-format", format, "replicate", database.to_str().unwrap(), &replica])
+            .stderr(writer)
+            .spawn()
+            .unwrap();
+        assert!(std::io::Read::read(&mut reader, &mut [0; 1]).unwrap() > 0, "it has begun to log");
+        drop(reader);
+        for n in 0..3 {
+            wait_for_restored(&replica, directory.path(), "SELECT n FROM counter", n);
+            count_up(&application);
+        }
+        // SAFETY: sends a signal to a child that has not been waited for.
+        assert_eq!(unsafe { libc::kill(daemon.id() as libc::pid_t, libc::SIGTERM) }, 0);
+        assert_eq!(daemon.wait().unwrap().code(), Some(0), "{format}");
+        let (reader, writer) = std::io::pipe().unwrap();
+        drop(reader);
+        let output = directory.path().join("out.db");
+        let done = waltrail().args(["restore", &replica, "-o", output.to_str().unwrap()]).stderr(writer).status();
+        assert_eq!(done.unwrap().code(), Some(0), "{format}");
+        assert_eq!(content(&output), content(&database));
+    }
+}
+
+/// The processes whose parent is `pid`.
+fn children_of(pid: u32) -> Vec<String> {
+    let processes = std::fs::read_dir("/proc").unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap());
+    let parent = |process: &String| {
+        // Not a process, or one that has ended meanwhile: no parent. The name, in parentheses, may hold anything.
+        let stat = std::fs::read_to_string(format!("/proc/{process}/stat")).ok()?;
+        stat.rsplit_once(')')?.1.split_whitespace().nth(1)?.parse().ok()
+    };
+    processes.filter(|process| parent(process) == Some(pid)).collect()
+}
+
+/// However the demo ends, it leaves neither files nor a replicator behind.
+#[test]
+fn a_demo_that_is_cut_short() {
+    let directory = tempfile::tempdir().unwrap();
+    let demo = || {
+        let mut command = waltrail();
+        command.arg("demo").env("TMPDIR", directory.path()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        command.spawn().unwrap()
+    };
+    let first_line = |child: &mut Child| {
+        let mut lines = BufReader::new(child.stdout.take().unwrap());
+        lines.read_line(&mut String::new()).unwrap();
+        lines
+    };
+    let mut unread = demo();
+    drop(first_line(&mut unread));
+    let done = unread.wait_with_output().unwrap();
+    assert_eq!(done.status.code(), Some(1));
+    assert!(stderr(&done).starts_with("error: can't write to standard output"), "{}", stderr(&done));
+
+    let mut interrupted = demo();
+    let mut lines = first_line(&mut interrupted);
+    let mut shown = String::new();
+    while !shown.contains("The application goes on") {
+        assert!(lines.read_line(&mut shown).unwrap() > 0, "{shown}");
+    }
+    let replicators = children_of(interrupted.id());
+    assert_eq!(replicators.len(), 1);
+    // SAFETY: sends a signal to a child that has not been waited for.
+    assert_eq!(unsafe { libc::kill(interrupted.id() as libc::pid_t, libc::SIGTERM) }, 0);
+    let done = interrupted.wait_with_output().unwrap();
+    assert_eq!((done.status.code(), stderr(&done).contains("interrupted")), (Some(1), true), "{}", stderr(&done));
+    assert!(!Path::new("/proc").join(&replicators[0]).exists(), "the replicator is gone");
+    assert_eq!(std::fs::read_dir(directory.path()).unwrap().count(), 0, "the temporary directory is gone");
 }
