@@ -19,6 +19,9 @@ const HEADER_MAGIC: &[u8; 8] = b"WALTSNP1";
 const FOOTER_MAGIC: &[u8; 8] = b"WALTSNPE";
 const SOURCE_LEN: usize = 20;
 const EXTENT_LEN: usize = 40;
+/// No index is longer than this, in bytes: a reader keeps all of it in memory. It is enough for 6.7 million extents, a
+/// database of 1.7 TB.
+pub const INDEX_RAW_LIMIT: u64 = 256 << 20;
 const LEVEL: i32 = 3;
 
 /// Where an extent is, and what it holds.
@@ -76,8 +79,11 @@ impl SnapshotWriter {
     /// Adds extent `index` with its content as of transaction `txid`; returns the bytes to append.
     ///
     /// # Errors
-    /// When zstd fails.
+    /// When zstd fails. When the index would outgrow [`INDEX_RAW_LIMIT`].
     pub fn encode_extent(&mut self, index: u32, txid: u64, content: &[u8]) -> io::Result<Vec<u8>> {
+        if index_raw_len(1, index.saturating_add(1)) > INDEX_RAW_LIMIT {
+            return Err(io::Error::other("a snapshot has more extents than its index can hold"));
+        }
         let compressed = zstd::bulk::compress(content, LEVEL)?;
         let record = ExtentRecord {
             source: 0,
@@ -130,6 +136,10 @@ impl SnapshotWriter {
         bytes.extend_from_slice(&footer.encode());
         Ok(bytes)
     }
+}
+
+fn index_raw_len(source_count: u32, extent_count: u32) -> u64 {
+    u64::from(source_count) * SOURCE_LEN as u64 + u64::from(extent_count) * EXTENT_LEN as u64
 }
 
 fn encode_source(key: &SnapshotKey) -> Vec<u8> {
@@ -211,6 +221,7 @@ impl SnapshotFooter {
             && txid <= last_txid
             && (1..=extent_count.saturating_add(1)).contains(&source_count)
             && u64::from(index_block_count) * BLOCK_HEADER_LEN as u64 <= index_len
+            && index_raw_len(source_count, extent_count) <= INDEX_RAW_LIMIT
             && extent_count == super::extent_count(size_pages, page_size);
         if !is_consistent {
             return Err(FormatError::Inconsistent("the snapshot's footer is not that of this object".into()));
@@ -233,11 +244,10 @@ impl SnapshotFooter {
     /// When the blocks are damaged, or the index contradicts itself or the footer.
     pub fn decode_index(&self, blocks: &[u8]) -> Result<SnapshotIndex, FormatError> {
         let what = "the snapshot's index";
-        let (sources, extents) = (u64::from(self.source_count), u64::from(self.extent_count));
-        let raw_len = sources * SOURCE_LEN as u64 + extents * EXTENT_LEN as u64;
+        let raw_len = index_raw_len(self.source_count, self.extent_count);
         let raw = read_section(blocks, self.index_block_count, raw_len, what)?;
         let mut fields = Fields::new(&raw, what);
-        let sources = (0..sources).map(|_| decode_source(&mut fields)).collect::<Result<Vec<_>, _>>()?;
+        let sources = (0..self.source_count).map(|_| decode_source(&mut fields)).collect::<Result<Vec<_>, _>>()?;
         let mut index = SnapshotIndex { sources, extents: Vec::new() };
         for number in 0..self.extent_count {
             let extent = decode_extent_record(&mut fields)?;

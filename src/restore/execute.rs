@@ -35,6 +35,9 @@ struct Image {
     size_pages: u32,
     /// One bit a page.
     written: Vec<u64>,
+    /// The smallest size, in pages, after any of the transactions looked at so far, newest first: what stood behind it
+    /// earlier was cut off, and is zeros unless one of them wrote it again.
+    reach_pages: u32,
     fingerprint: u64,
 }
 
@@ -43,11 +46,16 @@ impl Image {
         file.set_len(plan.database_len_bytes())?;
         let words = plan.size_pages as usize / 64 + 1;
         let (page_size, size_pages) = (plan.page_size, plan.size_pages);
-        Ok(Self { file, page_size, size_pages, written: vec![0; words], fingerprint: 0 })
+        Ok(Self { file, page_size, size_pages, written: vec![0; words], reach_pages: size_pages, fingerprint: 0 })
     }
 
-    /// Whether a page is still to be written.
+    /// Whether an older image of a page counts: it is still to be written, and nothing cut it off since.
     fn wants(&self, page_number: u32) -> bool {
+        page_number <= self.reach_pages && self.is_blank(page_number)
+    }
+
+    /// Whether no image of a page of the database was written.
+    fn is_blank(&self, page_number: u32) -> bool {
         page_number >= 1
             && page_number <= self.size_pages
             && page_number != lock_page(self.page_size)
@@ -65,28 +73,32 @@ impl Image {
     }
 
     /// Which images of a segment are to be written: of each page that is still wanted, the last one up to `last_txid`. In the
-    /// order of the table. Claims the pages.
+    /// order of the table. Claims the pages. Segments are looked at newest first.
     fn select(&mut self, transactions: &[Transaction], last_txid: u64) -> Vec<bool> {
         let images = transactions.iter().map(|transaction| transaction.page_numbers.len()).sum();
         let mut selected = vec![false; images];
         let mut at = images;
         for transaction in transactions.iter().rev() {
+            let counts = transaction.txid <= last_txid;
             for &page_number in transaction.page_numbers.iter().rev() {
                 at -= 1;
-                if transaction.txid <= last_txid && self.wants(page_number) {
+                if counts && self.wants(page_number) {
                     self.claim(page_number);
                     selected[at] = true;
                 }
+            }
+            if counts {
+                self.reach_pages = self.reach_pages.min(transaction.info.size_pages);
             }
         }
         selected
     }
 
-    /// A page that nobody ever stored is zeros; the file has them already.
+    /// A page that nobody ever stored, or that was cut off and not written again, is zeros; the file has them already.
     fn finish(&mut self) -> io::Result<u64> {
         let zeros = vec![0; self.page_size as usize];
         for page_number in 1..=self.size_pages {
-            if self.wants(page_number) {
+            if self.is_blank(page_number) {
                 self.fingerprint ^= page_hash(page_number, &zeros);
             }
         }

@@ -266,3 +266,33 @@ async fn no_more_is_fetched_than_is_needed() {
     assert_eq!(after.requests - before.requests, 1 + 1 + blocks_of_newest + 1 + 2);
     assert!(after.received_bytes - before.received_bytes < len_of_newest + 100_000);
 }
+
+/// The same limit as for a segment's table: an index that expands without end is refused by its footer alone.
+#[test]
+fn an_index_larger_than_its_limit_is_refused() {
+    // What the footer of a database of 2^30 extents says; its index would be 40 GiB, of a few megabytes.
+    let info = snapshot_info(1, u32::MAX - 1, 0);
+    let refused = footer_of(&info, 65_536, (u32::MAX - 1).div_ceil(4));
+    assert!(matches!(refused, Err(FormatError::Inconsistent(_))), "{refused:?}");
+    // Up to the limit, 20 bytes for the source and 40 an extent of 4 pages, all is well; and nobody writes what can't be read.
+    let most_extents = ((256 << 20) - 20) / 40;
+    for (extent_count, is_possible) in [(most_extents, true), (most_extents + 1, false)] {
+        let info = snapshot_info(1, extent_count * 4, 0);
+        assert_eq!(footer_of(&info, 65_536, extent_count).is_ok(), is_possible, "{extent_count}");
+        let written = SnapshotWriter::new(65_536).0.encode_extent(extent_count - 1, 1, &[0; 65_536]);
+        assert_eq!(written.is_ok(), is_possible, "{extent_count}");
+    }
+}
+
+/// Reads a footer with nothing but its numbers behind it.
+fn footer_of(info: &SnapshotInfo, page_size: u32, extent_count: u32) -> Result<SnapshotFooter, FormatError> {
+    let mut footer = [32_u64, 120_000, info.key.txid, info.key.time_ms, info.last_txid, info.time_ms, info.fingerprint]
+        .map(u64::to_le_bytes)
+        .concat();
+    let short = [10_000, 1, extent_count, info.size_pages, info.schema_cookie, page_size, info.key.epoch];
+    footer.extend(short.map(u32::to_le_bytes).concat());
+    let crc32 = crc32fast::hash(&[&footer, &b"WALTSNPE"[..]].concat());
+    footer.extend_from_slice(&crc32.to_le_bytes());
+    footer.extend_from_slice(b"WALTSNPE\0\0\0\0");
+    SnapshotFooter::decode(&footer, 32 + 120_000 + 100)
+}

@@ -68,6 +68,8 @@ pub struct Oracle {
     pub most_pages: u64,
     /// Most pages that the database may have.
     pub size_limit: u64,
+    /// Whether pages that are added are sometimes left out of the transaction: they are zeros, whatever stood there before.
+    pub leaves_holes: bool,
     /// Off while an epoch's first snapshot is read.
     pub knows_fingerprints: bool,
     pub records: BTreeMap<u32, EpochRecord>,
@@ -91,6 +93,7 @@ impl Oracle {
             is_noise: false,
             most_pages: 6,
             size_limit: (3 * 256 * 1024 / u64::from(page_size)).clamp(8, 150),
+            leaves_holes: false,
             knows_fingerprints: true,
             records: BTreeMap::new(),
             states: BTreeMap::new(),
@@ -149,7 +152,7 @@ impl Oracle {
     }
 
     /// Changes pages, sometimes the size; gives the pages that were written. Pages that are added are always written, as SQLite
-    /// does.
+    /// does, unless the oracle leaves holes.
     fn change(&mut self) -> BTreeMap<u32, Vec<u8>> {
         let old_size = self.current.pages.len() as u64;
         let size = match self.numbers.below(8) {
@@ -160,11 +163,14 @@ impl Oracle {
         let size = size.max(1);
         let mut written: BTreeMap<u32, Vec<u8>> =
             (old_size + 1..=size).map(|number| (number as u32, self.page())).collect();
+        if self.leaves_holes {
+            written.retain(|_, page| page[0] % 3 == 0);
+        }
         for _ in 0..=self.numbers.below(self.most_pages) {
             let number = 1 + self.numbers.below(size);
             written.insert(number as u32, self.page());
         }
-        self.current.pages.resize(size as usize, Vec::new());
+        self.current.pages.resize(size as usize, vec![0; self.page_size as usize]);
         for (&number, page) in &written {
             self.current.pages[number as usize - 1].clone_from(page);
         }
@@ -325,7 +331,11 @@ impl Oracle {
 
 /// A replica with every kind of epoch: found, continued, found again, forked inside a segment, continued after a fork.
 pub async fn all_kinds(page_size: u32, seed: u64) -> Oracle {
-    let mut oracle = Oracle::new(page_size, seed).await;
+    all_kinds_in(Oracle::new(page_size, seed).await).await
+}
+
+/// The same in an oracle that is set up otherwise.
+pub async fn all_kinds_in(mut oracle: Oracle) -> Oracle {
     oracle.begin_with_snapshot(None, 5).await;
     for transactions in [1, 4, 2] {
         oracle.commit_and_cut(transactions).await;
