@@ -28,8 +28,6 @@ use super::{ObjectInfo, ObjectStore, PartTag, PutMode, StoreError, StoreErrorKin
 /// No request takes longer, body included: enough for a 16 MiB part at 300 KB/s.
 const ATTEMPT_TIMEOUT: Duration = Duration::from_secs(60);
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
-/// A part larger than 15 MiB (they grow, see `store::upload`) gets the time that it needs at this rate, per second.
-const SLOWEST_UPLOAD_BYTES: u64 = 256 << 10;
 
 /// Where a bucket is and how to get in. What is not given comes from the environment, the AWS profile files or the
 /// machine's role, as with every AWS tool.
@@ -200,6 +198,9 @@ impl S3Store {
         Ok(body.freeze())
     }
 }
+
+/// A part larger than 15 MiB (they grow, see `store::upload`) gets the time that it needs at this rate, per second.
+const SLOWEST_UPLOAD_BYTES: u64 = 256 << 10;
 
 /// How long an attempt to send `len_bytes` bytes may take.
 fn attempt_timeout(len_bytes: u64) -> Duration {
