@@ -191,6 +191,7 @@ async fn a_put_whose_answer_was_lost_knows_its_own() {
     store.put("c", MINE, PutMode::IfAbsent).await.unwrap();
 }
 
+/// Over memory, because the test server answers AccessDenied for an upload that is gone, where S3 answers NoSuchUpload.
 #[tokio::test]
 async fn an_upload_whose_completion_was_lost_knows_its_own() {
     let memory = Arc::new(MemoryStore::new());
