@@ -254,7 +254,7 @@ impl ObjectStore for DirectoryStore {
             let mut file = File::options().write(true).open(store.upload_path(&upload_id)?)?;
             file.seek(SeekFrom::Start(offset))?;
             file.write_all(&body)?;
-            Ok(PartTag { number, tag: String::new() })
+            Ok(PartTag { number, tag: String::new(), len_bytes: body.len() as u64 })
         })
         .await
     }

@@ -102,8 +102,9 @@ impl ObjectStore for MemoryStore {
         body: Bytes,
     ) -> Result<PartTag, StoreError> {
         let missing = || self.error(StoreErrorKind::NotFound, "put part", key, "there is no such upload");
+        let len_bytes = body.len() as u64;
         self.state().uploads.get_mut(upload_id).ok_or_else(missing)?.insert(number, body);
-        Ok(PartTag { number, tag: number.to_string() })
+        Ok(PartTag { number, tag: number.to_string(), len_bytes })
     }
 
     async fn complete_multipart(&self, key: &str, upload_id: &str, parts: &[PartTag]) -> Result<(), StoreError> {

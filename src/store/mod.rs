@@ -3,6 +3,7 @@
 //! Behaviour that every store wants (retry, metering) is stacked on top as decorators of the same trait.
 
 pub mod directory;
+pub mod faults;
 pub mod memory;
 pub mod metered;
 pub mod retry;
@@ -44,6 +45,31 @@ pub struct PartTag {
     pub number: u32,
     /// The store's own tag for the part (S3: the ETag).
     pub tag: String,
+    /// The part's size in bytes.
+    pub len_bytes: u64,
+}
+
+/// The requests that there are, for the decorators that tell them apart.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Operation {
+    /// [`ObjectStore::put`].
+    Put,
+    /// [`ObjectStore::get`].
+    Get,
+    /// [`ObjectStore::get_range`].
+    GetRange,
+    /// [`ObjectStore::list`].
+    List,
+    /// [`ObjectStore::delete`].
+    Delete,
+    /// [`ObjectStore::create_multipart`].
+    CreateMultipart,
+    /// [`ObjectStore::put_part`].
+    PutPart,
+    /// [`ObjectStore::complete_multipart`].
+    CompleteMultipart,
+    /// [`ObjectStore::abort_multipart`].
+    AbortMultipart,
 }
 
 /// A flat space of immutable objects under one root.

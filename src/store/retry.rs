@@ -72,18 +72,24 @@ impl ObjectStore for Retrying {
     }
 
     /// Unsafe sequence: the put is carried out, its answer is lost, the next attempt finds the key taken. By us, if the
-    /// bytes are the same.
+    /// bytes are the same. What can't be read is neither ours nor foreign: calling it foreign would make a writer give way
+    /// to itself.
     async fn put(&self, key: &str, body: Bytes, mode: PutMode) -> Result<(), StoreError> {
         self.repeat(|is_again| {
             let body = body.clone();
             async move {
                 match self.inner.put(key, body.clone(), mode).await {
-                    Err(error) if is_again && error.kind == StoreErrorKind::AlreadyExists => {
-                        let stored = self.inner.get(key, body.len() as u64).await;
-                        match stored {
+                    Err(taken) if is_again && taken.kind == StoreErrorKind::AlreadyExists => {
+                        match self.inner.get(key, body.len() as u64).await {
                             Ok(stored) if stored == body => Ok(()),
-                            Err(unknown) if unknown.is_retryable() => Err(unknown),
-                            _ => Err(error),
+                            Ok(_) => Err(taken),
+                            // Larger than ours, or deleted since: another one's.
+                            Err(other)
+                                if matches!(other.kind, StoreErrorKind::WrongSize | StoreErrorKind::NotFound) =>
+                            {
+                                Err(taken)
+                            }
+                            Err(unknown) => Err(unknown),
                         }
                     }
                     answer => answer,
@@ -125,13 +131,15 @@ impl ObjectStore for Retrying {
     }
 
     /// Unsafe sequence: the upload is completed, the answer is lost, the next attempt finds no upload of that id. Then the
-    /// object is there: the key was free before, because keys name their writer's epoch.
+    /// object is there, with the size of all parts. One of another size is older: this upload was lost, not completed.
     async fn complete_multipart(&self, key: &str, upload_id: &str, parts: &[PartTag]) -> Result<(), StoreError> {
         self.repeat(|is_again| async move {
             match self.inner.complete_multipart(key, upload_id, parts).await {
                 Err(error) if is_again && error.is_not_found() => {
+                    let len_bytes: u64 = parts.iter().map(|part| part.len_bytes).sum();
                     let listed = self.inner.list(key, None).await?;
-                    if listed.iter().any(|object| object.key == key) { Ok(()) } else { Err(error) }
+                    let is_there = listed.iter().any(|object| object.key == key && object.len_bytes == len_bytes);
+                    if is_there { Ok(()) } else { Err(error) }
                 }
                 answer => answer,
             }

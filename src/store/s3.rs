@@ -6,6 +6,8 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use aws_config::BehaviorVersion;
+use aws_config::profile::ProfileFileCredentialsProvider;
+use aws_config::provider_config::ProviderConfig;
 use aws_config::retry::RetryConfig;
 use aws_config::timeout::TimeoutConfig;
 use aws_credential_types::Credentials;
@@ -47,6 +49,8 @@ pub struct S3Options {
     pub access_key_id: Option<String>,
     /// Secret access key.
     pub secret_access_key: Option<String>,
+    /// Session token, for an access key that is temporary.
+    pub session_token: Option<String>,
 }
 
 impl fmt::Debug for S3Options {
@@ -96,15 +100,20 @@ impl S3Store {
             .operation_attempt_timeout(ATTEMPT_TIMEOUT)
             .build();
         let mut loader = aws_config::defaults(BehaviorVersion::v2026_01_12())
-            .http_client(http_client)
+            .http_client(http_client.clone())
             .timeout_config(timeouts)
             // The one place that asks again is `store::retry`.
             .retry_config(RetryConfig::disabled());
         if let Some(profile) = &options.profile {
-            loader = loader.profile_name(profile);
+            // By itself the SDK looks into the environment first, and a profile that was asked for would be ignored.
+            let machine = ProviderConfig::default().with_http_client(http_client.clone());
+            let credentials =
+                ProfileFileCredentialsProvider::builder().configure(&machine).profile_name(profile).build();
+            loader = loader.profile_name(profile).credentials_provider(credentials);
         }
         if let (Some(id), Some(secret)) = (&options.access_key_id, &options.secret_access_key) {
-            loader = loader.credentials_provider(Credentials::new(id, secret, None, None, "waltrail configuration"));
+            let token = options.session_token.clone();
+            loader = loader.credentials_provider(Credentials::new(id, secret, token, None, "waltrail configuration"));
         }
         let region = options.region.clone().or_else(|| {
             let elsewhere = environment("AWS_REGION").or_else(|| environment("AWS_DEFAULT_REGION"));
@@ -188,6 +197,14 @@ impl S3Store {
         }
         Ok(body.freeze())
     }
+}
+
+/// A part larger than 15 MiB (they grow, see `store::upload`) gets the time that it needs at this rate, per second.
+const SLOWEST_UPLOAD_BYTES: u64 = 256 << 10;
+
+/// How long an attempt to send `len_bytes` bytes may take.
+fn attempt_timeout(len_bytes: u64) -> Duration {
+    ATTEMPT_TIMEOUT.max(Duration::from_secs(len_bytes / SLOWEST_UPLOAD_BYTES))
 }
 
 fn environment(name: &str) -> Option<String> {
@@ -360,9 +377,17 @@ impl ObjectStore for S3Store {
     ) -> Result<PartTag, StoreError> {
         let request = self.client.upload_part().bucket(&self.bucket).key(self.full(key)).upload_id(upload_id);
         let part_number = i32::try_from(number).map_err(|error| self.error(StoreErrorKind::Other, key, error))?;
-        let answer = request.part_number(part_number).body(ByteStream::from(body)).send().await;
-        let answer = answer.map_err(self.failed("put part of", key))?;
-        Ok(PartTag { number, tag: answer.e_tag().unwrap_or_default().to_owned() })
+        let len_bytes = body.len() as u64;
+        let timeouts = TimeoutConfig::builder().operation_attempt_timeout(attempt_timeout(len_bytes)).build();
+        let patient = aws_sdk_s3::config::Builder::new().timeout_config(timeouts);
+        let request = request.part_number(part_number).body(ByteStream::from(body)).customize();
+        let answer = request.config_override(patient).send().await.map_err(self.failed("put part of", key))?;
+        let missing = || StoreError {
+            operation: "put part of",
+            ..self.error(StoreErrorKind::Other, key, "the store gave no tag for the part")
+        };
+        let tag = answer.e_tag().map(str::to_owned).ok_or_else(missing)?;
+        Ok(PartTag { number, tag, len_bytes })
     }
 
     async fn complete_multipart(&self, key: &str, upload_id: &str, parts: &[PartTag]) -> Result<(), StoreError> {

@@ -5,14 +5,16 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use waltrail::store::directory::DirectoryStore;
+use waltrail::store::faults::{Fault, Faulty, Request};
 use waltrail::store::memory::MemoryStore;
-use waltrail::store::metered::Metered;
+use waltrail::store::metered::{Meter, Metered};
 use waltrail::store::retry::{RetryPolicy, Retrying};
 use waltrail::store::s3::{S3Options, S3Store};
 use waltrail::store::upload::{Upload, put_file};
-use waltrail::store::{ObjectStore, PutMode, SharedStore, StoreErrorKind};
+use waltrail::store::{ObjectStore, Operation, PutMode, SharedStore, StoreErrorKind};
 
 use crate::support::s3::S3Server;
+use crate::support::{stderr, waltrail};
 
 async fn keeps_its_promises(store: SharedStore) {
     let kind = |result: Result<_, waltrail::store::StoreError>| result.map(|_: Bytes| ()).unwrap_err().kind;
@@ -136,135 +138,144 @@ async fn s3_lists_more_than_a_page() {
 
 const QUICK: RetryPolicy = RetryPolicy { attempts: 4, base_ms: 1, max_ms: 2 };
 
-/// Fails as told, then passes through.
-#[derive(Debug)]
-struct Faulty {
-    inner: MemoryStore,
-    failures_before: std::sync::atomic::AtomicU32,
-    failures_after: std::sync::atomic::AtomicU32,
+/// Retry over metering over a memory store whose requests numbered in `faults` fail so.
+fn stacked(memory: &Arc<MemoryStore>, faults: &'static [(u64, Fault)]) -> (SharedStore, Meter) {
+    let hook = |request: Request<'_>| {
+        faults.iter().find(|(number, _)| *number == request.number).map_or(Fault::None, |(_, fault)| *fault)
+    };
+    let (metered, meter) = Metered::new(Arc::new(Faulty::new(memory.clone(), hook)));
+    (Arc::new(Retrying::new(Arc::new(metered), QUICK)), meter)
 }
 
-impl Faulty {
-    fn shared(failures_before: u32, failures_after: u32) -> SharedStore {
-        Arc::new(Self {
-            inner: MemoryStore::new(),
-            failures_before: failures_before.into(),
-            failures_after: failures_after.into(),
-        })
-    }
+const AWAY: Fault = Fault::Before(StoreErrorKind::Unavailable);
+const ANSWER_LOST: Fault = Fault::After(StoreErrorKind::Unavailable);
+const MINE: Bytes = Bytes::from_static(b"mine");
 
-    fn unavailable(&self, left: &std::sync::atomic::AtomicU32) -> Result<(), waltrail::store::StoreError> {
-        use std::sync::atomic::Ordering::SeqCst;
-        if left.fetch_update(SeqCst, SeqCst, |left| left.checked_sub(1)).is_err() {
-            return Ok(());
-        }
-        Err(waltrail::store::StoreError {
-            kind: StoreErrorKind::Unavailable,
-            operation: "put",
-            location: "faulty:".into(),
-            key: String::new(),
-            message: "injected".into(),
-        })
-    }
-}
-
-#[async_trait::async_trait]
-impl waltrail::store::ObjectStore for Faulty {
-    fn location(&self) -> String {
-        "faulty:".into()
-    }
-
-    async fn put(&self, key: &str, body: Bytes, mode: PutMode) -> Result<(), waltrail::store::StoreError> {
-        self.unavailable(&self.failures_before)?;
-        self.inner.put(key, body, mode).await?;
-        self.unavailable(&self.failures_after)
-    }
-
-    async fn get(&self, key: &str, limit_bytes: u64) -> Result<Bytes, waltrail::store::StoreError> {
-        self.inner.get(key, limit_bytes).await
-    }
-
-    async fn get_range(&self, key: &str, at: u64, len: u64) -> Result<Bytes, waltrail::store::StoreError> {
-        self.inner.get_range(key, at, len).await
-    }
-
-    async fn list(
-        &self,
-        prefix: &str,
-        after: Option<&str>,
-    ) -> Result<Vec<waltrail::store::ObjectInfo>, waltrail::store::StoreError> {
-        self.inner.list(prefix, after).await
-    }
-
-    async fn delete(&self, key: &str) -> Result<(), waltrail::store::StoreError> {
-        self.inner.delete(key).await
-    }
-
-    async fn create_multipart(&self, key: &str) -> Result<String, waltrail::store::StoreError> {
-        self.inner.create_multipart(key).await
-    }
-
-    async fn put_part(
-        &self,
-        key: &str,
-        id: &str,
-        number: u32,
-        offset: u64,
-        body: Bytes,
-    ) -> Result<waltrail::store::PartTag, waltrail::store::StoreError> {
-        self.inner.put_part(key, id, number, offset, body).await
-    }
-
-    async fn complete_multipart(
-        &self,
-        key: &str,
-        id: &str,
-        parts: &[waltrail::store::PartTag],
-    ) -> Result<(), waltrail::store::StoreError> {
-        self.inner.complete_multipart(key, id, parts).await?;
-        self.unavailable(&self.failures_after)
-    }
-
-    async fn abort_multipart(&self, key: &str, id: &str) -> Result<(), waltrail::store::StoreError> {
-        self.inner.abort_multipart(key, id).await
-    }
+#[tokio::test]
+async fn retry_asks_again_as_often_as_told() {
+    let memory = Arc::new(MemoryStore::new());
+    let (store, meter) = stacked(&memory, &[(0, AWAY), (1, AWAY), (2, AWAY)]);
+    store.put("a", MINE, PutMode::IfAbsent).await.unwrap();
+    assert_eq!(meter.traffic().by_operation, [(Operation::Put, 4)].into());
+    let (store, meter) = stacked(&memory, &[(0, AWAY), (1, AWAY), (2, AWAY), (3, AWAY)]);
+    assert!(store.put("b", MINE, PutMode::IfAbsent).await.unwrap_err().is_retryable());
+    assert_eq!(meter.traffic().requests, 4);
+    // What does not help is not repeated.
+    let (store, meter) = stacked(&memory, &[]);
+    store.get("nothing", 1).await.unwrap_err();
+    assert_eq!(meter.traffic().by_operation, [(Operation::Get, 1)].into());
 }
 
 #[tokio::test]
-async fn retry_asks_again_and_knows_its_own() {
-    let body = Bytes::from_static(b"mine");
-    let stacked = |inner: SharedStore| {
-        let (metered, meter) = Metered::new(inner);
-        (Arc::new(Retrying::new(Arc::new(metered), QUICK)) as SharedStore, meter)
+async fn a_put_whose_answer_was_lost_knows_its_own() {
+    let memory = Arc::new(MemoryStore::new());
+    let (store, meter) = stacked(&memory, &[(0, ANSWER_LOST)]);
+    store.put("a", MINE, PutMode::IfAbsent).await.unwrap();
+    assert_eq!(meter.traffic().by_operation, [(Operation::Put, 2), (Operation::Get, 1)].into());
+    // Somebody else's object is not ours, even when our first attempt failed; nor is it read when none did.
+    for other in ["else", "something longer", ""] {
+        memory.put("other", Bytes::from_static(other.as_bytes()), PutMode::Overwrite).await.unwrap();
+        for faults in [&[][..], &[(0, AWAY)]] {
+            let (store, meter) = stacked(&memory, faults);
+            let error = store.put("other", MINE, PutMode::IfAbsent).await.unwrap_err();
+            assert_eq!(error.kind, StoreErrorKind::AlreadyExists, "{other}");
+            assert_eq!(meter.traffic().by_operation.contains_key(&Operation::Get), !faults.is_empty());
+        }
+    }
+    // An object that can't be read is not called somebody else's.
+    let (store, _) = stacked(&memory, &[(0, ANSWER_LOST), (2, Fault::Before(StoreErrorKind::Denied))]);
+    let error = store.put("b", MINE, PutMode::IfAbsent).await.unwrap_err();
+    assert_eq!(error.kind, StoreErrorKind::Denied);
+    // Reading it is tried again, too.
+    let (store, _) = stacked(&memory, &[(0, ANSWER_LOST), (2, AWAY)]);
+    store.put("c", MINE, PutMode::IfAbsent).await.unwrap();
+}
+
+/// Over memory, because the test server answers AccessDenied for an upload that is gone, where S3 answers NoSuchUpload.
+#[tokio::test]
+async fn an_upload_whose_completion_was_lost_knows_its_own() {
+    let memory = Arc::new(MemoryStore::new());
+    let completed = async |faults| {
+        let (store, _) = stacked(&memory, faults);
+        let id = store.create_multipart("b").await?;
+        let part = store.put_part("b", &id, 1, 0, MINE).await?;
+        store.complete_multipart("b", &id, &[part]).await
     };
-    // Fails three times, passes the fourth.
-    let (store, meter) = stacked(Faulty::shared(3, 0));
-    store.put("a", body.clone(), PutMode::IfAbsent).await.unwrap();
-    assert_eq!(meter.traffic().requests, 4);
-    // Gives up after four.
-    let (store, meter) = stacked(Faulty::shared(9, 0));
-    assert!(store.put("a", body.clone(), PutMode::IfAbsent).await.unwrap_err().is_retryable());
-    assert_eq!(meter.traffic().requests, 4);
-    // Done, but the answer is lost: the object that is there is ours.
-    let (store, _) = stacked(Faulty::shared(0, 1));
-    store.put("a", body.clone(), PutMode::IfAbsent).await.unwrap();
-    // Somebody else's object is not, even when our first attempt failed.
-    let faulty = Arc::new(Faulty { inner: MemoryStore::new(), failures_before: 0.into(), failures_after: 0.into() });
-    faulty.put("a", Bytes::from_static(b"else"), PutMode::IfAbsent).await.unwrap();
-    faulty.failures_before.store(1, std::sync::atomic::Ordering::SeqCst);
-    let (store, _) = stacked(faulty);
-    let error = store.put("a", body.clone(), PutMode::IfAbsent).await.unwrap_err();
-    assert_eq!(error.kind, StoreErrorKind::AlreadyExists);
-    // A completed upload whose answer is lost is complete.
-    let (store, _) = stacked(Faulty::shared(0, 1));
+    completed(&[(2, ANSWER_LOST)]).await.unwrap();
+    assert_eq!(memory.get("b", 10).await.unwrap(), MINE);
+    // The upload is lost, and what has its key is an older object: not done.
+    memory.put("b", Bytes::from_static(b"older"), PutMode::Overwrite).await.unwrap();
+    let error = completed(&[(2, AWAY), (3, Fault::Before(StoreErrorKind::NotFound))]).await.unwrap_err();
+    assert_eq!(error.kind, StoreErrorKind::NotFound);
+    assert_eq!(memory.get("b", 10).await.unwrap(), "older");
+    // The first answer counts: no such upload, and no attempt that could have completed it.
+    memory.put("b", MINE, PutMode::Overwrite).await.unwrap();
+    let error = completed(&[(2, Fault::Before(StoreErrorKind::NotFound))]).await.unwrap_err();
+    assert_eq!(error.kind, StoreErrorKind::NotFound);
+}
+
+#[tokio::test]
+async fn traffic_is_counted_by_kind() {
+    let (store, meter) = stacked(&Arc::new(MemoryStore::new()), &[]);
+    store.put("a", MINE, PutMode::Overwrite).await.unwrap();
+    store.get_range("a", 1, 2).await.unwrap();
+    store.list("", None).await.unwrap();
     let id = store.create_multipart("b").await.unwrap();
-    let part = store.put_part("b", &id, 1, 0, body.clone()).await.unwrap();
-    store.complete_multipart("b", &id, &[part]).await.unwrap();
-    assert_eq!(store.get("b", 10).await.unwrap(), body);
-    // What does not help is not repeated.
-    let (store, meter) = stacked(Faulty::shared(0, 0));
-    store.get("nothing", 1).await.unwrap_err();
-    assert_eq!(meter.traffic().requests, 1);
+    store.put_part("b", &id, 1, 0, MINE).await.unwrap();
+    store.abort_multipart("b", &id).await.unwrap();
+    store.delete("a").await.unwrap();
+    let traffic = meter.traffic();
+    use Operation::{AbortMultipart, CreateMultipart, Delete, GetRange, List, Put, PutPart};
+    let once = [Put, GetRange, List, CreateMultipart, PutPart, AbortMultipart, Delete].map(|operation| (operation, 1));
+    assert_eq!(traffic.by_operation, once.into());
+    assert_eq!((traffic.requests, traffic.sent_bytes, traffic.received_bytes), (7, 8, 2));
+}
+
+/// With keys in the environment that are wrong, a profile that is named in the URL is what counts.
+#[test]
+fn a_named_profile_comes_before_the_environment() {
+    let server = S3Server::start();
+    let home = tempfile::tempdir().unwrap();
+    let file = home.path().join("credentials");
+    std::fs::write(&file, "[backup]\naws_access_key_id = test\naws_secret_access_key = testtest\n").unwrap();
+    let log = |url: String| {
+        let mut command = waltrail();
+        command.env("AWS_SHARED_CREDENTIALS_FILE", &file).env("AWS_CONFIG_FILE", home.path().join("none"));
+        stderr(&command.env("AWS_SECRET_ACCESS_KEY", "wrong").args(["log", &url]).output().unwrap())
+    };
+    let (denied, found) = (log(server.url("x")), log(format!("{}&profile=backup", server.url("x"))));
+    assert!(denied.contains("SignatureDoesNotMatch"), "{denied}");
+    assert!(!found.contains("SignatureDoesNotMatch") && found.contains("no backup"), "{found}");
+}
+
+#[tokio::test]
+async fn a_session_token_is_sent_and_never_shown() {
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let options = S3Options {
+        bucket: "b".into(),
+        endpoint: Some(format!("http://{}", listener.local_addr().unwrap())),
+        access_key_id: Some("temporary".into()),
+        secret_access_key: Some("hunter2".into()),
+        session_token: Some("token-7".into()),
+        ..S3Options::default()
+    };
+    let shown = format!("{options:?}");
+    assert!(!shown.contains("hunter2") && !shown.contains("token-7"), "{shown}");
+    let request = std::thread::spawn(move || {
+        let (mut socket, _) = listener.accept().unwrap();
+        let (mut seen, mut chunk) = (Vec::new(), [0; 4096]);
+        while !seen.windows(4).any(|bytes| bytes == b"\r\n\r\n") {
+            let len = std::io::Read::read(&mut socket, &mut chunk).unwrap();
+            assert_ne!(len, 0, "the request ended early");
+            seen.extend_from_slice(&chunk[..len]);
+        }
+        String::from_utf8_lossy(&seen).to_lowercase()
+    });
+    let store = S3Store::open(&options).await;
+    assert!(!format!("{store:?}").contains("hunter2"), "the secret is shown");
+    store.get("k", 1).await.unwrap_err();
+    let request = request.join().unwrap();
+    assert!(request.contains("x-amz-security-token: token-7"), "{request}");
 }
 
 #[test]
