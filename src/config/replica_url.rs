@@ -47,6 +47,10 @@ fn parse(text: &str) -> Result<ReplicaUrl, String> {
     let Some((scheme, rest)) = text.split_once("://") else {
         return match text {
             "" => Err("it is empty; write s3://bucket/prefix or the path of a directory".into()),
+            // Taken for a path, `s3:/bucket` would be backed up to a folder of that name beside the program.
+            path if has_scheme(path) => {
+                Err("a scheme is followed by '://': s3://bucket/prefix; a directory of this name is ./NAME".into())
+            }
             path => {
                 let absolute = std::path::absolute(path).map_err(|error| error.to_string())?;
                 Ok(ReplicaUrl::Directory(absolute))
@@ -64,6 +68,12 @@ fn parse(text: &str) -> Result<ReplicaUrl, String> {
     }
 }
 
+/// Whether a text begins like a URL, `name:`, and not like a path.
+fn has_scheme(text: &str) -> bool {
+    let is_name = |name: &str| !name.is_empty() && name.bytes().all(|byte| byte.is_ascii_alphanumeric());
+    text.split_once(':').is_some_and(|(before, _)| is_name(before))
+}
+
 fn parse_s3(rest: &str) -> Result<S3Options, String> {
     let (place, query) = rest.split_once('?').unwrap_or((rest, ""));
     let (bucket, prefix) = place.split_once('/').unwrap_or((place, ""));
@@ -77,14 +87,23 @@ fn parse_s3(rest: &str) -> Result<S3Options, String> {
     let prefix = percent_encoding::percent_decode_str(prefix.trim_matches('/')).decode_utf8();
     let prefix = prefix.map_err(|error| error.to_string())?.into_owned();
     let mut options = S3Options { bucket: bucket.to_owned(), prefix, ..S3Options::default() };
+    let mut seen = Vec::new();
     for (name, value) in url::form_urlencoded::parse(query.as_bytes()) {
         set_parameter(&mut options, &name, value.into_owned())?;
+        if seen.contains(&name) {
+            return Err(format!("parameter '{name}' is given twice"));
+        }
+        seen.push(name);
     }
     Ok(options)
 }
 
 fn set_parameter(options: &mut S3Options, name: &str, value: String) -> Result<(), String> {
     match name {
+        // Of an unset variable in a shell, mostly.
+        known if value.is_empty() && PARAMETERS.contains(&known) => {
+            return Err(format!("parameter '{known}' is empty; leave it out or give it a value"));
+        }
         "endpoint" => options.endpoint = Some(check_endpoint(value)?),
         "region" => options.region = Some(value),
         "path-style" => {
@@ -106,8 +125,11 @@ fn set_parameter(options: &mut S3Options, name: &str, value: String) -> Result<(
 /// # Errors
 /// A sentence that says what it must be.
 pub fn check_endpoint(endpoint: String) -> Result<String, String> {
-    let is_http =
-        url::Url::parse(&endpoint).is_ok_and(|url| matches!(url.scheme(), "http" | "https") && url.has_host());
+    let parsed = url::Url::parse(&endpoint);
+    if parsed.as_ref().is_ok_and(|url| !url.username().is_empty() || url.password().is_some()) {
+        return Err("credentials do not belong in an endpoint; use the environment or the configuration file".into());
+    }
+    let is_http = parsed.is_ok_and(|url| matches!(url.scheme(), "http" | "https") && url.has_host());
     if is_http { Ok(endpoint) } else { Err(format!("endpoint '{endpoint}' is not an http:// or https:// URL")) }
 }
 
@@ -147,6 +169,8 @@ mod tests {
         let directory = |path: &str| Ok(ReplicaUrl::Directory(PathBuf::from(path)));
         assert_eq!("file:///back%20up/app".parse(), directory("/back up/app"));
         assert_eq!("/backup".parse(), directory("/backup"));
+        assert_eq!("/s3:x/backup".parse(), directory("/s3:x/backup"));
+        assert!("./s3:x".parse::<ReplicaUrl>().is_ok());
     }
 
     #[test]
@@ -163,6 +187,12 @@ mod tests {
             ("s3://b/x?endpoint=localhost:9000", "not an http"),
             ("s3://b/x?secret-access-key=hunter2", "do not belong in a URL"),
             ("s3://key:hunter2@b/x", "do not belong in a URL"),
+            ("s3://b/x?endpoint=http://key:hunter2@host", "do not belong in an endpoint"),
+            ("s3:/bucket/app", "followed by '://'"),
+            ("s3:bucket/app", "followed by '://'"),
+            ("file:/backup", "followed by '://'"),
+            ("s3://b/x?region=", "'region' is empty"),
+            ("s3://b/x?region=a&region=b", "'region' is given twice"),
         ] {
             let error = text.parse::<ReplicaUrl>().unwrap_err().to_string();
             assert!(error.contains(says), "{text}: {error}");

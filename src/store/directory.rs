@@ -3,17 +3,21 @@
 use std::fs::{self, File};
 use std::io::{self, Read, Seek, SeekFrom, Write};
 use std::os::unix::fs::FileExt;
-use std::path::{Component, Path, PathBuf};
-use std::sync::Arc;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Once};
+use std::time::UNIX_EPOCH;
 
 use async_trait::async_trait;
 use bytes::Bytes;
 
 use super::{ObjectInfo, ObjectStore, PartTag, PutMode, StoreError, StoreErrorKind};
+use crate::clock::{Clock, SystemClock};
 
 /// Where files stand until they are whole. Never listed.
 const INCOMING: &str = ".incoming";
+/// A file there that nobody has written to for so long was left by a process that was killed.
+const LEFTOVER_AGE_MS: u64 = 24 * 60 * 60 * 1000;
 
 /// A store in a directory.
 #[derive(Debug, Clone)]
@@ -21,13 +25,15 @@ pub struct DirectoryStore {
     root: PathBuf,
     /// Whether the root has been there: one that goes away (a disk that is unmounted) is not made again.
     was_there: Arc<AtomicBool>,
+    /// Leftovers are looked for once.
+    cleaned: Arc<Once>,
 }
 
 impl DirectoryStore {
     /// The store below `root`, which the first put makes if it is not there.
     #[must_use]
     pub fn new(root: PathBuf) -> Self {
-        Self { root, was_there: Arc::default() }
+        Self { root, was_there: Arc::default(), cleaned: Arc::new(Once::new()) }
     }
 
     /// Runs file work on a thread that may block.
@@ -49,8 +55,9 @@ impl DirectoryStore {
     }
 
     fn path(&self, key: &str) -> io::Result<PathBuf> {
-        let is_plain = !key.is_empty() && Path::new(key).components().all(|part| matches!(part, Component::Normal(_)));
-        if is_plain { Ok(self.root.join(key)) } else { Err(io::Error::other("the key is not a plain relative path")) }
+        let is_plain = key.split('/').all(|part| !matches!(part, "" | "." | ".."));
+        let wrong = || io::Error::new(io::ErrorKind::InvalidInput, "the key is not a plain relative path");
+        if is_plain { Ok(self.root.join(key)) } else { Err(wrong()) }
     }
 
     /// A missing root is another thing than a missing object: the disk may not be mounted.
@@ -81,6 +88,7 @@ impl DirectoryStore {
         let incoming = self.root.join(INCOMING);
         create_directories(&incoming)?;
         self.check_root()?;
+        self.cleaned.call_once(|| remove_leftovers(&incoming));
         tempfile::Builder::new().prefix("put-").tempfile_in(incoming)
     }
 
@@ -112,6 +120,18 @@ fn kind_of(error: &io::Error) -> StoreErrorKind {
         io::ErrorKind::InvalidInput | io::ErrorKind::Unsupported => StoreErrorKind::Other,
         // A full disk can be emptied, a network file system can come back.
         _ => StoreErrorKind::Unavailable,
+    }
+}
+
+/// Frees what killed processes left. Best effort: a leftover takes room and nothing else.
+fn remove_leftovers(incoming: &Path) {
+    let now_ms = SystemClock::new().now_ms();
+    for entry in fs::read_dir(incoming).into_iter().flatten().flatten() {
+        let modified = entry.metadata().and_then(|found| found.modified());
+        let since_1970 = modified.ok().and_then(|at| at.duration_since(UNIX_EPOCH).ok());
+        if since_1970.is_some_and(|at| at.as_millis() as u64 + LEFTOVER_AGE_MS < now_ms) {
+            fs::remove_file(entry.path()).ok();
+        }
     }
 }
 
@@ -189,7 +209,8 @@ impl ObjectStore for DirectoryStore {
     async fn get_range(&self, key: &str, offset: u64, len_bytes: u64) -> Result<Bytes, StoreError> {
         self.blocking("get", key, move |store, key| {
             let file = store.open(key)?;
-            if offset.checked_add(len_bytes).is_none_or(|end| end > file.metadata().map_or(0, |found| found.len())) {
+            let object_len = file.metadata()?.len();
+            if offset.checked_add(len_bytes).is_none_or(|end| end > object_len) {
                 let message = "the object ends before the bytes asked for";
                 return Err(io::Error::new(io::ErrorKind::UnexpectedEof, message));
             }
@@ -262,10 +283,13 @@ impl ObjectStore for DirectoryStore {
     async fn complete_multipart(&self, key: &str, upload_id: &str, _parts: &[PartTag]) -> Result<(), StoreError> {
         let upload_id = upload_id.to_owned();
         self.blocking("complete", key, move |store, key| {
-            let path = store.upload_path(&upload_id)?;
-            let file = File::options().read(true).write(true).open(&path)?;
-            let file = tempfile::NamedTempFile::from_parts(file, tempfile::TempPath::try_from_path(path)?);
-            store.publish(file, key, PutMode::Overwrite)
+            // By hand and not as a temporary file, which a failure would delete: completing is asked for again then.
+            let (incoming, path) = (store.upload_path(&upload_id)?, store.path(key)?);
+            File::options().write(true).open(&incoming)?.sync_all()?;
+            let parent = path.parent().unwrap_or(&store.root);
+            create_directories(parent)?;
+            fs::rename(&incoming, &path)?;
+            sync_directory(parent)
         })
         .await
     }

@@ -25,9 +25,11 @@ use bytes::{Bytes, BytesMut};
 
 use super::{ObjectInfo, ObjectStore, PartTag, PutMode, StoreError, StoreErrorKind};
 
-/// No request takes longer, body included: enough for a 16 MiB part at 300 KB/s.
+/// No request takes longer until its answer begins, the body that is sent included: enough for a 16 MiB part at 300 KB/s.
 const ATTEMPT_TIMEOUT: Duration = Duration::from_secs(60);
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
+/// The SDK's timeouts end where an answer's body begins. No two pieces of a body come further apart than this.
+const STALL_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// Where a bucket is and how to get in. What is not given comes from the environment, the AWS profile files or the
 /// machine's role, as with every AWS tool.
@@ -84,6 +86,9 @@ pub struct S3Store {
     /// Empty, or ending in a slash.
     prefix: String,
     location: String,
+    stall_timeout: Duration,
+    /// Without one every request fails, which the SDK reports as a failure to send.
+    has_region: bool,
 }
 
 impl S3Store {
@@ -133,7 +138,7 @@ impl S3Store {
             // Checksums in trailers, which newer SDKs send by default, are refused by many S3-compatible servers.
             .request_checksum_calculation(RequestChecksumCalculation::WhenRequired)
             .response_checksum_validation(ResponseChecksumValidation::WhenRequired)
-            // Every attempt is bounded by its timeout already; a slow line is no error.
+            // What is sent is bounded by the attempt's timeout, what is received by ours; a slow line is no error.
             .stalled_stream_protection(StalledStreamProtectionConfig::disabled());
         if let Some(endpoint) = endpoint {
             config = config.endpoint_url(endpoint);
@@ -144,6 +149,8 @@ impl S3Store {
             bucket: options.bucket.clone(),
             prefix,
             location: options.location(),
+            stall_timeout: STALL_TIMEOUT,
+            has_region: shared.region().is_some(),
         }
     }
 
@@ -157,9 +164,9 @@ impl S3Store {
         E: ProvideErrorMetadata + std::error::Error + Send + Sync + 'static,
         R: HttpStatus + fmt::Debug + Send + Sync + 'static,
     {
-        let (location, key) = (self.location.clone(), key.to_owned());
+        let (location, key, has_region) = (self.location.clone(), key.to_owned(), self.has_region);
         move |error| {
-            let (kind, message) = explain(&error);
+            let (kind, message) = explain(&error, has_region);
             StoreError { kind, operation, location, key, message }
         }
     }
@@ -184,7 +191,8 @@ impl S3Store {
         }
         let mut stream = answer.body;
         let mut body = BytesMut::with_capacity(announced as usize);
-        while let Some(chunk) = stream.next().await {
+        let stalled = |_| self.error(StoreErrorKind::Unavailable, key, "the answer stopped in the middle");
+        while let Some(chunk) = tokio::time::timeout(self.stall_timeout, stream.next()).await.map_err(stalled)? {
             // A connection that breaks in the middle of a body.
             let chunk = chunk.map_err(|error| self.error(StoreErrorKind::Unavailable, key, root_cause(&error)))?;
             if (body.len() + chunk.len()) as u64 > limit_bytes {
@@ -220,18 +228,24 @@ fn has_no_names_below(endpoint: &str) -> bool {
     })
 }
 
-/// The HTTP status of an answer, if there was one.
+/// What an answer's head says.
 trait HttpStatus {
     fn status(&self) -> u16;
+    /// Where the bucket is: AWS says it to those who ask in the wrong place.
+    fn bucket_region(&self) -> Option<&str>;
 }
 
 impl HttpStatus for aws_sdk_s3::config::http::HttpResponse {
     fn status(&self) -> u16 {
         self.status().as_u16()
     }
+
+    fn bucket_region(&self) -> Option<&str> {
+        self.headers().get("x-amz-bucket-region")
+    }
 }
 
-fn explain<E, R>(error: &SdkError<E, R>) -> (StoreErrorKind, String)
+fn explain<E, R>(error: &SdkError<E, R>, has_region: bool) -> (StoreErrorKind, String)
 where
     E: ProvideErrorMetadata + std::error::Error + Send + Sync + 'static,
     R: HttpStatus + fmt::Debug + Send + Sync + 'static,
@@ -248,12 +262,19 @@ where
                 ("", text) => format!("the store answered status {status}: {text}"),
                 (code, text) => format!("the store answered {code} (status {status}): {text}"),
             };
-            (kind_of(status, code), message)
+            match service.raw().bucket_region().filter(|_| matches!(status, 301 | 307 | 400)) {
+                Some(region) => (kind_of(status, code), format!("{message}; the bucket is in region '{region}'")),
+                None => (kind_of(status, code), message),
+            }
         }
         SdkError::TimeoutError(_) => (StoreErrorKind::Unavailable, "the store did not answer in time".into()),
         SdkError::DispatchFailure(_) if is_credentials_failure(error) => {
             (StoreErrorKind::Denied, format!("no usable credentials: {}", cause()))
         }
+        SdkError::DispatchFailure(_) if !has_region => (
+            StoreErrorKind::Other,
+            "no region is known: give region=… in the URL, AWS_REGION, or one in the profile".into(),
+        ),
         SdkError::DispatchFailure(_) => (StoreErrorKind::Unavailable, cause()),
         SdkError::ResponseError(broken) => match broken.raw().status() {
             status if status >= 400 => (kind_of(status, ""), format!("the store answered status {status}")),
@@ -278,15 +299,20 @@ fn is_credentials_failure(error: &(dyn std::error::Error + 'static)) -> bool {
 fn kind_of(status: u16, code: &str) -> StoreErrorKind {
     match (status, code) {
         (_, "NoSuchBucket") => StoreErrorKind::NoSuchBucket,
+        // Conditional puts, to some stores. Asking again does not teach it to them.
+        (501, _) => StoreErrorKind::Other,
         // A conditional put that raced with another one: it was decided neither way.
         (409, _) | (408 | 429 | 500..=599, _) | (_, "SlowDown" | "RequestTimeout" | "InternalError") => {
             StoreErrorKind::Unavailable
         }
         (412, _) => StoreErrorKind::AlreadyExists,
-        (401 | 403, _) | (_, "InvalidAccessKeyId" | "SignatureDoesNotMatch" | "ExpiredToken" | "AccessDenied") => {
+        (401 | 403, _)
+        | (_, "InvalidAccessKeyId" | "SignatureDoesNotMatch" | "ExpiredToken" | "InvalidToken" | "AccessDenied") => {
             StoreErrorKind::Denied
         }
         (416, _) => StoreErrorKind::WrongSize,
+        // A 404 that names no code is no S3 server's: the address is wrong, and nothing is known about the object.
+        (404, "") => StoreErrorKind::Other,
         (404, _) => StoreErrorKind::NotFound,
         _ => StoreErrorKind::Other,
     }
@@ -326,6 +352,18 @@ impl ObjectStore for S3Store {
         };
         let request = self.client.get_object().bucket(&self.bucket).key(self.full(key));
         let answer = request.range(format!("bytes={offset}-{last}")).send().await.map_err(self.failed("get", key))?;
+        // A server that ignores the range, or a cache that mixes ranges up, must not pass for the object.
+        let is_asked_for = match answer.content_range() {
+            Some(range) => range.strip_prefix("bytes ").is_some_and(|at| at.starts_with(&format!("{offset}-"))),
+            None => offset == 0,
+        };
+        if !is_asked_for {
+            return Err(self.error(
+                StoreErrorKind::Other,
+                key,
+                "the store answered with other bytes than those asked for",
+            ));
+        }
         let body = self.body(key, answer, len_bytes).await?;
         if body.len() as u64 != len_bytes {
             let message = format!("the object ends before the bytes asked for ({} of {len_bytes})", body.len());
@@ -339,7 +377,12 @@ impl ObjectStore for S3Store {
         let mut pages = request.set_start_after(start_after.map(|after| self.full(after))).into_paginator().send();
         let mut found = Vec::new();
         while let Some(page) = pages.next().await {
-            for object in page.map_err(self.failed("list", prefix))?.contents() {
+            let page = page.map_err(self.failed("list", prefix)).map_err(|error| match error.kind {
+                // A listing of nothing is empty: what is not found is the bucket.
+                StoreErrorKind::NotFound => StoreError { kind: StoreErrorKind::NoSuchBucket, ..error },
+                _ => error,
+            })?;
+            for object in page.contents() {
                 let Some(key) = object.key().and_then(|key| key.strip_prefix(self.prefix.as_str())) else { continue };
                 let len_bytes = u64::try_from(object.size().unwrap_or(0)).unwrap_or(0);
                 found.push(ObjectInfo { key: key.to_owned(), len_bytes });
@@ -404,5 +447,37 @@ impl ObjectStore for S3Store {
         let request = self.client.abort_multipart_upload().bucket(&self.bucket).key(self.full(key));
         request.upload_id(upload_id).send().await.map_err(self.failed("give up the upload of", key))?;
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::{Read, Write};
+
+    use super::*;
+
+    /// The SDK's own timeouts do not cover bodies: without ours this waits for ever.
+    #[tokio::test]
+    async fn a_body_that_stalls_is_given_up() {
+        let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let endpoint = format!("http://{}", listener.local_addr().unwrap());
+        std::thread::spawn(move || {
+            let (mut socket, _) = listener.accept().unwrap();
+            let _request = socket.read(&mut [0; 16384]).unwrap();
+            socket.write_all(b"HTTP/1.1 200 OK\r\ncontent-length: 1000\r\n\r\n0123456789").unwrap();
+            // Holds the connection until the client hangs up; not waited for, because that needs this test's runtime.
+            let _whatever_came = socket.read(&mut [0; 16]);
+        });
+        let options = S3Options {
+            bucket: "b".into(),
+            endpoint: Some(endpoint),
+            access_key_id: Some("test".into()),
+            secret_access_key: Some("testtest".into()),
+            ..S3Options::default()
+        };
+        let store = S3Store { stall_timeout: Duration::from_millis(200), ..S3Store::open(&options).await };
+        let error = tokio::time::timeout(Duration::from_secs(20), store.get("k", 5000)).await.unwrap().unwrap_err();
+        assert_eq!(error.kind, StoreErrorKind::Unavailable, "{error}");
+        assert!(error.message.contains("stopped"), "{error}");
     }
 }

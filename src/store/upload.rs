@@ -71,10 +71,19 @@ impl Upload {
             self.store.put(&self.key, last, mode).await?;
             return Ok(len);
         }
-        self.send(last).await?;
-        let upload_id = self.upload_id.take().unwrap_or_default();
-        self.store.complete_multipart(&self.key, &upload_id, &self.parts).await?;
+        if let Err(error) = self.complete(last).await {
+            // Nobody else knows the upload's id, and stores charge for parts. If the upload was completed after all and only
+            // the answer is lost, this finds nothing to give up. The first error is the one that counts.
+            self.abort().await.ok();
+            return Err(error);
+        }
         Ok(len)
+    }
+
+    async fn complete(&mut self, last: Bytes) -> Result<(), StoreError> {
+        self.send(last).await?;
+        let upload_id = self.upload_id.as_deref().unwrap_or_default();
+        self.store.complete_multipart(&self.key, upload_id, &self.parts).await
     }
 
     /// Gives the object up and frees what the store holds of it.
@@ -106,11 +115,12 @@ pub async fn put_file(store: &SharedStore, key: &str, path: &Path, mode: PutMode
     let mut upload = Upload::new(store.clone(), key.to_owned());
     let mut chunk = vec![0; len.min(1 << 20) as usize];
     loop {
-        let read = file.read(&mut chunk).await.map_err(unreadable)?;
-        if read == 0 {
-            return upload.finish(mode).await;
-        }
-        if let Err(error) = upload.write(&chunk[..read]).await {
+        let written = match file.read(&mut chunk).await.map_err(unreadable) {
+            Ok(0) => return upload.finish(mode).await,
+            Ok(read) => upload.write(&chunk[..read]).await,
+            Err(error) => Err(error),
+        };
+        if let Err(error) = written {
             // The first error is the one that counts.
             upload.abort().await.ok();
             return Err(error);

@@ -8,4 +8,5 @@ mod objects;
 mod replicate;
 mod restore;
 mod store;
+mod store_faults;
 mod support;
