@@ -94,7 +94,9 @@ impl From<StoreError> for Failure {
             StoreErrorKind::NotFound | StoreErrorKind::WrongSize | StoreErrorKind::AlreadyExists => {
                 (DAMAGED, "the object changed or went while it was used; try again")
             }
-            StoreErrorKind::Other => (STORAGE, "check the endpoint, the region and path-style"),
+            StoreErrorKind::Other | StoreErrorKind::NotSupported => {
+                (STORAGE, "check the endpoint, the region and path-style")
+            }
         };
         Self::new(code, error, Some(hint))
     }

@@ -95,6 +95,11 @@ pub async fn open_replica(store: &SharedStore) -> Result<OpenReplica, ClaimError
                 Err(error) if error.kind == StoreErrorKind::AlreadyExists => {
                     store.get(MARKER_KEY, RECORD_LIMIT).await?
                 }
+                // Two writers that make one replica at the same time: the later marker counts for both.
+                Err(error) if error.kind == StoreErrorKind::NotSupported => {
+                    store.put(MARKER_KEY, marker, PutMode::Overwrite).await?;
+                    store.get(MARKER_KEY, RECORD_LIMIT).await?
+                }
                 Err(error) => return Err(error.into()),
             }
         }
@@ -115,6 +120,7 @@ async fn honours_conditions(store: &SharedStore, marker: &Bytes) -> Result<bool,
         match store.put(MARKER_KEY, marker.clone(), PutMode::IfAbsent).await {
             Ok(()) => {}
             Err(error) if error.kind == StoreErrorKind::AlreadyExists => return Ok(true),
+            Err(error) if error.kind == StoreErrorKind::NotSupported => return Ok(false),
             Err(error) => return Err(error.into()),
         }
     }

@@ -46,8 +46,8 @@ const FIRST_BARRIER_RETRY: Duration = Duration::from_millis(10);
 const LAST_BARRIER_RETRY: Duration = Duration::from_millis(320);
 /// A snapshot that could not be stored is read again after this.
 const SNAPSHOT_RETRY: Duration = Duration::from_secs(30);
-/// At a stop, a snapshot is read on for so long.
-const STOP_SNAPSHOT_LIMIT: Duration = Duration::from_secs(4);
+/// At a stop, a claim that is not answered yet is waited for, and a snapshot read on, for so long.
+const STOP_PATIENCE: Duration = Duration::from_secs(4);
 /// So many extents are read before commits are looked after again.
 const EXTENTS_A_STEP: usize = 4;
 /// So many extents may wait for the store.
@@ -264,7 +264,9 @@ impl<'a> Following<'a> {
             }
             self.look()?;
             if is_stopping {
-                return self.finish_snapshot();
+                let until = self.now() + STOP_PATIENCE;
+                self.await_claim(until)?;
+                return self.finish_snapshot(until);
             }
             self.read_snapshot()?;
             self.cut_if_due()?;
@@ -440,10 +442,21 @@ impl<'a> Following<'a> {
         Ok(())
     }
 
+    /// A process that is stopped as soon as it has started waits for its epoch: without one nothing can be shipped. Ends at
+    /// once when nobody claims any more.
+    fn await_claim(&mut self, until: Duration) -> Result<(), DatabaseError> {
+        while self.claimed.is_none() && !self.around.jobs.is_closed() && self.now() < until {
+            let (_, events) = self.around.mailbox.wait(until.saturating_sub(self.now()));
+            for event in events {
+                self.handle(event)?;
+            }
+        }
+        Ok(())
+    }
+
     /// A short-lived process should leave something to restore from: a snapshot that is being read at the stop is read to
     /// its end, if that is near. The store's part has its own limit.
-    fn finish_snapshot(&mut self) -> Result<(), DatabaseError> {
-        let until = self.now() + STOP_SNAPSHOT_LIMIT;
+    fn finish_snapshot(&mut self, until: Duration) -> Result<(), DatabaseError> {
         while (self.scan.is_some() || self.scan_due.is_some_and(|due| due <= self.now())) && self.now() < until {
             self.read_snapshot()?;
             if self.scan.as_ref().is_some_and(|active| active.pending.is_some()) {

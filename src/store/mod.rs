@@ -132,6 +132,8 @@ pub enum StoreErrorKind {
     Unavailable,
     /// The object's size is not what was asked for (it is truncated, or larger than the caller's limit).
     WrongSize,
+    /// The store does not know this kind of request (S3: status 501, which some answer to conditional puts).
+    NotSupported,
     /// Anything else; trying again does not help.
     Other,
 }

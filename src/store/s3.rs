@@ -18,7 +18,7 @@ use aws_sdk_s3::config::{
 use aws_sdk_s3::error::{ProvideErrorMetadata, SdkError};
 use aws_sdk_s3::operation::get_object::GetObjectOutput;
 use aws_sdk_s3::primitives::ByteStream;
-use aws_sdk_s3::types::{CompletedMultipartUpload, CompletedPart};
+use aws_sdk_s3::types::{CompletedMultipartUpload, CompletedPart, Object};
 use aws_smithy_http_client::tls::rustls_provider::CryptoMode;
 use aws_smithy_http_client::{Builder, tls};
 use bytes::{Bytes, BytesMut};
@@ -181,6 +181,20 @@ impl S3Store {
         }
     }
 
+    fn bad_listing(&self, prefix: &str, message: &str) -> StoreError {
+        StoreError { operation: "list", ..self.error(StoreErrorKind::Other, prefix, message) }
+    }
+
+    /// An object of a listing. One outside of our prefix is not ours; one without name or size is a listing not to be trusted.
+    fn listed(&self, prefix: &str, object: &Object) -> Result<Option<ObjectInfo>, StoreError> {
+        let len_bytes = object.size().and_then(|size| u64::try_from(size).ok());
+        let (Some(key), Some(len_bytes)) = (object.key(), len_bytes) else {
+            return Err(self.bad_listing(prefix, "the store lists an object without a name or a size"));
+        };
+        let key = key.strip_prefix(self.prefix.as_str());
+        Ok(key.map(|key| ObjectInfo { key: key.to_owned(), len_bytes }))
+    }
+
     /// Reads a body, at most `limit_bytes` of it.
     async fn body(&self, key: &str, answer: GetObjectOutput, limit_bytes: u64) -> Result<Bytes, StoreError> {
         let too_large =
@@ -299,8 +313,7 @@ fn is_credentials_failure(error: &(dyn std::error::Error + 'static)) -> bool {
 fn kind_of(status: u16, code: &str) -> StoreErrorKind {
     match (status, code) {
         (_, "NoSuchBucket") => StoreErrorKind::NoSuchBucket,
-        // Conditional puts, to some stores. Asking again does not teach it to them.
-        (501, _) => StoreErrorKind::Other,
+        (501, _) => StoreErrorKind::NotSupported,
         // A conditional put that raced with another one: it was decided neither way.
         (409, _) | (408 | 429 | 500..=599, _) | (_, "SlowDown" | "RequestTimeout" | "InternalError") => {
             StoreErrorKind::Unavailable
@@ -383,9 +396,11 @@ impl ObjectStore for S3Store {
                 _ => error,
             })?;
             for object in page.contents() {
-                let Some(key) = object.key().and_then(|key| key.strip_prefix(self.prefix.as_str())) else { continue };
-                let len_bytes = u64::try_from(object.size().unwrap_or(0)).unwrap_or(0);
-                found.push(ObjectInfo { key: key.to_owned(), len_bytes });
+                found.extend(self.listed(prefix, object)?);
+            }
+            // The paginator would take this for the end, and what was not listed would count as missing.
+            if page.is_truncated() == Some(true) && page.next_continuation_token().is_none() {
+                return Err(self.bad_listing(prefix, "the store says that there is more and not how to get it"));
             }
         }
         // S3 lists general-purpose buckets in order; not every server does.

@@ -54,7 +54,7 @@ async fn get_error(answer: &'static str) -> StoreError {
 
 #[tokio::test]
 async fn answers_of_s3_are_told_apart() {
-    use StoreErrorKind::{Denied, NoSuchBucket, NotFound, Other, Unavailable};
+    use StoreErrorKind::{Denied, NoSuchBucket, NotFound, NotSupported, Unavailable};
     for (status, code, kind) in [
         ("404 Not Found", "NoSuchKey", NotFound),
         ("404 Not Found", "NoSuchBucket", NoSuchBucket),
@@ -65,7 +65,7 @@ async fn answers_of_s3_are_told_apart() {
         ("429 Too Many Requests", "TooManyRequests", Unavailable),
         ("503 Service Unavailable", "SlowDown", Unavailable),
         // A store without conditional puts says this; asking again for ever helps nobody.
-        ("501 Not Implemented", "NotImplemented", Other),
+        ("501 Not Implemented", "NotImplemented", NotSupported),
     ] {
         let error = get_error(error(status, "", code)).await;
         assert_eq!(error.kind, kind, "{error}");
@@ -85,6 +85,20 @@ async fn another_web_server_is_no_empty_store() {
     assert_eq!(store.list("", None).await.unwrap_err().kind, StoreErrorKind::Other);
     let empty = S3Store::open(&server_that_says(answer("404 Not Found", "content-length: 0\r\n", ""))).await;
     assert_eq!(empty.list("", None).await.unwrap_err().kind, StoreErrorKind::NoSuchBucket);
+}
+
+/// What a listing leaves out would count as missing, so one that can't be whole is an error.
+#[tokio::test]
+async fn listings_that_lie_are_refused() {
+    for content in [
+        "<IsTruncated>true</IsTruncated><Contents><Key>a</Key><Size>1</Size></Contents>",
+        "<IsTruncated>false</IsTruncated><Contents><Key>a</Key></Contents>",
+        "<IsTruncated>false</IsTruncated><Contents><Size>1</Size></Contents>",
+    ] {
+        let listing = answer("200 OK", "", &format!("<ListBucketResult>{content}</ListBucketResult>"));
+        let store = S3Store::open(&server_that_says(listing)).await;
+        assert_eq!(store.list("", None).await.unwrap_err().kind, StoreErrorKind::Other, "{content}");
+    }
 }
 
 #[tokio::test]
