@@ -12,12 +12,12 @@ use libfuzzer_sys::fuzz_target;
 fn read(bytes: &[u8]) -> Option<()> {
     let footer = SnapshotFooter::decode(bytes, bytes.len() as u64).ok()?;
     check_snapshot_header(bytes, footer.page_size).ok();
-    let end = footer.index_offset.checked_add(footer.index_len)?;
+    let end = footer.index_offset.checked_add(footer.index_and_sources_len())?;
     let index = footer.decode_index(bytes.get(footer.index_offset as usize..end as usize)?).ok()?;
-    for extent in &index.extents {
+    for (number, extent) in (0..).zip(&index.extents) {
         let start = extent.offset as usize;
         let compressed = bytes.get(start..start.checked_add(extent.compressed_len as usize)?)?;
-        decode_extent(extent, compressed, footer.page_size).ok();
+        decode_extent(number, extent, compressed, footer.page_size).ok();
     }
     Some(())
 }

@@ -1,7 +1,7 @@
 //! Snapshots: the extents of a database, each compressed on its own, and an index of all.
 //!
-//! Layout: header (32 bytes), extents, index blocks, footer (100 bytes). An extent may be in an older snapshot's object;
-//! the index says where. `docs/FORMAT.md` has the fields.
+//! Layout: header (32 bytes), extents, index blocks, sources, footer (100 bytes). An extent may be in an older snapshot's
+//! object, a *source*; the index says where. `docs/FORMAT.md` has the fields.
 
 use std::collections::BTreeMap;
 use std::io;
@@ -11,14 +11,16 @@ use xxhash_rust::xxh3::xxh3_64;
 use super::block::{BLOCK_HEADER_LEN, BLOCK_RAW_LIMIT, BlockWriter, read_section};
 use super::key::SnapshotKey;
 use super::{
-    FOOTER_LEN, Fields, FormatError, HEADER_LEN, decode_footer, decode_header, encode_footer, encode_header,
-    extent_count, extent_pages, is_page_size, pages_per_extent,
+    FOOTER_LEN, Fields, FormatError, HEADER_LEN, check_sealed, decode_footer, decode_header, encode_footer,
+    encode_header, extent_count, extent_pages, is_page_size, lock_page, page_hash, pages_per_extent, seal,
 };
 
 const HEADER_MAGIC: &[u8; 8] = b"WALTSNP1";
 const FOOTER_MAGIC: &[u8; 8] = b"WALTSNPE";
-const SOURCE_LEN: usize = 20;
+const SOURCE_LEN: u64 = 20;
 const EXTENT_LEN: usize = 40;
+/// A snapshot refers to no more objects than this, itself included: a restore reads from all of them.
+pub const SOURCES_LIMIT: u32 = 1024;
 /// No index is longer than this, in bytes: a reader keeps all of it in memory. It is enough for 6.7 million extents, a
 /// database of 1.7 TB.
 pub const INDEX_RAW_LIMIT: u64 = 256 << 20;
@@ -37,10 +39,30 @@ pub struct ExtentRecord {
     pub crc32: u32,
     /// How many pages it holds.
     pub page_count: u32,
-    /// XXH3 (64 bits) of its content.
+    /// Hash of its content: see [`extent_hash`].
     pub content_hash: u64,
-    /// The transaction it was read at.
+    /// A transaction after which this was its content.
     pub txid: u64,
+}
+
+/// The hash of an extent's content, from the hashes of its pages in order; the lock page counts as 0. So what an extent
+/// holds is known from the hashes of its pages alone, without reading it.
+#[must_use]
+pub fn extent_hash(page_hashes: impl IntoIterator<Item = u64>) -> u64 {
+    let bytes: Vec<u8> = page_hashes.into_iter().flat_map(u64::to_le_bytes).collect();
+    xxh3_64(&bytes)
+}
+
+/// The hash of the content of extent `index`: see [`extent_hash`].
+#[must_use]
+pub fn content_hash(index: u32, content: &[u8], page_size: u32) -> u64 {
+    let (first_page, _) = extent_pages(index, u32::MAX, page_size);
+    let lock_page = lock_page(page_size);
+    extent_hash(
+        (first_page..)
+            .zip(content.chunks_exact(page_size as usize))
+            .map(|(page_number, image)| if page_number == lock_page { 0 } else { page_hash(page_number, image) }),
+    )
 }
 
 /// What a snapshot is of.
@@ -65,6 +87,8 @@ pub struct SnapshotInfo {
 pub struct SnapshotWriter {
     page_size: u32,
     offset: u64,
+    /// The other objects that extents are in: source 1 and up.
+    sources: Vec<SnapshotKey>,
     extents: BTreeMap<u32, ExtentRecord>,
 }
 
@@ -73,7 +97,8 @@ impl SnapshotWriter {
     #[must_use]
     pub fn new(page_size: u32) -> (Self, Vec<u8>) {
         let header = encode_header(HEADER_MAGIC, page_size);
-        (Self { page_size, offset: header.len() as u64, extents: BTreeMap::new() }, header)
+        let offset = header.len() as u64;
+        (Self { page_size, offset, sources: Vec::new(), extents: BTreeMap::new() }, header)
     }
 
     /// Adds extent `index` with its content as of transaction `txid`; returns the bytes to append.
@@ -81,9 +106,7 @@ impl SnapshotWriter {
     /// # Errors
     /// When zstd fails. When the index would outgrow [`INDEX_RAW_LIMIT`].
     pub fn encode_extent(&mut self, index: u32, txid: u64, content: &[u8]) -> io::Result<Vec<u8>> {
-        if index_raw_len(1, index.saturating_add(1)) > INDEX_RAW_LIMIT {
-            return Err(io::Error::other("a snapshot has more extents than its index can hold"));
-        }
+        check_has_room_for(index)?;
         let compressed = zstd::bulk::compress(content, LEVEL)?;
         let record = ExtentRecord {
             source: 0,
@@ -91,12 +114,38 @@ impl SnapshotWriter {
             compressed_len: u32::try_from(compressed.len()).map_err(io::Error::other)?,
             crc32: crc32fast::hash(&compressed),
             page_count: u32::try_from(content.len() / self.page_size as usize).map_err(io::Error::other)?,
-            content_hash: xxh3_64(content),
+            content_hash: content_hash(index, content, self.page_size),
             txid,
         };
         self.offset += compressed.len() as u64;
         self.extents.insert(index, record);
         Ok(compressed)
+    }
+
+    /// Adds extent `index`, whose content after transaction `txid` is what `record` describes, which stands in the object
+    /// `source` already.
+    ///
+    /// # Errors
+    /// When the index would outgrow [`INDEX_RAW_LIMIT`], or its sources [`SOURCES_LIMIT`].
+    pub fn refer_to_extent(
+        &mut self,
+        index: u32,
+        txid: u64,
+        source: SnapshotKey,
+        record: &ExtentRecord,
+    ) -> io::Result<()> {
+        check_has_room_for(index)?;
+        let known = self.sources.iter().position(|&known| known == source);
+        let at = known.unwrap_or_else(|| {
+            self.sources.push(source);
+            self.sources.len() - 1
+        });
+        let number = u32::try_from(at).unwrap_or(u32::MAX).saturating_add(1);
+        if number >= SOURCES_LIMIT {
+            return Err(io::Error::other("a snapshot refers to more objects than its index can hold"));
+        }
+        self.extents.insert(index, ExtentRecord { source: number, txid, ..*record });
+        Ok(())
     }
 
     /// Bytes handed out so far.
@@ -105,8 +154,8 @@ impl SnapshotWriter {
         self.offset
     }
 
-    /// Ends the snapshot; returns its index and footer, the bytes to append. Extents behind the database's end are left
-    /// out: it shrank after they were read.
+    /// Ends the snapshot; returns its index, sources and footer, the bytes to append. Extents behind the database's end are
+    /// left out: it shrank after they were added.
     ///
     /// # Errors
     /// When an extent is missing, or zstd fails.
@@ -116,37 +165,60 @@ impl SnapshotWriter {
         if self.extents.len() != extent_count as usize {
             return Err(io::Error::other("a snapshot was ended before it was whole"));
         }
+        let sources = self.renumber_sources(info.key);
         let mut bytes = Vec::new();
         let mut index = BlockWriter::default();
-        // No other object is referred to: the list of sources holds this one alone.
-        index.push(&mut bytes, &encode_source(&info.key))?;
         for extent in self.extents.values() {
             index.push(&mut bytes, &encode_extent_record(extent))?;
         }
         index.finish(&mut bytes)?;
+        bytes.extend_from_slice(&encode_sources(&sources));
         let footer = SnapshotFooter {
             info: *info,
             page_size: self.page_size,
             index_offset: self.offset,
             index_len: index.len_bytes,
             index_block_count: index.block_count,
-            source_count: 1,
+            source_count: u32::try_from(sources.len()).map_err(io::Error::other)?,
             extent_count,
         };
         bytes.extend_from_slice(&footer.encode());
         Ok(bytes)
     }
-}
 
-fn index_raw_len(source_count: u32, extent_count: u32) -> u64 {
-    u64::from(source_count) * SOURCE_LEN as u64 + u64::from(extent_count) * EXTENT_LEN as u64
-}
-
-fn encode_source(key: &SnapshotKey) -> Vec<u8> {
-    let mut bytes = key.epoch.to_le_bytes().to_vec();
-    for field in [key.txid, key.time_ms] {
-        bytes.extend_from_slice(&field.to_le_bytes());
+    /// Leaves sources out that no extent is in any more; gives all that are left, the object itself first.
+    fn renumber_sources(&mut self, own: SnapshotKey) -> Vec<SnapshotKey> {
+        let mut sources = vec![own];
+        let mut numbers = BTreeMap::from([(0, 0)]);
+        for extent in self.extents.values_mut() {
+            extent.source = *numbers.entry(extent.source).or_insert_with(|| {
+                sources.push(self.sources[extent.source as usize - 1]);
+                sources.len() as u32 - 1
+            });
+        }
+        sources
     }
+}
+
+fn check_has_room_for(extent: u32) -> io::Result<()> {
+    if index_raw_len(extent.saturating_add(1)) > INDEX_RAW_LIMIT {
+        return Err(io::Error::other("a snapshot has more extents than its index can hold"));
+    }
+    Ok(())
+}
+
+fn index_raw_len(extent_count: u32) -> u64 {
+    u64::from(extent_count) * EXTENT_LEN as u64
+}
+
+fn encode_sources(sources: &[SnapshotKey]) -> Vec<u8> {
+    let mut bytes = Vec::new();
+    for key in sources {
+        bytes.extend_from_slice(&key.epoch.to_le_bytes());
+        bytes.extend_from_slice(&key.txid.to_le_bytes());
+        bytes.extend_from_slice(&key.time_ms.to_le_bytes());
+    }
+    seal(&mut bytes);
     bytes
 }
 
@@ -170,11 +242,11 @@ pub struct SnapshotFooter {
     pub page_size: u32,
     /// Where the index begins.
     pub index_offset: u64,
-    /// Length of the index's blocks in bytes; the footer follows.
+    /// Length of the index's blocks in bytes; the sources and the footer follow.
     pub index_len: u64,
     /// Number of the index's blocks.
     pub index_block_count: u32,
-    /// Number of snapshot objects that extents are in.
+    /// Number of snapshot objects that extents are in, this one included.
     pub source_count: u32,
     /// Number of extents.
     pub extent_count: u32,
@@ -214,14 +286,15 @@ impl SnapshotFooter {
         let (index_block_count, source_count, extent_count) = (fields.u32()?, fields.u32()?, fields.u32()?);
         let (size_pages, schema_cookie, page_size, epoch) =
             (fields.u32()?, fields.u32()?, fields.u32()?, fields.u32()?);
-        let end = index_offset.checked_add(index_len).and_then(|end| end.checked_add(FOOTER_LEN as u64));
+        let tail_len = sources_len(source_count) + FOOTER_LEN as u64;
+        let end = index_offset.checked_add(index_len).and_then(|end| end.checked_add(tail_len));
         let is_consistent = end == Some(object_len)
             && index_offset >= HEADER_LEN as u64
             && is_page_size(page_size)
             && txid <= last_txid
-            && (1..=extent_count.saturating_add(1)).contains(&source_count)
+            && (1..=extent_count.saturating_add(1).min(SOURCES_LIMIT)).contains(&source_count)
             && u64::from(index_block_count) * BLOCK_HEADER_LEN as u64 <= index_len
-            && index_raw_len(source_count, extent_count) <= INDEX_RAW_LIMIT
+            && index_raw_len(extent_count) <= INDEX_RAW_LIMIT
             && extent_count == super::extent_count(size_pages, page_size);
         if !is_consistent {
             return Err(FormatError::Inconsistent("the snapshot's footer is not that of this object".into()));
@@ -238,24 +311,52 @@ impl SnapshotFooter {
         })
     }
 
-    /// Reads the index from its blocks, `index_len` bytes from `index_offset` on.
+    /// Length of index and sources together, in bytes: from [`Self::index_offset`] to the footer.
+    #[must_use]
+    pub fn index_and_sources_len(&self) -> u64 {
+        self.index_len + sources_len(self.source_count)
+    }
+
+    /// How much of an object's end holds its footer and its sources, in bytes.
+    #[must_use]
+    pub fn sources_and_footer_len(&self) -> u64 {
+        sources_len(self.source_count) + FOOTER_LEN as u64
+    }
+
+    /// Reads the sources from `tail`, which ends before the footer.
     ///
     /// # Errors
-    /// When the blocks are damaged, or the index contradicts itself or the footer.
-    pub fn decode_index(&self, blocks: &[u8]) -> Result<SnapshotIndex, FormatError> {
-        let what = "the snapshot's index";
-        let raw_len = index_raw_len(self.source_count, self.extent_count);
-        let raw = read_section(blocks, self.index_block_count, raw_len, what)?;
-        let mut fields = Fields::new(&raw, what);
+    /// When they are damaged, or not those of this object.
+    pub fn decode_sources(&self, tail: &[u8]) -> Result<Vec<SnapshotKey>, FormatError> {
+        let what = "the snapshot's list of sources";
+        let start = tail.len().checked_sub(sources_len(self.source_count) as usize);
+        let bytes = &tail[start.ok_or(FormatError::TooShort { what })?..];
+        check_sealed(bytes, what)?;
+        let mut fields = Fields::new(bytes, what);
         let sources = (0..self.source_count).map(|_| decode_source(&mut fields)).collect::<Result<Vec<_>, _>>()?;
+        if sources.first() == Some(&self.info.key) {
+            Ok(sources)
+        } else {
+            Err(FormatError::Inconsistent("the snapshot's list of sources is not that of this object".into()))
+        }
+    }
+
+    /// Reads the index from its blocks and the sources behind them: [`Self::index_and_sources_len`] bytes from
+    /// `index_offset` on.
+    ///
+    /// # Errors
+    /// When they are damaged, or contradict themselves or the footer.
+    pub fn decode_index(&self, bytes: &[u8]) -> Result<SnapshotIndex, FormatError> {
+        let what = "the snapshot's index";
+        let blocks = bytes.get(..self.index_len as usize).ok_or(FormatError::TooShort { what })?;
+        let sources = self.decode_sources(&bytes[blocks.len()..])?;
+        let raw = read_section(blocks, self.index_block_count, index_raw_len(self.extent_count), what)?;
+        let mut fields = Fields::new(&raw, what);
         let mut index = SnapshotIndex { sources, extents: Vec::new() };
         for number in 0..self.extent_count {
             let extent = decode_extent_record(&mut fields)?;
             self.check_extent(number, &extent)?;
             index.extents.push(extent);
-        }
-        if index.sources.first() != Some(&self.info.key) {
-            return Err(FormatError::Inconsistent("the snapshot's index is not that of this object".into()));
         }
         Ok(index)
     }
@@ -274,14 +375,18 @@ impl SnapshotFooter {
             && (1..=most_pages).contains(&extent.page_count)
             && extent.compressed_len as usize <= BLOCK_RAW_LIMIT
             && self.has_place_for(extent)
-            && extent.txid <= self.info.last_txid
-            && (extent.source != 0 || extent.txid >= self.info.key.txid);
+            && (self.info.key.txid..=self.info.last_txid).contains(&extent.txid);
         if is_right {
             Ok(())
         } else {
             Err(FormatError::Inconsistent(format!("extent {number} in the snapshot's index can't be right")))
         }
     }
+}
+
+/// Length of the list of sources and its checksum, in bytes.
+fn sources_len(source_count: u32) -> u64 {
+    u64::from(source_count) * SOURCE_LEN + 4
 }
 
 fn decode_source(fields: &mut Fields<'_>) -> Result<SnapshotKey, FormatError> {
@@ -315,11 +420,11 @@ pub fn check_snapshot_header(bytes: &[u8], page_size: u32) -> Result<(), FormatE
     }
 }
 
-/// Reads an extent's content from its compressed bytes.
+/// Reads the content of extent `index` from its compressed bytes.
 ///
 /// # Errors
 /// When they are not those that `record` describes.
-pub fn decode_extent(record: &ExtentRecord, bytes: &[u8], page_size: u32) -> Result<Vec<u8>, FormatError> {
+pub fn decode_extent(index: u32, record: &ExtentRecord, bytes: &[u8], page_size: u32) -> Result<Vec<u8>, FormatError> {
     let what = "an extent";
     if bytes.len() != record.compressed_len as usize {
         return Err(FormatError::TooShort { what });
@@ -329,8 +434,10 @@ pub fn decode_extent(record: &ExtentRecord, bytes: &[u8], page_size: u32) -> Res
     }
     let limit = pages_per_extent(page_size) as usize * page_size as usize;
     let content = zstd::bulk::decompress(bytes, limit).map_err(|_| FormatError::BadCompression { what })?;
-    if content.len() != record.page_count as usize * page_size as usize || xxh3_64(&content) != record.content_hash {
-        return Err(FormatError::BadChecksum { what: "an extent's content" });
+    let has_right_len = content.len() == record.page_count as usize * page_size as usize;
+    if has_right_len && content_hash(index, &content, page_size) == record.content_hash {
+        Ok(content)
+    } else {
+        Err(FormatError::BadChecksum { what: "an extent's content" })
     }
-    Ok(content)
 }

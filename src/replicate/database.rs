@@ -341,7 +341,8 @@ impl<'a> Following<'a> {
             Event::Claimed(claimed) => self.take_epoch(*claimed)?,
             Event::SnapshotStored => {
                 self.has_snapshot = true;
-                self.save_state(true)?;
+                // Not durably: a power failure costs another snapshot, an fsync here can hold up the application's checkpoint.
+                self.save_state(false)?;
             }
             Event::SnapshotFailed => {
                 self.scan = None;
@@ -369,7 +370,7 @@ impl<'a> Following<'a> {
                 self.claimed = Some(claimed);
                 // An earlier run may have ended before its snapshot was stored.
                 self.scan_due = (!self.has_snapshot).then(|| self.now());
-                return self.save_state(true);
+                return self.save_state(false);
             }
             _ => {}
         }

@@ -25,6 +25,8 @@ const SMALL_SEGMENT: u64 = 1 << 20;
 const SEGMENTS_IN_FLIGHT: usize = 8;
 /// Neighbouring extents are fetched together up to this many bytes.
 const EXTENT_BATCH_LEN: u64 = 4 << 20;
+/// Extents that lie no further apart are fetched together: bytes that nobody wants cost less than another request.
+const EXTENT_GAP_LEN: u64 = 256 << 10;
 /// So many batches of extents are fetched at a time.
 const BATCHES_IN_FLIGHT: usize = 4;
 
@@ -261,7 +263,7 @@ impl Execution<'_> {
                 for (number, extent) in &batch.extents {
                     let at = (extent.offset - batch.offset) as usize;
                     let compressed = &bytes[at..at + extent.compressed_len as usize];
-                    let content = decode_extent(extent, compressed, image.page_size);
+                    let content = decode_extent(*number, extent, compressed, image.page_size);
                     let content = content.map_err(RestoreError::format(&place, &key))?;
                     let (first_page, _) = extent_pages(*number, u32::MAX, image.page_size);
                     for (page_number, page) in (first_page..).zip(content.chunks_exact(image.page_size as usize)) {
@@ -283,7 +285,7 @@ impl Execution<'_> {
         let header = self.store.get_range(&key.to_string(), 0, HEADER_LEN as u64).await;
         let header = header.map_err(RestoreError::object(location, key))?;
         check_snapshot_header(&header, footer.page_size).map_err(RestoreError::format(location, key))?;
-        let blocks = self.store.get_range(&key.to_string(), footer.index_offset, footer.index_len).await;
+        let blocks = self.store.get_range(&key.to_string(), footer.index_offset, footer.index_and_sources_len()).await;
         let blocks = blocks.map_err(RestoreError::object(location, key))?;
         footer.decode_index(&blocks).map_err(RestoreError::format(location, key))
     }
@@ -349,29 +351,31 @@ struct Batch {
     extents: Vec<(u32, ExtentRecord)>,
 }
 
-/// The extents that hold pages still wanted, neighbours in an object together.
+/// The extents that hold pages still wanted, neighbours in an object together, in whatever order they lie there.
 fn batches(index: &SnapshotIndex, image: &Image) -> Vec<Batch> {
-    let mut batches: Vec<Batch> = Vec::new();
-    for (number, extent) in (0..).zip(&index.extents) {
+    let is_wanted = |&(number, extent): &(u32, ExtentRecord)| {
         let (first_page, _) = extent_pages(number, u32::MAX, image.page_size);
-        if !(first_page..first_page.saturating_add(extent.page_count)).any(|page_number| image.wants(page_number)) {
-            continue;
-        }
-        let len_bytes = u64::from(extent.compressed_len);
+        (first_page..first_page.saturating_add(extent.page_count)).any(|page_number| image.wants(page_number))
+    };
+    let mut extents: Vec<(u32, ExtentRecord)> = (0..).zip(index.extents.iter().copied()).filter(is_wanted).collect();
+    extents.sort_by_key(|(_, extent)| (extent.source, extent.offset));
+    let mut batches: Vec<Batch> = Vec::new();
+    for (number, extent) in extents {
+        let end = extent.offset + u64::from(extent.compressed_len);
         match batches.last_mut() {
             Some(batch)
                 if batch.source == extent.source
-                    && batch.offset + batch.len_bytes == extent.offset
-                    && batch.len_bytes + len_bytes <= EXTENT_BATCH_LEN =>
+                    && extent.offset - (batch.offset + batch.len_bytes).min(extent.offset) <= EXTENT_GAP_LEN
+                    && end - batch.offset <= EXTENT_BATCH_LEN =>
             {
-                batch.len_bytes += len_bytes;
-                batch.extents.push((number, *extent));
+                batch.len_bytes = batch.len_bytes.max(end - batch.offset);
+                batch.extents.push((number, extent));
             }
             _ => batches.push(Batch {
                 source: extent.source,
                 offset: extent.offset,
-                len_bytes,
-                extents: vec![(number, *extent)],
+                len_bytes: end - extent.offset,
+                extents: vec![(number, extent)],
             }),
         }
     }

@@ -57,14 +57,14 @@ fn snapshot(page_size: u32, size_pages: u32) -> Vec<u8> {
 fn read_snapshot(bytes: &[u8]) -> Result<Vec<Vec<u8>>, waltrail::format::FormatError> {
     let footer = SnapshotFooter::decode(bytes, bytes.len() as u64)?;
     check_snapshot_header(bytes, footer.page_size)?;
-    let end = footer.index_offset + footer.index_len;
+    let end = footer.index_offset + footer.index_and_sources_len();
     let index = footer.decode_index(&bytes[footer.index_offset as usize..end as usize])?;
-    let extent = |record: &waltrail::format::snapshot::ExtentRecord| {
+    let extent = |(number, record): (u32, &waltrail::format::snapshot::ExtentRecord)| {
         let (start, len) = (record.offset as usize, record.compressed_len as usize);
         let compressed = bytes.get(start..start.saturating_add(len)).unwrap_or_default();
-        decode_extent(record, compressed, footer.page_size)
+        decode_extent(number, record, compressed, footer.page_size)
     };
-    index.extents.iter().map(extent).collect()
+    (0..).zip(&index.extents).map(extent).collect()
 }
 
 fn transactions() -> impl Strategy<Value = Vec<Pages>> {

@@ -95,10 +95,6 @@ fn referring_snapshot(
     bytes.extend_from_slice(own);
     let index_offset = bytes.len() as u64;
     let mut index = BlockWriter::default();
-    for source in [&info.key].into_iter().chain(others) {
-        index.push(&mut bytes, &source.epoch.to_le_bytes()).unwrap();
-        index.push(&mut bytes, &[source.txid.to_le_bytes(), source.time_ms.to_le_bytes()].concat()).unwrap();
-    }
     for extent in extents {
         let long = [extent.offset, extent.content_hash, extent.txid].map(u64::to_le_bytes).concat();
         let short =
@@ -106,6 +102,13 @@ fn referring_snapshot(
         index.push(&mut bytes, &[long, short].concat()).unwrap();
     }
     index.finish(&mut bytes).unwrap();
+    let mut sources = Vec::new();
+    for source in [&info.key].into_iter().chain(others) {
+        sources.extend(source.epoch.to_le_bytes());
+        sources.extend([source.txid.to_le_bytes(), source.time_ms.to_le_bytes()].concat());
+    }
+    sources.extend(crc32fast::hash(&sources).to_le_bytes());
+    bytes.extend(sources);
     let long = [
         index_offset,
         index.len_bytes,
@@ -143,20 +146,13 @@ async fn extents_of_older_snapshots_are_read_there() {
     pages[1].fill(99);
     let (key, bytes) = segment(page_size, 2, 8, fingerprint(&pages), &[(2, &pages[1])]);
     put(&store, &key, bytes).await;
-    let (mut own, header) = SnapshotWriter::new(page_size);
-    let own_bytes = own.encode_extent(0, 2, &pages[..4].concat()).unwrap();
-    let first = ExtentRecord {
-        source: 0,
-        offset: header.len() as u64,
-        compressed_len: own_bytes.len() as u32,
-        crc32: crc32fast::hash(&own_bytes),
-        page_count: 4,
-        content_hash: xxhash_rust::xxh3::xxh3_64(&pages[..4].concat()),
-        txid: 2,
-    };
-    let second = ExtentRecord { source: 1, ..older_extents[1] };
+    let (mut newer, mut bytes) = SnapshotWriter::new(page_size);
+    bytes.extend(newer.encode_extent(0, 2, &pages[..4].concat()).unwrap());
+    newer.refer_to_extent(1, 2, older_info.key, &older_extents[1]).unwrap();
     let info = snapshot_info(2, 8, fingerprint(&pages));
-    let bytes = referring_snapshot(&info, page_size, &own_bytes, &[older_info.key], &[first, second]);
+    bytes.extend(newer.finish(&info).unwrap());
+    let footer = SnapshotFooter::decode(&bytes, bytes.len() as u64).unwrap();
+    assert_eq!(footer.decode_sources(&bytes[..bytes.len() - 100]).unwrap(), [info.key, older_info.key]);
     put(&store, &info.key, bytes).await;
 
     let mut restored = Vec::new();
@@ -274,8 +270,8 @@ fn an_index_larger_than_its_limit_is_refused() {
     let info = snapshot_info(1, u32::MAX - 1, 0);
     let refused = footer_of(&info, 65_536, (u32::MAX - 1).div_ceil(4));
     assert!(matches!(refused, Err(FormatError::Inconsistent(_))), "{refused:?}");
-    // Up to the limit, 20 bytes for the source and 40 an extent of 4 pages, all is well; and nobody writes what can't be read.
-    let most_extents = ((256 << 20) - 20) / 40;
+    // Up to the limit, 40 bytes an extent of 4 pages, all is well; and nobody writes what can't be read.
+    let most_extents = (256 << 20) / 40;
     for (extent_count, is_possible) in [(most_extents, true), (most_extents + 1, false)] {
         let info = snapshot_info(1, extent_count * 4, 0);
         assert_eq!(footer_of(&info, 65_536, extent_count).is_ok(), is_possible, "{extent_count}");
@@ -294,5 +290,5 @@ fn footer_of(info: &SnapshotInfo, page_size: u32, extent_count: u32) -> Result<S
     let crc32 = crc32fast::hash(&[&footer, &b"WALTSNPE"[..]].concat());
     footer.extend_from_slice(&crc32.to_le_bytes());
     footer.extend_from_slice(b"WALTSNPE\0\0\0\0");
-    SnapshotFooter::decode(&footer, 32 + 120_000 + 100)
+    SnapshotFooter::decode(&footer, 32 + 120_000 + 24 + 100)
 }
