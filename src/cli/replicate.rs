@@ -77,6 +77,7 @@ pub async fn run(config: Config) -> Result<(), Failure> {
             poll_interval: database.poll_interval,
             checkpoint_threshold_bytes: database.checkpoint_threshold_bytes,
             spool_limit_bytes: database.spool_limit_bytes,
+            snapshot_interval: database.snapshot_interval,
         };
         jobs.push(Job { settings, state_dir: database.state_dir, store });
     }

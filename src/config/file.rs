@@ -39,6 +39,7 @@ struct DatabaseTable {
     poll_interval: Option<DurationText>,
     checkpoint_threshold: Option<SizeText>,
     spool_limit: Option<SizeText>,
+    snapshot_interval: Option<DurationText>,
 }
 
 /// A URL, or a table with one.
@@ -174,6 +175,12 @@ impl DatabaseTable {
         }
         if let Some(SizeText(bytes)) = self.spool_limit {
             database.spool_limit_bytes = bytes;
+        }
+        if let Some(DurationText(interval)) = self.snapshot_interval {
+            if interval.is_zero() {
+                return Err(format!("database '{shown}': snapshot-interval must not be 0"));
+            }
+            database.snapshot_interval = interval;
         }
         Ok(database)
     }

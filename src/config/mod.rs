@@ -76,6 +76,8 @@ pub struct DatabaseConfig {
     pub checkpoint_threshold_bytes: u64,
     /// No more than so many bytes wait on the local disk while storage is away.
     pub spool_limit_bytes: u64,
+    /// A snapshot is made this often, if anything was written.
+    pub snapshot_interval: Duration,
 }
 
 impl DatabaseConfig {
@@ -90,6 +92,7 @@ impl DatabaseConfig {
             poll_interval: Duration::from_secs(1),
             checkpoint_threshold_bytes: 4 << 20,
             spool_limit_bytes: 256 << 20,
+            snapshot_interval: Duration::from_secs(24 * 3600),
         }
     }
 }

@@ -154,6 +154,12 @@ impl SnapshotWriter {
         self.offset
     }
 
+    /// Length of all extents in bytes, wherever they are: what a restore reads.
+    #[must_use]
+    pub fn extents_len_bytes(&self) -> u64 {
+        self.extents.values().map(|extent| u64::from(extent.compressed_len)).sum()
+    }
+
     /// Ends the snapshot; returns its index, sources and footer, the bytes to append. Extents behind the database's end are
     /// left out: it shrank after they were added.
     ///

@@ -58,6 +58,8 @@ pub struct Continuing {
     pub writer: String,
     /// The last captured transaction.
     pub captured: Position,
+    /// Whether the database was restored to there: what came after in that epoch was undone.
+    pub is_restored: bool,
 }
 
 /// An epoch that was claimed.
@@ -206,7 +208,8 @@ async fn last_known(store: &SharedStore, record: &EpochRecord) -> Result<(Positi
     Ok((Position { epoch: record.epoch, txid }, time_ms))
 }
 
-/// Whether this is the replica that the writer left, its epoch is there, and everything it captured has arrived.
+/// Whether this is the replica that the writer left, its epoch is there, and everything it captured has arrived. After a
+/// restore: whether it is the replica that was restored from, and the epoch goes as far.
 async fn is_known(
     store: &SharedStore,
     replica: &OpenReplica,
@@ -218,7 +221,15 @@ async fn is_known(
         return Ok(false);
     }
     let record = read_record(store, key).await?;
-    Ok(record.writer == continuing.writer && last_known(store, &record).await?.0 == continuing.captured)
+    if record.writer != continuing.writer {
+        return Ok(false);
+    }
+    let last_txid = last_known(store, &record).await?.0.txid;
+    let captured_txid = continuing.captured.txid;
+    Ok(match continuing.is_restored {
+        true => (record.start_txid()..=last_txid).contains(&captured_txid),
+        false => captured_txid == last_txid,
+    })
 }
 
 /// Whether the claim holds.

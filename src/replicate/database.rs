@@ -6,15 +6,16 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-use tokio::sync::mpsc::{self, error::TrySendError};
+use tokio::sync::mpsc;
 
 use super::capture::Capture;
-use super::claim::{Claimed, Continuing};
+use super::claim::Claimed;
 use super::ledger::{FOLD_AT_ENTRIES, Ledger};
 use super::record::{Ignore, RecordError, Recorder, Start};
-use super::scan::{SnapshotScan, Step, is_as_known};
-use super::ship::{Job, Piece, Progress};
+use super::ship::{Job, Progress};
+use super::snapshots::{Advance, Snapshots};
 use super::spool::{self, Spool};
+use super::start::{Started, start};
 use super::state::{LocalState, StateDirectory, wal_field};
 use super::wake::{Event, Mailbox};
 use crate::clock::Clock;
@@ -44,15 +45,8 @@ const QUIET_RETRY: Duration = Duration::from_secs(60);
 /// A barrier that was not to be had is tried again after this at first, then at doubling intervals.
 const FIRST_BARRIER_RETRY: Duration = Duration::from_millis(10);
 const LAST_BARRIER_RETRY: Duration = Duration::from_millis(320);
-/// A snapshot that could not be stored is read again after this.
-const SNAPSHOT_RETRY: Duration = Duration::from_secs(30);
 /// At a stop, a claim that is not answered yet is waited for, and a snapshot read on, for so long.
 const STOP_PATIENCE: Duration = Duration::from_secs(4);
-/// So many extents are read before commits are looked after again.
-const EXTENTS_A_STEP: usize = 4;
-/// So many extents may wait for the store.
-const PIECES_IN_FLIGHT: usize = 8;
-
 /// How one database is followed.
 #[derive(Debug, Clone)]
 pub struct DatabaseSettings {
@@ -66,6 +60,8 @@ pub struct DatabaseSettings {
     pub checkpoint_threshold_bytes: u64,
     /// No more bytes of segments than this wait on the local disk.
     pub spool_limit_bytes: u64,
+    /// A snapshot is made this often, if anything was written.
+    pub snapshot_interval: Duration,
 }
 
 /// Why following a database ended.
@@ -137,14 +133,6 @@ pub fn follow(around: Surroundings, directory: &StateDirectory) -> Result<Option
     following.end()
 }
 
-/// A snapshot on its way.
-struct ActiveScan {
-    scan: SnapshotScan,
-    pieces: mpsc::Sender<Piece>,
-    /// What the store was not ready to take.
-    pending: Option<Piece>,
-}
-
 struct Following<'a> {
     around: Surroundings,
     directory: &'a StateDirectory,
@@ -152,9 +140,7 @@ struct Following<'a> {
     capture: Capture,
     recorder: Option<Recorder>,
     claimed: Option<Claimed>,
-    scan: Option<ActiveScan>,
-    scan_due: Option<Duration>,
-    has_snapshot: bool,
+    snapshots: Snapshots,
     last_cut: Option<Duration>,
     last_commit: Duration,
     last_look: Duration,
@@ -168,20 +154,20 @@ struct Following<'a> {
 impl<'a> Following<'a> {
     fn begin(around: Surroundings, directory: &'a StateDirectory, live: LiveDatabase) -> Result<Self, DatabaseError> {
         let spool = Spool::new(directory.spool_path());
-        let saved = directory.load().filter(|(state, _)| state.page_size == live.files.page_size);
-        let left_at = saved.as_ref().and_then(|(state, _)| state.wal_position());
-        let (capture, continues) = Capture::attach(live, left_at)?;
+        let Started { capture, resumed } = start(live, &around.settings, directory, &spool, &around.clock)?;
+        let (recorder, snapshot, continuing) = match resumed {
+            Some(resumed) => (Some(resumed.recorder), resumed.snapshot, Some(resumed.continuing)),
+            None => (None, None, None),
+        };
         let now = around.clock.monotonic();
-        let mut following = Self {
+        let following = Self {
+            snapshots: Snapshots::new(around.settings.snapshot_interval, snapshot),
             around,
             directory,
             spool,
             capture,
-            recorder: None,
+            recorder,
             claimed: None,
-            scan: None,
-            scan_due: None,
-            has_snapshot: false,
             last_cut: None,
             last_commit: now,
             last_look: now,
@@ -191,53 +177,9 @@ impl<'a> Following<'a> {
             barrier_retry: FIRST_BARRIER_RETRY,
             barrier_due: now,
         };
-        let continuing = match saved {
-            Some((state, overlay)) => {
-                let ledger = Ledger::open(
-                    &directory.ledger_path(),
-                    state.page_size,
-                    state.size_pages,
-                    state.fingerprint,
-                    overlay,
-                );
-                following.resume(&state, ledger, continues)?
-            }
-            None => None,
-        };
         let leftovers = following.spool.waiting()?;
         following.send(Job::Claim { continuing, leftovers });
         Ok(following)
-    }
-
-    /// Takes up recording where the state says, if it can be proven that nothing was missed: the WAL goes on from there, and
-    /// the main file was not touched, or holds, page for page, what the ledger knows.
-    fn resume(
-        &mut self,
-        state: &LocalState,
-        ledger: io::Result<Ledger>,
-        wal_continues: bool,
-    ) -> Result<Option<Continuing>, DatabaseError> {
-        let database = self.around.settings.path.display().to_string();
-        let Ok(ledger) = ledger else { return Ok(None) };
-        let is_untouched = self.capture.files().main_identity()? == state.main;
-        let start = Start { position: state.captured, time_ms: state.time_ms, schema_cookie: state.schema_cookie };
-        let clock = self.around.clock.clone();
-        let mut recorder = Recorder::new(self.spool.clone(), clock, ledger, state.page_size, start);
-        // The epoch to come is not known yet.
-        recorder.set_epoch(0);
-        if wal_continues {
-            self.capture.advance(&mut recorder)?;
-        }
-        let is_proven = (wal_continues && is_untouched) || is_as_known(&self.capture, &recorder.ledger)?;
-        if !is_proven {
-            tracing::warn!(database, "changed while it was not followed; a new snapshot is needed");
-            return Ok(None);
-        }
-        tracing::info!(database, txid = state.captured.txid, wal_continues, is_untouched, "nothing was missed");
-        self.recorder = Some(recorder);
-        self.has_snapshot = state.has_snapshot;
-        let (replica, writer) = (state.replica.clone(), state.writer.clone());
-        Ok(Some(Continuing { replica, writer, captured: state.captured }))
     }
 
     fn now(&self) -> Duration {
@@ -264,9 +206,7 @@ impl<'a> Following<'a> {
             }
             self.look()?;
             if is_stopping {
-                let until = self.now() + STOP_PATIENCE;
-                self.await_claim(until)?;
-                return self.finish_snapshot(until);
+                return self.settle(self.now() + STOP_PATIENCE);
             }
             self.read_snapshot()?;
             self.cut_if_due()?;
@@ -284,16 +224,13 @@ impl<'a> Following<'a> {
     }
 
     fn time_to_wait(&self) -> Result<Duration, DatabaseError> {
-        if self.scan.as_ref().is_some_and(|active| active.pending.is_none()) {
-            return Ok(Duration::ZERO);
-        }
         let now = self.now();
         let mut wait = self.around.settings.poll_interval;
         let cut_due = self.recorder.as_ref().and_then(Recorder::open_len_bytes).and(self.last_cut);
         let cut_due = cut_due.filter(|_| self.claimed.is_some()).map(|last| last + self.around.settings.sync_interval);
         let barrier_due = self.is_barrier_wanted().then_some(self.barrier_due);
-        let pending_due = self.scan.is_some().then_some(now + SNAPSHOT_PAUSE);
-        for due in [cut_due, barrier_due, pending_due, self.quiet_checkpoint_due, self.scan_due].into_iter().flatten() {
+        let snapshot_due = self.snapshots.next_step(now, SNAPSHOT_PAUSE).filter(|_| self.claimed.is_some());
+        for due in [cut_due, barrier_due, snapshot_due, self.quiet_checkpoint_due].into_iter().flatten() {
             wait = wait.min(due.saturating_sub(now));
         }
         Ok(wait.min(self.look_again.unwrap_or(wait)))
@@ -339,15 +276,19 @@ impl<'a> Following<'a> {
     fn handle(&mut self, event: Event) -> Result<bool, DatabaseError> {
         match event {
             Event::Claimed(claimed) => self.take_epoch(*claimed)?,
+            Event::BaseFound(base) => {
+                let Some(recorder) = &self.recorder else { return Ok(false) };
+                let (now_ms, is_first) = (self.around.clock.now_ms(), self.snapshots.confirmed().is_none());
+                let begun = self.snapshots.begin(&self.capture, recorder, base.map(|base| *base), now_ms)?;
+                let (key, pieces) = begun;
+                self.send(Job::Snapshot { key, is_first, pieces });
+            }
             Event::SnapshotStored => {
-                self.has_snapshot = true;
+                self.snapshots.note_stored();
                 // Not durably: a power failure costs another snapshot, an fsync here can hold up the application's checkpoint.
                 self.save_state(false)?;
             }
-            Event::SnapshotFailed => {
-                self.scan = None;
-                self.scan_due = Some(self.now() + SNAPSHOT_RETRY);
-            }
+            Event::SnapshotFailed => self.snapshots.note_failed(self.now()),
             Event::Stop => return Ok(true),
         }
         Ok(false)
@@ -368,8 +309,6 @@ impl<'a> Following<'a> {
             Some(recorder) if record.continues => {
                 recorder.set_epoch(record.epoch);
                 self.claimed = Some(claimed);
-                // An earlier run may have ended before its snapshot was stored.
-                self.scan_due = (!self.has_snapshot).then(|| self.now());
                 return self.save_state(false);
             }
             _ => {}
@@ -378,7 +317,7 @@ impl<'a> Following<'a> {
         self.directory.discard()?;
         // What was recorded on a ground that does not hold is dropped with its segment.
         self.recorder = None;
-        self.has_snapshot = false;
+        self.snapshots = Snapshots::new(self.around.settings.snapshot_interval, None);
         spool::remove(&self.spool.open_segment_path())?;
         self.advance()?;
         let start = self.start_at(&claimed)?;
@@ -387,7 +326,6 @@ impl<'a> Following<'a> {
         let clock = self.around.clock.clone();
         self.recorder = Some(Recorder::new(self.spool.clone(), clock, ledger, page_size, start));
         self.claimed = Some(claimed);
-        self.scan_due = Some(self.now());
         Ok(())
     }
 
@@ -402,78 +340,36 @@ impl<'a> Following<'a> {
         })
     }
 
-    /// Reads a few extents of the snapshot that is due or under way.
-    fn read_snapshot(&mut self) -> Result<(), DatabaseError> {
-        if self.scan.is_none() && self.scan_due.is_some_and(|due| due <= self.now()) {
-            self.begin_snapshot();
+    /// Begins the snapshot that is due, or reads a few extents of the one under way.
+    fn read_snapshot(&mut self) -> Result<Advance, DatabaseError> {
+        let (Some(recorder), true) = (&mut self.recorder, self.claimed.is_some()) else { return Ok(Advance::Nothing) };
+        let clock = &self.around.clock;
+        if self.snapshots.begin_if_due(clock.monotonic(), clock.now_ms()) {
+            self.send(Job::FindBase);
+            return Ok(Advance::Nothing);
         }
-        let (Some(active), Some(recorder)) = (&mut self.scan, &mut self.recorder) else { return Ok(()) };
-        for _ in 0..EXTENTS_A_STEP {
-            let piece = match active.pending.take() {
-                Some(piece) => piece,
-                None => match active.scan.step(&self.capture, recorder)? {
-                    Step::Extent(bytes) => Piece::Bytes(bytes),
-                    Step::Finished(bytes, info) => Piece::End(bytes, info),
-                },
-            };
-            let is_last = matches!(piece, Piece::End(..));
-            match active.pieces.try_send(piece) {
-                Ok(()) if is_last => {
-                    self.scan = None;
-                    return self.finish_ledger();
-                }
-                // As long as the ledger is not complete no state relies on it.
-                Ok(()) => {
-                    if recorder.ledger.overlay().len() >= FOLD_AT_ENTRIES && recorder.ledger.fingerprint().is_none() {
-                        recorder.ledger.fold()?;
-                    }
-                }
-                // The store is slower than the disk.
-                Err(TrySendError::Full(piece)) => {
-                    active.pending = Some(piece);
-                    return Ok(());
-                }
-                // It has failed; the event that says so is on its way.
-                Err(TrySendError::Closed(_)) => {
-                    self.scan = None;
-                    return Ok(());
-                }
-            }
+        let advance = self.snapshots.advance(&self.capture, recorder)?;
+        if advance == Advance::Complete {
+            self.finish_ledger()?;
         }
-        Ok(())
+        Ok(advance)
     }
 
-    /// A process that is stopped as soon as it has started waits for its epoch: without one nothing can be shipped. Ends at
-    /// once when nobody claims any more.
-    fn await_claim(&mut self, until: Duration) -> Result<(), DatabaseError> {
-        while self.claimed.is_none() && !self.around.jobs.is_closed() && self.now() < until {
-            let (_, events) = self.around.mailbox.wait(until.saturating_sub(self.now()));
+    /// At a stop: a process that is stopped as soon as it has started waits for its epoch, without which nothing can be shipped;
+    /// and so that it leaves something to restore from, a first snapshot is read to its end, if that is near. The store's part
+    /// has its own limit. Ends at once when nobody ships any more.
+    fn settle(&mut self, until: Duration) -> Result<(), DatabaseError> {
+        while (self.claimed.is_none() || self.snapshots.has_first_to_read())
+            && !self.around.jobs.is_closed()
+            && self.now() < until
+        {
+            let pause = if self.read_snapshot()? == Advance::More { Duration::ZERO } else { SNAPSHOT_PAUSE };
+            let (_, events) = self.around.mailbox.wait(pause);
             for event in events {
                 self.handle(event)?;
             }
         }
         Ok(())
-    }
-
-    /// A short-lived process should leave something to restore from: a snapshot that is being read at the stop is read to
-    /// its end, if that is near. The store's part has its own limit.
-    fn finish_snapshot(&mut self, until: Duration) -> Result<(), DatabaseError> {
-        while (self.scan.is_some() || self.scan_due.is_some_and(|due| due <= self.now())) && self.now() < until {
-            self.read_snapshot()?;
-            if self.scan.as_ref().is_some_and(|active| active.pending.is_some()) {
-                std::thread::sleep(SNAPSHOT_PAUSE);
-            }
-        }
-        Ok(())
-    }
-
-    fn begin_snapshot(&mut self) {
-        let Some(recorder) = &self.recorder else { return };
-        self.scan_due = None;
-        let (scan, header) = SnapshotScan::new(self.capture.files().page_size, &recorder.last());
-        let (pieces, receiver) = mpsc::channel(PIECES_IN_FLIGHT);
-        self.send(Job::Snapshot { key: scan.key(), pieces: receiver });
-        self.scan = Some(ActiveScan { scan, pieces, pending: Some(Piece::Bytes(header)) });
     }
 
     /// Every page is known: from here on the local state proves something.
@@ -502,6 +398,7 @@ impl<'a> Following<'a> {
         let (Some(recorder), true) = (&mut self.recorder, self.claimed.is_some()) else { return Ok(()) };
         let Some(spooled) = recorder.cut()? else { return Ok(()) };
         self.last_cut = Some(self.now());
+        self.snapshots.note_cut(spooled.len_bytes);
         self.save_state(false)?;
         let waiting = &self.around.progress.waiting_bytes;
         let waiting_bytes = waiting.fetch_add(spooled.len_bytes, Ordering::Relaxed) + spooled.len_bytes;
@@ -533,7 +430,8 @@ impl<'a> Following<'a> {
             fingerprint,
             wal: wal_field(self.capture.follower().position()),
             main: self.capture.files().main_identity()?,
-            has_snapshot: self.has_snapshot,
+            snapshot: self.snapshots.confirmed(),
+            is_restored: false,
         };
         let must_fold = recorder.ledger.overlay().len() >= FOLD_AT_ENTRIES;
         self.directory.save(&state, recorder.ledger.overlay(), durably || must_fold)?;

@@ -103,6 +103,30 @@ impl Ledger {
         Ok(u64::from_le_bytes(entry))
     }
 
+    /// The hashes of `page_count` known pages from `first_page` on, in order; 0 for the lock page.
+    ///
+    /// # Errors
+    /// As the operating system answers; a base that is too short is an error.
+    pub fn hashes(&self, first_page: u32, page_count: u32) -> io::Result<Vec<u64>> {
+        let pages = first_page..first_page.saturating_add(page_count);
+        let changed: Vec<(u32, u64)> = self.overlay.range(pages.clone()).map(|(&page, &hash)| (page, hash)).collect();
+        let lock_page = lock_page(self.page_size);
+        // The last pages may never have been folded into the base: then they are in the overlay, all of them.
+        let unfolded =
+            changed.iter().rev().zip(pages.clone().rev()).take_while(|&(&(page, _), due)| page == due).count();
+        let mut base = vec![0; (page_count as usize - unfolded) * ENTRY_LEN as usize];
+        self.base.read_exact_at(&mut base, u64::from(first_page - 1) * ENTRY_LEN)?;
+        let mut hashes: Vec<u64> = base.as_chunks().0.iter().map(|entry| u64::from_le_bytes(*entry)).collect();
+        hashes.resize(page_count as usize, 0);
+        for (page_number, hash) in changed {
+            hashes[(page_number - first_page) as usize] = hash;
+        }
+        if pages.contains(&lock_page) {
+            hashes[(lock_page - first_page) as usize] = 0;
+        }
+        Ok(hashes)
+    }
+
     /// Takes in a page that was read while nothing changed; pages come in ascending order.
     pub fn learn(&mut self, page_number: u32, image: &[u8]) {
         if page_number == self.known_pages + 1 {
@@ -244,6 +268,14 @@ mod tests {
         assert_eq!(ledger.fingerprint(), Some(fingerprint(&[1, 3, 5, 5])));
         assert!(ledger.matches(3, &image(5)).unwrap());
         assert!(!ledger.matches(3, &image(7)).unwrap());
+        // Pages 1 and 2 are in the base, all in the overlay.
+        let known: Vec<u64> = change(&[(1, 1), (2, 3), (3, 5), (4, 5)]).into_iter().map(|(_, hash)| hash).collect();
+        assert_eq!(ledger.hashes(1, 4).unwrap(), known);
+        assert_eq!(ledger.hashes(2, 2).unwrap(), known[1..3]);
+        ledger.fold().unwrap();
+        ledger.apply(5, &change(&[(2, 8), (5, 5)])).unwrap();
+        assert_eq!(ledger.hashes(2, 4).unwrap(), [change(&[(2, 8)])[0].1, known[2], known[3], change(&[(5, 5)])[0].1]);
+        assert!(ledger.hashes(5, 2).is_err(), "page 6 is not known");
     }
 
     #[test]

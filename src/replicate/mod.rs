@@ -3,14 +3,18 @@
 //! One thread a database does the blocking file work ([`database`]); one task a database does the storage work ([`ship`]).
 //! Between them: a queue of jobs, a mailbox, and the spool on the disk. One database's trouble is its own.
 
+pub mod base;
 pub mod capture;
 pub mod claim;
 pub mod database;
+pub mod delta;
 pub mod ledger;
 pub mod record;
 pub mod scan;
 pub mod ship;
+pub mod snapshots;
 pub mod spool;
+pub mod start;
 pub mod state;
 pub mod wake;
 

@@ -8,9 +8,8 @@ use super::capture::Sink;
 use super::ledger::Ledger;
 use super::spool::{Spool, Spooled};
 use crate::clock::Clock;
-use crate::format::Position;
-use crate::format::lock_page;
 use crate::format::segment::{SegmentWriter, TransactionInfo};
+use crate::format::{Position, lock_page, page_hash};
 use crate::sqlite::SqliteError;
 use crate::sqlite::follow::{Images, PageImage, WalTransaction};
 use crate::sqlite::header::schema_cookie;
@@ -119,6 +118,59 @@ impl Recorder {
     }
 }
 
+impl Recorder {
+    /// Takes in what happened unseen: the pages that differ (ascending) with their hashes, whose images `read` gives.
+    ///
+    /// # Errors
+    /// What `read` answers; [`SqliteError::PageChanged`] when an image has not its hash; the operating system's error. The
+    /// recorder is then not to be used any more.
+    pub fn take_difference(
+        &mut self,
+        size_pages: u32,
+        pages: &[(u32, u64)],
+        mut read: impl FnMut(u32) -> Result<Vec<u8>, RecordError>,
+    ) -> Result<(), RecordError> {
+        self.ledger.apply(size_pages, pages)?;
+        let page_numbers: Vec<u32> = pages.iter().map(|&(page_number, _)| page_number).collect();
+        let cookie = match page_numbers.first() {
+            Some(1) => schema_cookie(&read(1)?),
+            _ => self.last.schema_cookie,
+        };
+        self.begin_transaction(size_pages, cookie, true, &page_numbers)?;
+        for &(page_number, hash) in pages {
+            let image = read(page_number)?;
+            if page_hash(page_number, &image) != hash {
+                return Err(SqliteError::PageChanged { path: self.spool.open_segment_path(), page_number }.into());
+            }
+            self.segment()?.push_page(&image)?;
+        }
+        Ok(())
+    }
+
+    /// Begins the next transaction; the ledger has taken it in already.
+    fn begin_transaction(
+        &mut self,
+        size_pages: u32,
+        schema_cookie: u32,
+        coalesced: bool,
+        page_numbers: &[u32],
+    ) -> io::Result<()> {
+        let info = TransactionInfo {
+            time_ms: self.commit_time_ms(),
+            size_pages,
+            schema_cookie,
+            fingerprint: self.ledger.fingerprint(),
+            coalesced,
+            schema_changed: schema_cookie != self.last.schema_cookie,
+        };
+        self.segment()?.begin_transaction(&info, page_numbers)?;
+        self.last.position.txid += 1;
+        self.last.time_ms = info.time_ms;
+        self.last.schema_cookie = schema_cookie;
+        Ok(())
+    }
+}
+
 impl Sink for Recorder {
     type Error = RecordError;
 
@@ -131,23 +183,12 @@ impl Sink for Recorder {
             Some(page) if page.page_number == 1 => schema_cookie(images.get(page)?),
             _ => self.last.schema_cookie,
         };
-        let info = TransactionInfo {
-            time_ms: self.commit_time_ms(),
-            size_pages: transaction.size_pages,
-            schema_cookie: cookie,
-            fingerprint: self.ledger.fingerprint(),
-            coalesced: false,
-            schema_changed: cookie != self.last.schema_cookie,
-        };
         let page_numbers: Vec<u32> = pages.iter().map(|page| page.page_number).collect();
-        let segment = self.segment()?;
-        segment.begin_transaction(&info, &page_numbers)?;
+        self.begin_transaction(transaction.size_pages, cookie, false, &page_numbers)?;
         for page in pages {
-            segment.push_page(images.get(page)?)?;
+            let image = images.get(page)?;
+            self.segment()?.push_page(image)?;
         }
-        self.last.position.txid += 1;
-        self.last.time_ms = info.time_ms;
-        self.last.schema_cookie = cookie;
         Ok(())
     }
 }

@@ -7,12 +7,13 @@ use std::time::Duration;
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinSet;
 
+use super::base::Base;
 use super::claim::{ClaimError, Claimed, Continuing, claim, list_epochs, open_replica, read_record};
+use super::scan::Finished;
 use super::spool::{self, Spooled};
 use super::wake::{Event, Mailbox};
 use crate::clock::Clock;
 use crate::format::key::SnapshotKey;
-use crate::format::snapshot::SnapshotInfo;
 use crate::store::retry::RetryPolicy;
 use crate::store::upload::{Upload, put_file};
 use crate::store::{PutMode, SharedStore, StoreError, StoreErrorKind};
@@ -36,10 +37,14 @@ pub enum Job {
     },
     /// Ship a segment.
     Ship(Spooled),
+    /// Look up what the next snapshot is based on.
+    FindBase,
     /// Store a snapshot from its pieces.
     Snapshot {
         /// Where.
         key: SnapshotKey,
+        /// Whether the line of this epoch can't be restored without it.
+        is_first: bool,
         /// The pieces, in order.
         pieces: mpsc::Receiver<Piece>,
     },
@@ -51,7 +56,7 @@ pub enum Piece {
     /// Bytes to append.
     Bytes(Vec<u8>),
     /// The last bytes.
-    End(Vec<u8>, SnapshotInfo),
+    End(Finished),
 }
 
 /// What both sides see.
@@ -61,7 +66,7 @@ pub struct Progress {
     pub waiting_bytes: AtomicU64,
     /// The last transaction of the epoch that is confirmed.
     pub confirmed: watch::Sender<u64>,
-    /// Whether the last snapshot that was asked for was not stored.
+    /// Whether the first snapshot, without which nothing of the epoch can be restored, is not stored.
     pub snapshot_is_missing: AtomicBool,
 }
 
@@ -124,7 +129,7 @@ impl Shipper {
     /// # Errors
     /// When going on makes no sense: see [`ShipError`]. A store that fails is asked again without end.
     pub async fn run(self, mut jobs: mpsc::UnboundedReceiver<Job>) -> Result<(), ShipError> {
-        let mut snapshots = JoinSet::new();
+        let mut background = JoinSet::new();
         let mut claimed: Option<Claimed> = None;
         let mut checked = self.clock.monotonic();
         while let Some(job) = jobs.recv().await {
@@ -145,16 +150,29 @@ impl Shipper {
                     self.ship(&spooled, claimed.as_ref()).await?;
                     self.progress.confirmed.send_replace(spooled.key.0.last_txid);
                 }
-                Job::Snapshot { key, pieces } => {
+                Job::FindBase => {
+                    let (store, mailbox) = (self.store.clone(), self.mailbox.clone());
+                    background.spawn(async move {
+                        mailbox.send(match Base::load(&store).await {
+                            Ok(base) => Event::BaseFound(base.map(Box::new)),
+                            Err(error) => {
+                                tracing::warn!(%error, "the newest snapshot could not be looked up; trying again later");
+                                Event::SnapshotFailed
+                            }
+                        });
+                    });
+                }
+                Job::Snapshot { key, is_first, pieces } => {
                     let (store, mailbox) = (self.store.clone(), self.mailbox.clone());
                     let progress = self.progress.clone();
-                    progress.snapshot_is_missing.store(true, Ordering::Relaxed);
-                    snapshots.spawn(async move {
+                    progress.snapshot_is_missing.store(is_first, Ordering::Relaxed);
+                    background.spawn(async move {
                         let confirmed = progress.confirmed.subscribe();
-                        let stored = store_snapshot(store, key, pieces, confirmed).await;
-                        progress.snapshot_is_missing.store(stored.is_err(), Ordering::Relaxed);
-                        mailbox.send(match stored {
-                            Ok(()) => Event::SnapshotStored,
+                        mailbox.send(match store_snapshot(store, key, pieces, confirmed).await {
+                            Ok(()) => {
+                                progress.snapshot_is_missing.store(false, Ordering::Relaxed);
+                                Event::SnapshotStored
+                            }
                             Err(error) => {
                                 tracing::warn!(%error, "the snapshot was not stored; it is read again later");
                                 Event::SnapshotFailed
@@ -164,7 +182,7 @@ impl Shipper {
                 }
             }
         }
-        while snapshots.join_next().await.is_some() {}
+        while background.join_next().await.is_some() {}
         Ok(())
     }
 
@@ -291,7 +309,7 @@ async fn store_snapshot(
                     break Err(error);
                 }
             }
-            Some(Piece::End(bytes, info)) => {
+            Some(Piece::End(Finished { bytes, info, .. })) => {
                 let wanted = info.last_txid;
                 let is_covered = confirmed.wait_for(|&confirmed| confirmed >= wanted).await.is_ok();
                 break if is_covered { upload.write(&bytes).await.map(|()| info) } else { Err(given_up()) };

@@ -11,6 +11,7 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
+use super::snapshots::SnapshotNote;
 use crate::format::Position;
 use crate::sqlite::follow::WalPosition;
 use crate::sqlite::live::FileIdentity;
@@ -41,8 +42,10 @@ pub struct LocalState {
     pub wal: Option<([u8; 8], u32, (u32, u32))>,
     /// The main file when the state was written.
     pub main: FileIdentity,
-    /// Whether a snapshot that the line of this epoch can be restored from is confirmed.
-    pub has_snapshot: bool,
+    /// The last snapshot that is confirmed and that the line of this epoch can be restored from; `None` when there is none.
+    pub snapshot: Option<SnapshotNote>,
+    /// Whether a restore left this state: then the next start forks an epoch here, whatever came after in the replica.
+    pub is_restored: bool,
 }
 
 impl LocalState {

@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use notify::{EventKind, RecommendedWatcher, RecursiveMode, Watcher};
 
+use super::base::Base;
 use super::claim::Claimed;
 
 /// What a database's thread is told.
@@ -15,9 +16,11 @@ use super::claim::Claimed;
 pub enum Event {
     /// The epoch to record for.
     Claimed(Box<Claimed>),
+    /// The newest snapshot in storage was looked up: what the next one is based on.
+    BaseFound(Option<Box<Base>>),
     /// The snapshot is stored: the database can be restored from it.
     SnapshotStored,
-    /// The snapshot could not be stored.
+    /// The snapshot could not be stored, or its base not be looked up.
     SnapshotFailed,
     /// Capture what there is and end.
     Stop,

@@ -1,0 +1,256 @@
+//! When a snapshot is due, and the one that is on its way: its base is looked up, it is read between captures, and stored.
+
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+use tokio::sync::mpsc::{self, error::TrySendError};
+
+use super::base::Base;
+use super::capture::Capture;
+use super::ledger::FOLD_AT_ENTRIES;
+use super::record::{RecordError, Recorder};
+use super::scan::{SnapshotScan, Step};
+use super::ship::Piece;
+use crate::format::key::SnapshotKey;
+
+/// A snapshot that could not be stored is tried again after this.
+const RETRY: Duration = Duration::from_secs(30);
+/// So many extents are read before commits are looked after again.
+const EXTENTS_A_STEP: usize = 4;
+/// So many extents that need not be read are looked at before commits are looked after again.
+const REFERENCES_A_STEP: usize = 256;
+/// So many extents may wait for the store.
+const PIECES_IN_FLIGHT: usize = 8;
+/// A log up to this size is no reason for a snapshot: it is read in a second or two.
+const SMALL_LOG_BYTES: u64 = 128 << 20;
+
+/// What is known of the last snapshot that is confirmed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SnapshotNote {
+    /// When it was begun, in milliseconds since 1970.
+    pub begun_ms: u64,
+    /// Length of all its extents in bytes, wherever they are.
+    pub extents_len_bytes: u64,
+    /// Bytes of segments that were cut since it was begun.
+    pub log_len_bytes: u64,
+}
+
+impl SnapshotNote {
+    /// Whether another one is due: after `interval` if anything was written, and earlier when a restore would read more of the
+    /// log than of the database.
+    fn is_outdated(&self, interval: Duration, now_ms: u64) -> bool {
+        let age_ms = u128::from(now_ms.saturating_sub(self.begun_ms));
+        (self.log_len_bytes > 0 && age_ms >= interval.as_millis())
+            || self.log_len_bytes > self.extents_len_bytes.max(SMALL_LOG_BYTES)
+    }
+}
+
+/// The snapshots of one database.
+#[derive(Debug)]
+pub struct Snapshots {
+    interval: Duration,
+    /// The last one that is confirmed; `None` when the line of this epoch can't be restored yet.
+    confirmed: Option<SnapshotNote>,
+    /// When the next one is due whatever the last one says.
+    due: Option<Duration>,
+    stage: Stage,
+}
+
+#[derive(Debug)]
+enum Stage {
+    Idle,
+    /// The newest snapshot in storage is looked up.
+    AwaitsBase,
+    Reading(Box<Reading>),
+    /// Everything is read; the store has the word.
+    Storing(SnapshotNote),
+}
+
+#[derive(Debug)]
+struct Reading {
+    scan: SnapshotScan,
+    note: SnapshotNote,
+    pieces: mpsc::Sender<Piece>,
+    /// What the store was not ready to take.
+    pending: Option<Piece>,
+}
+
+/// What became of a step.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Advance {
+    /// There is nothing to read now.
+    Nothing,
+    /// The store is not ready for more.
+    StoreIsBusy,
+    /// There is more to read.
+    More,
+    /// All is read, and the ledger knows every page.
+    Complete,
+}
+
+impl Snapshots {
+    /// With what is known of the last one.
+    #[must_use]
+    pub fn new(interval: Duration, confirmed: Option<SnapshotNote>) -> Self {
+        Self { interval, confirmed, due: None, stage: Stage::Idle }
+    }
+
+    /// What is known of the last one that is confirmed.
+    #[must_use]
+    pub fn confirmed(&self) -> Option<SnapshotNote> {
+        self.confirmed
+    }
+
+    /// Asks for one: at once, or after the one that is on its way.
+    pub fn ask(&mut self, now: Duration) {
+        self.due = Some(now);
+    }
+
+    /// Whether the base of a snapshot that is due is to be looked up now.
+    pub fn begin_if_due(&mut self, now: Duration, now_ms: u64) -> bool {
+        let is_outdated =
+            self.due.is_none() && self.confirmed.as_ref().is_none_or(|note| note.is_outdated(self.interval, now_ms));
+        let begins = matches!(self.stage, Stage::Idle) && (is_outdated || self.due.is_some_and(|due| due <= now));
+        if begins {
+            self.due = None;
+            self.stage = Stage::AwaitsBase;
+        }
+        begins
+    }
+
+    /// Whether one is being made and is not wholly read yet, or none is confirmed and the first one is about to begin.
+    #[must_use]
+    pub fn has_first_to_read(&self) -> bool {
+        self.confirmed.is_none() && !matches!(self.stage, Stage::Storing(_))
+    }
+
+    /// When to come back without being woken.
+    #[must_use]
+    pub fn next_step(&self, now: Duration, store_pause: Duration) -> Option<Duration> {
+        match &self.stage {
+            Stage::Reading(reading) if reading.pending.is_none() => Some(now),
+            Stage::Reading(_) => Some(now + store_pause),
+            Stage::Idle => self.due,
+            Stage::AwaitsBase | Stage::Storing(_) => None,
+        }
+    }
+
+    /// The base is known: begins to read. Gives where it is to be stored, and its pieces.
+    ///
+    /// # Errors
+    /// When the ledger can't be read.
+    pub fn begin(
+        &mut self,
+        capture: &Capture,
+        recorder: &Recorder,
+        base: Option<Base>,
+        now_ms: u64,
+    ) -> Result<(SnapshotKey, mpsc::Receiver<Piece>), RecordError> {
+        let (scan, header) = SnapshotScan::new(capture.files().page_size, recorder, base)?;
+        let (pieces, receiver) = mpsc::channel(PIECES_IN_FLIGHT);
+        let note = SnapshotNote { begun_ms: now_ms, extents_len_bytes: 0, log_len_bytes: 0 };
+        let key = scan.key();
+        self.stage = Stage::Reading(Box::new(Reading { scan, note, pieces, pending: Some(Piece::Bytes(header)) }));
+        Ok((key, receiver))
+    }
+
+    /// Reads a few extents.
+    ///
+    /// # Errors
+    /// As [`SnapshotScan::step`].
+    pub fn advance(&mut self, capture: &Capture, recorder: &mut Recorder) -> Result<Advance, RecordError> {
+        let Stage::Reading(reading) = &mut self.stage else { return Ok(Advance::Nothing) };
+        let (mut read, mut referred) = (0, 0);
+        while read < EXTENTS_A_STEP && referred < REFERENCES_A_STEP {
+            let piece = match reading.pending.take() {
+                Some(piece) => piece,
+                None => match reading.scan.step(capture, recorder)? {
+                    Step::Referred => {
+                        referred += 1;
+                        fold_while_unknown(recorder)?;
+                        continue;
+                    }
+                    Step::Extent(bytes) => Piece::Bytes(bytes),
+                    Step::Finished(finished) => {
+                        reading.note.extents_len_bytes = finished.extents_len_bytes;
+                        Piece::End(finished)
+                    }
+                },
+            };
+            read += 1;
+            let is_end = matches!(piece, Piece::End(_));
+            match reading.pieces.try_send(piece) {
+                Ok(()) if is_end => {
+                    self.stage = Stage::Storing(reading.note);
+                    return Ok(Advance::Complete);
+                }
+                Ok(()) => fold_while_unknown(recorder)?,
+                Err(TrySendError::Full(piece)) => {
+                    reading.pending = Some(piece);
+                    return Ok(Advance::StoreIsBusy);
+                }
+                // Storing it has failed; the event that says so is on its way.
+                Err(TrySendError::Closed(_)) => {
+                    self.stage = Stage::Storing(reading.note);
+                    return Ok(Advance::Nothing);
+                }
+            }
+        }
+        Ok(Advance::More)
+    }
+
+    /// A segment was cut.
+    pub fn note_cut(&mut self, len_bytes: u64) {
+        let on_its_way = match &mut self.stage {
+            Stage::Reading(reading) => Some(&mut reading.note),
+            Stage::Storing(note) => Some(note),
+            Stage::Idle | Stage::AwaitsBase => None,
+        };
+        for note in self.confirmed.iter_mut().chain(on_its_way) {
+            note.log_len_bytes += len_bytes;
+        }
+    }
+
+    /// The one on its way is confirmed.
+    pub fn note_stored(&mut self) {
+        if let Stage::Storing(note) = std::mem::replace(&mut self.stage, Stage::Idle) {
+            self.confirmed = Some(note);
+        }
+    }
+
+    /// The one on its way was not stored, or its base could not be looked up.
+    pub fn note_failed(&mut self, now: Duration) {
+        self.stage = Stage::Idle;
+        self.due = Some(now + RETRY);
+    }
+}
+
+/// As long as the ledger is not complete no state relies on it.
+fn fold_while_unknown(recorder: &mut Recorder) -> Result<(), RecordError> {
+    if recorder.ledger.overlay().len() >= FOLD_AT_ENTRIES && recorder.ledger.fingerprint().is_none() {
+        recorder.ledger.fold()?;
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_snapshot_is_due_when_a_restore_would_read_more_log_than_database() {
+        let day = Duration::from_secs(86_400);
+        let note = SnapshotNote { begun_ms: 1000, extents_len_bytes: 1 << 30, log_len_bytes: 0 };
+        let after_a_day_ms = 1000 + 86_400_000;
+        assert!(!note.is_outdated(day, after_a_day_ms), "nothing was written");
+        let written = SnapshotNote { log_len_bytes: 1, ..note };
+        assert!(!written.is_outdated(day, after_a_day_ms - 1));
+        assert!(written.is_outdated(day, after_a_day_ms));
+        assert!(!written.is_outdated(day, 0), "the clock was set back");
+        let grown = SnapshotNote { log_len_bytes: 1 << 30, ..note };
+        assert!(!grown.is_outdated(day, 2000));
+        assert!(SnapshotNote { log_len_bytes: (1 << 30) + 1, ..note }.is_outdated(day, 2000));
+        let small = SnapshotNote { extents_len_bytes: 1, log_len_bytes: SMALL_LOG_BYTES, ..note };
+        assert!(!small.is_outdated(day, 2000));
+    }
+}
