@@ -77,6 +77,7 @@ enum Line {
         bytes: u64,
         database_bytes: u64,
         schema_changed: bool,
+        coalesced: bool,
     },
 }
 
@@ -101,8 +102,11 @@ impl Line {
                 let range = format!("{first_txid} to {last_txid}");
                 format!("  segment   {}  {range:<37} {len_bytes:>12} bytes", format_time(*time_ms))
             }
-            Self::Transaction { txid, time_ms, pages, bytes, database_bytes, schema_changed, .. } => {
-                let mark = if *schema_changed { "  schema" } else { "" };
+            Self::Transaction { txid, time_ms, pages, bytes, database_bytes, schema_changed, coalesced, .. } => {
+                let mut mark = if *schema_changed { "  schema" } else { "" }.to_owned();
+                if *coalesced {
+                    mark.push_str("  coalesced: what changed while nobody watched");
+                }
                 format!(
                     "  {txid:>12}  {}  {pages:>6} pages  {bytes:>10} bytes  database {database_bytes:>12} bytes{mark}",
                     format_time(*time_ms)
@@ -163,6 +167,7 @@ async fn show(
                         bytes: transaction.page_numbers.len() as u64 * u64::from(footer.page_size),
                         database_bytes: u64::from(transaction.info.size_pages) * u64::from(footer.page_size),
                         schema_changed: transaction.info.schema_changed,
+                        coalesced: transaction.info.coalesced,
                     })
                     .collect();
                 if let Err(error) = write(out, arguments.format, &lines) {

@@ -92,7 +92,7 @@ impl ConfigArgument {
         if source.contains("://") {
             let replica: ReplicaUrl = source.parse()?;
             self.refuse(&format!("{replica} is the replica already"))?;
-            return Ok(Source { replica, database: None });
+            return Ok(Source { replica, database: None, state_dir: None });
         }
         let path = std::path::absolute(source).map_err(|error| Failure::usage(format!("'{source}': {error}")))?;
         let config = self.load()?;
@@ -101,8 +101,14 @@ impl ConfigArgument {
             .flat_map(|config| &config.databases)
             .find(|database| identity(&database.path) == identity(&path));
         match known {
-            Some(database) => Ok(Source { replica: database.replica.clone(), database: Some(database.path.clone()) }),
-            None if path.is_dir() => Ok(Source { replica: ReplicaUrl::Directory(path), database: None }),
+            Some(database) => Ok(Source {
+                replica: database.replica.clone(),
+                database: Some(database.path.clone()),
+                state_dir: Some(database.state_dir.clone()),
+            }),
+            None if path.is_dir() => {
+                Ok(Source { replica: ReplicaUrl::Directory(path), database: None, state_dir: None })
+            }
             None => Err(Failure::usage(format!(
                 "'{source}' is not a replica: it is no URL, no directory, and no database of {}",
                 config.map_or("a configuration (there is none)".into(), |_| "the configuration".to_owned())
@@ -116,6 +122,8 @@ struct Source {
     replica: ReplicaUrl,
     /// The database's path, when it was named by it.
     database: Option<PathBuf>,
+    /// And its state directory.
+    state_dir: Option<PathBuf>,
 }
 
 /// Opens a replica for a command that a person or a job waits for.

@@ -13,6 +13,9 @@ use super::moment::{parse_moment, parse_txid};
 use super::tell::tell;
 use super::{ConfigArgument, open_patiently};
 use crate::clock::{Clock, SystemClock, format_time};
+use crate::config::default_state_dir;
+use crate::replicate::handover::{Handover, Restored};
+use crate::replicate::snapshots::SnapshotNote;
 use crate::restore::RestoreError;
 use crate::restore::execute::execute;
 use crate::restore::history::History;
@@ -102,10 +105,13 @@ async fn restore(arguments: RestoreArguments) -> Result<(), Failure> {
     let store: crate::store::SharedStore = Arc::new(store);
     let begun = clock.monotonic();
     let planned = match History::load(&store).await {
-        Ok(history) => plan(&store, &history, target, arguments.epoch).await,
+        Ok(history) => {
+            let planned = plan(&store, &history, target, arguments.epoch).await;
+            planned.map(|plan| (history, plan))
+        }
         Err(error) => Err(error),
     };
-    let plan = match planned {
+    let (history, plan) = match planned {
         Err(error @ (RestoreError::NoReplica { .. } | RestoreError::NothingYet { .. }))
             if arguments.if_replica_exists =>
         {
@@ -133,7 +139,11 @@ async fn restore(arguments: RestoreArguments) -> Result<(), Failure> {
     };
     let notes = match &output {
         Output::Stdout => restore_to_stdout(&store, &plan).await?,
-        Output::File(path) => restore_to_file(&store, &plan, path, arguments.force).await?,
+        Output::File(path) => {
+            let configured = source.state_dir.clone().filter(|_| arguments.output.is_none());
+            let state_dir = configured.unwrap_or_else(|| default_state_dir(path));
+            restore_to_file(&store, &history, &plan, path, &state_dir, arguments.force).await?
+        }
     };
     for note in notes {
         tell(format_args!("note: {note}"));
@@ -194,13 +204,41 @@ fn is_there(path: &Path) -> Result<bool, RestoreError> {
 
 async fn restore_to_file(
     store: &crate::store::SharedStore,
+    history: &History,
     plan: &Plan,
     output: &Path,
+    state_dir: &Path,
     force: bool,
 ) -> Result<Vec<String>, Failure> {
     let incoming = Incoming::create(output, force)?;
-    execute(store, plan, incoming.handle()?, incoming.path()).await?;
-    Ok(incoming.install(force)?)
+    let done = execute(store, plan, incoming.handle()?, incoming.path()).await?;
+    // What the old database's state says must not outlive it.
+    let handover = Handover::begin(state_dir);
+    let mut notes = incoming.install(force)?;
+    let writer = history.epochs.get(&plan.position.epoch).map(|epoch| epoch.record.writer.clone());
+    let restored = Restored {
+        replica: history.replica.clone(),
+        writer: writer.unwrap_or_default(),
+        position: plan.position,
+        time_ms: plan.time_ms,
+        page_size: plan.page_size,
+        size_pages: plan.size_pages,
+        fingerprint: plan.fingerprint,
+        snapshot: SnapshotNote {
+            begun_ms: plan.snapshot.key.time_ms,
+            extents_len_bytes: done.extents_len_bytes,
+            log_len_bytes: plan.segments_len_bytes(),
+        },
+    };
+    let left = match handover {
+        Ok(handover) => handover.complete(&restored, done.page_hashes, output).map_err(|error| error.to_string()),
+        Err(error) => Err(error.to_string()),
+    };
+    notes.push(match left {
+        Ok(()) => format!("{} is what the next `waltrail replicate` of it goes on from", state_dir.display()),
+        Err(error) => format!("the next `waltrail replicate` of it takes it as it is then ({error})"),
+    });
+    Ok(notes)
 }
 
 /// Through a file without a name: pages come newest first, and nothing may be written before all of it is checked.

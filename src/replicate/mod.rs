@@ -8,6 +8,7 @@ pub mod capture;
 pub mod claim;
 pub mod database;
 pub mod delta;
+pub mod handover;
 pub mod ledger;
 pub mod record;
 pub mod scan;

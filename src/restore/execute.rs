@@ -30,9 +30,20 @@ const EXTENT_GAP_LEN: u64 = 256 << 10;
 /// So many batches of extents are fetched at a time.
 const BATCHES_IN_FLIGHT: usize = 4;
 
+/// What a restore has learnt.
+#[derive(Debug)]
+pub struct Restored {
+    /// The hashes of all pages, 8 bytes each, little-endian, page 1 first; zeros for the lock page.
+    pub page_hashes: File,
+    /// Length in bytes of all extents of the snapshot, wherever they are.
+    pub extents_len_bytes: u64,
+}
+
 /// The pages of the database that is being restored.
 struct Image {
     file: File,
+    /// 8 bytes a page.
+    page_hashes: File,
     page_size: u32,
     size_pages: u32,
     /// One bit a page.
@@ -44,11 +55,14 @@ struct Image {
 }
 
 impl Image {
-    fn new(file: File, plan: &Plan) -> io::Result<Self> {
+    fn new(file: File, plan: &Plan, directory: &Path) -> io::Result<Self> {
         file.set_len(plan.database_len_bytes())?;
+        let page_hashes = tempfile::tempfile_in(directory)?;
+        page_hashes.set_len(u64::from(plan.size_pages) * 8)?;
         let words = plan.size_pages as usize / 64 + 1;
         let (page_size, size_pages) = (plan.page_size, plan.size_pages);
-        Ok(Self { file, page_size, size_pages, written: vec![0; words], reach_pages: size_pages, fingerprint: 0 })
+        let (written, reach_pages) = (vec![0; words], size_pages);
+        Ok(Self { file, page_hashes, page_size, size_pages, written, reach_pages, fingerprint: 0 })
     }
 
     /// Whether an older image of a page counts: it is still to be written, and nothing cut it off since.
@@ -70,8 +84,14 @@ impl Image {
     }
 
     fn write(&mut self, page_number: u32, image: &[u8]) -> io::Result<()> {
-        self.fingerprint ^= page_hash(page_number, image);
+        self.note_hash(page_number, image)?;
         self.file.write_all_at(image, u64::from(page_number - 1) * u64::from(self.page_size))
+    }
+
+    fn note_hash(&mut self, page_number: u32, image: &[u8]) -> io::Result<()> {
+        let hash = page_hash(page_number, image);
+        self.fingerprint ^= hash;
+        self.page_hashes.write_all_at(&hash.to_le_bytes(), u64::from(page_number - 1) * 8)
     }
 
     /// Which images of a segment are to be written: of each page that is still wanted, the last one up to `last_txid`. In the
@@ -101,7 +121,7 @@ impl Image {
         let zeros = vec![0; self.page_size as usize];
         for page_number in 1..=self.size_pages {
             if self.is_blank(page_number) {
-                self.fingerprint ^= page_hash(page_number, &zeros);
+                self.note_hash(page_number, &zeros)?;
             }
         }
         self.file.sync_all()?;
@@ -114,14 +134,19 @@ impl Image {
 /// # Errors
 /// When an object is missing or damaged, the store or the file fails, or the fingerprint is not the recorded one. What is
 /// in the file then is worth nothing.
-pub async fn execute(store: &SharedStore, plan: &Plan, file: File, path: &Path) -> Result<(), RestoreError> {
-    let image = Image::new(file, plan).map_err(RestoreError::io(path, "write"))?;
+pub async fn execute(store: &SharedStore, plan: &Plan, file: File, path: &Path) -> Result<Restored, RestoreError> {
+    let directory = path.parent().filter(|parent| parent.is_dir()).map_or_else(std::env::temp_dir, Path::to_owned);
+    let image = Image::new(file, plan, &directory).map_err(RestoreError::io(path, "write"))?;
     let mut execution = Execution { store, plan, path, image: Some(image) };
     execution.apply_segments().await?;
-    execution.apply_snapshot().await?;
-    let found = execution.blocking(|image, path| image.finish().map_err(RestoreError::io(path, "write"))).await?;
+    let extents_len_bytes = execution.apply_snapshot().await?;
+    let finish = |image: &mut Image, path: &Path| {
+        let found = image.finish().map_err(RestoreError::io(path, "write"))?;
+        Ok((found, image.page_hashes.try_clone().map_err(RestoreError::io(path, "write"))?))
+    };
+    let (found, page_hashes) = execution.blocking(finish).await?;
     if found == plan.fingerprint {
-        Ok(())
+        Ok(Restored { page_hashes, extents_len_bytes })
     } else {
         Err(RestoreError::FingerprintMismatch { position: plan.position, expected: plan.fingerprint, found })
     }
@@ -245,9 +270,11 @@ impl Execution<'_> {
         }
     }
 
-    async fn apply_snapshot(&mut self) -> Result<(), RestoreError> {
+    /// Gives the length of all extents.
+    async fn apply_snapshot(&mut self) -> Result<u64, RestoreError> {
         let (store, location) = (self.store, self.plan.location.clone());
         let index = self.snapshot_index().await?;
+        let extents_len_bytes = index.extents.iter().map(|extent| u64::from(extent.compressed_len)).sum();
         let batches = self.image.as_ref().map(|image| batches(&index, image)).unwrap_or_default();
         let (sources, place) = (&index.sources, location.as_str());
         let fetch = |batch: Batch| async move {
@@ -277,7 +304,7 @@ impl Execution<'_> {
             })
             .await?;
         }
-        Ok(())
+        Ok(extents_len_bytes)
     }
 
     async fn snapshot_index(&self) -> Result<SnapshotIndex, RestoreError> {

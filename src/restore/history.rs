@@ -38,6 +38,8 @@ pub struct Epoch {
 pub struct History {
     /// The replica, for messages.
     pub location: String,
+    /// The replica's id.
+    pub replica: String,
     /// All epochs by number.
     pub epochs: BTreeMap<u32, Epoch>,
     /// Objects that are none of ours, or that belong to no epoch.
@@ -52,7 +54,7 @@ impl History {
     /// be read.
     pub async fn load(store: &SharedStore) -> Result<Self, RestoreError> {
         let location = store.location();
-        check_marker(store, &location).await?;
+        let replica = read_marker(store, &location).await?.replica;
         let mut strangers = Vec::new();
         let keys = epoch_keys(&store.list(EPOCHS_PREFIX, None).await?, &mut strangers);
         let location_of = &location;
@@ -62,7 +64,7 @@ impl History {
             .try_collect()
             .await?;
         let empty = |record: EpochRecord| (record.epoch, Epoch { record, segments: Vec::new(), snapshots: Vec::new() });
-        let mut history = Self { location, epochs: records.into_iter().map(empty).collect(), strangers };
+        let mut history = Self { location, replica, epochs: records.into_iter().map(empty).collect(), strangers };
         for object in store.list("log/", None).await? {
             let key = SegmentKey::parse(&object.key);
             let epoch = key.and_then(|key| Some((key, history.epochs.get_mut(&key.0.epoch)?)));
@@ -111,7 +113,7 @@ impl History {
     }
 }
 
-async fn check_marker(store: &SharedStore, location: &str) -> Result<(), RestoreError> {
+async fn read_marker(store: &SharedStore, location: &str) -> Result<ReplicaMarker, RestoreError> {
     let bytes = match store.get(MARKER_KEY, RECORD_LIMIT).await {
         Err(error) if error.is_not_found() => {
             // Some servers answer the same when the bucket is not there; a listing tells. And a replica that has lost its
@@ -127,7 +129,7 @@ async fn check_marker(store: &SharedStore, location: &str) -> Result<(), Restore
         }
         other => other.map_err(RestoreError::object(location, &MARKER_KEY))?,
     };
-    ReplicaMarker::decode(&bytes).map(|_| ()).map_err(RestoreError::format(location, &MARKER_KEY))
+    ReplicaMarker::decode(&bytes).map_err(RestoreError::format(location, &MARKER_KEY))
 }
 
 /// Of several claims to one epoch the lowest name counts.

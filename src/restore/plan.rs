@@ -55,7 +55,9 @@ impl Plan {
         self.snapshot.len_bytes + self.segments_len_bytes()
     }
 
-    fn segments_len_bytes(&self) -> u64 {
+    /// Bytes of all segments that it names.
+    #[must_use]
+    pub fn segments_len_bytes(&self) -> u64 {
         self.segments.iter().map(|planned| planned.stored.len_bytes).sum()
     }
 

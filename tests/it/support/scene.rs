@@ -38,6 +38,10 @@ impl Scene {
         Daemon::start(&[self.database().to_str().unwrap(), replica], &self.path("daemon.log"))
     }
 
+    pub fn start_with(&self, arguments: &[&str]) -> Daemon {
+        Daemon::start(arguments, &self.path("daemon.log"))
+    }
+
     pub fn wait_for(&self, n: i64) -> PathBuf {
         wait_for_restored(&self.replica(), self.directory.path(), COUNTER, n)
     }

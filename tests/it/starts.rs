@@ -1,0 +1,151 @@
+//! Starts that cost what changed.
+
+use std::path::Path;
+
+use crate::support::scene::{COUNTER, Scene, now_ms};
+use crate::support::{content, count_up, create_database, insert, number, open, run, stderr, wait_for};
+
+fn len_bytes(objects: &[String]) -> u64 {
+    objects.iter().map(|object| std::fs::metadata(object).unwrap().len()).sum()
+}
+
+fn new_objects(scene: &Scene, before: &[String]) -> Vec<String> {
+    scene.objects("").into_iter().filter(|object| !before.contains(object)).collect()
+}
+
+fn wait_for_snapshots(scene: &Scene, count: usize) {
+    wait_for("a snapshot", || (scene.objects("snap").len() == count).then_some(()));
+}
+
+/// A scene whose database of some megabytes is replicated, with the daemon stopped.
+fn replicated() -> (Scene, rusqlite::Connection) {
+    let scene = Scene::new();
+    let application = create_database(&scene.database(), 8000, "");
+    let daemon = scene.start();
+    count_up(&application);
+    scene.wait_for(1);
+    assert_eq!(daemon.terminate(), Some(0), "{}", scene.log());
+    (scene, application)
+}
+
+/// The application goes on while the daemon is away, until the WAL it left is gone: what differs is one transaction.
+#[test]
+fn what_differs_is_shipped_as_one_transaction() {
+    let (scene, application) = replicated();
+    let before = scene.objects("");
+    for id in 0..50 {
+        application.execute("UPDATE item SET hash = 'away' WHERE id = 1 + ?1 * 100", [id]).unwrap();
+    }
+    application.execute_batch("PRAGMA wal_checkpoint(TRUNCATE)").unwrap();
+    count_up(&application);
+    let daemon = scene.start();
+    scene.wait_for(2);
+    assert_eq!(daemon.terminate(), Some(0), "{}", scene.log());
+    let new = new_objects(&scene, &before);
+    assert!(new.iter().all(|object| !object.contains("/snap/")), "{new:?}\n{}", scene.log());
+    assert!(len_bytes(&new) < 600_000, "{} bytes\n{}", len_bytes(&new), scene.log());
+    assert_eq!(content(&scene.database()), scene.restored_content(&[]));
+    let log = String::from_utf8(run(["log", &scene.replica(), "--transactions"]).stdout).unwrap();
+    assert_eq!(log.matches("coalesced").count(), 1, "{log}");
+}
+
+/// The local state is lost: the database is read, and what stands in storage is not stored again.
+#[test]
+fn a_lost_state_directory_costs_an_index() {
+    let (scene, application) = replicated();
+    let before = scene.objects("");
+    std::fs::remove_dir_all(scene.path(".app.db-waltrail")).unwrap();
+    count_up(&application);
+    let daemon = scene.start();
+    wait_for_snapshots(&scene, 2);
+    insert(&application, 10);
+    count_up(&application);
+    scene.wait_for(3);
+    assert_eq!(daemon.terminate(), Some(0), "{}", scene.log());
+    let new = new_objects(&scene, &before);
+    // Two extents or three hold what changed; the database has a dozen.
+    assert!(len_bytes(&new) * 3 < len_bytes(&before), "{} of {}", len_bytes(&new), len_bytes(&before));
+    assert_eq!(content(&scene.database()), scene.restored_content(&[]));
+}
+
+/// After a restore the next start forks an epoch at the restored transaction, and uploads its record alone. What was undone
+/// stays.
+#[test]
+fn after_a_restore_a_start_uploads_its_record() {
+    let (scene, application) = replicated();
+    let middle = scene.restored_content(&[]);
+    let middle_ms = now_ms();
+    let daemon = scene.start();
+    insert(&application, 20);
+    count_up(&application);
+    scene.wait_for(2);
+    assert_eq!(daemon.terminate(), Some(0));
+    drop(application);
+    let undone = content(&scene.database());
+    let at = waltrail::clock::format_time(middle_ms);
+    let database = scene.database();
+    let done = run(["restore", &scene.replica(), "--force", "--at", &at, "--output", database.to_str().unwrap()]);
+    assert!(done.status.success(), "{}", stderr(&done));
+    assert!(stderr(&done).contains("goes on from"), "{}", stderr(&done));
+    let before = scene.objects("");
+    let daemon = scene.start();
+    wait_for("the claim", || (scene.objects("epochs").len() == 3).then_some(()));
+    std::thread::sleep(std::time::Duration::from_millis(300));
+    let new = new_objects(&scene, &before);
+    assert_eq!(new.len(), 1, "{new:?}\n{}", scene.log());
+    assert!(new[0].contains("/epochs/00000003"), "{new:?}");
+    let application = open(&database);
+    assert_eq!(number(&application, COUNTER), 1);
+    application.execute_batch("UPDATE counter SET n = 50").unwrap();
+    scene.wait_for(50);
+    assert_eq!(daemon.terminate(), Some(0), "{}", scene.log());
+    assert!(new_objects(&scene, &before).iter().all(|object| !object.contains("/snap/")), "{}", scene.log());
+    assert_eq!(content(&database), scene.restored_content(&[]));
+    assert_eq!(scene.restored_content(&["--epoch", "2"]), undone);
+    assert_eq!(scene.restored_content(&["--at", &at]), middle);
+}
+
+/// An application that writes between the restore and the start: what it wrote is one transaction of the new epoch.
+#[test]
+fn a_restored_database_that_was_written_before_the_start() {
+    let (scene, application) = replicated();
+    drop(application);
+    let database = scene.database();
+    let done = run(["restore", &scene.replica(), "--force", "--output", database.to_str().unwrap()]);
+    assert!(done.status.success(), "{}", stderr(&done));
+    let application = open(&database);
+    insert(&application, 5);
+    application.execute_batch("UPDATE counter SET n = 7").unwrap();
+    let snapshots = scene.objects("snap");
+    let daemon = scene.start();
+    scene.wait_for(7);
+    assert_eq!(daemon.terminate(), Some(0), "{}", scene.log());
+    assert_eq!(scene.objects("snap"), snapshots, "{}", scene.log());
+    assert_eq!(content(&database), scene.restored_content(&[]));
+}
+
+/// A snapshot uploads what changed since the one before it; when little of that one is still needed, all of it.
+#[test]
+fn a_snapshot_costs_what_changed() {
+    let scene = Scene::new();
+    let application = create_database(&scene.database(), 20_000, "");
+    let config = scene.path("waltrail.toml");
+    let text = "[[database]]\npath = \"DB\"\nreplica = \"REPLICA\"\nsnapshot-interval = \"1ms\"\n";
+    let text = text.replace("DB", scene.database().to_str().unwrap()).replace("REPLICA", &scene.replica());
+    std::fs::write(&config, text).unwrap();
+    let daemon = scene.start_with(&["--config", config.to_str().unwrap()]);
+    wait_for_snapshots(&scene, 1);
+    let snapshot_len = |number: usize| Path::new(&scene.objects("snap")[number]).metadata().unwrap().len();
+    let full = snapshot_len(0);
+    application.execute_batch("UPDATE item SET hash = 'changed' WHERE id IN (5, 19000)").unwrap();
+    wait_for_snapshots(&scene, 2);
+    let second = snapshot_len(1);
+    assert!(second * 4 < full, "{second} of {full}");
+    assert_eq!(content(&scene.database()), scene.restored_content(&[]));
+    // Most of the first one is replaced: what is left of it is taken over, and nothing refers to it any more.
+    application.execute_batch("UPDATE item SET body = hex(randomblob(150)) WHERE id > 4000").unwrap();
+    wait_for_snapshots(&scene, 3);
+    std::fs::remove_file(&scene.objects("snap")[0]).unwrap();
+    assert_eq!(content(&scene.database()), scene.restored_content(&[]));
+    assert_eq!(daemon.terminate(), Some(0), "{}", scene.log());
+}
