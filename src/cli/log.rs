@@ -10,7 +10,8 @@ use super::tell::tell;
 use super::{ConfigArgument, open_patiently};
 use crate::clock::format_time;
 use crate::format::Position;
-use crate::restore::history::{Epoch, History};
+use crate::format::key::SegmentKey;
+use crate::restore::history::{Epoch, History, Stored};
 use crate::restore::plan::read_table;
 use crate::store::SharedStore;
 
@@ -155,7 +156,7 @@ async fn show(
             return Ok(Err(error));
         }
         if arguments.transactions {
-            for stored in &epoch.segments {
+            for stored in not_superseded(epoch) {
                 let (footer, transactions) = read_table(store, &history.location, stored).await?;
                 let lines: Vec<Line> = transactions
                     .iter()
@@ -177,6 +178,19 @@ async fn show(
         }
     }
     Ok(Ok(()))
+}
+
+/// The segments without those that another one holds whole: each transaction is shown once.
+fn not_superseded(epoch: &Epoch) -> Vec<&Stored<SegmentKey>> {
+    let mut segments: Vec<&Stored<SegmentKey>> = epoch.segments.iter().collect();
+    segments.sort_by_key(|stored| (stored.key.0.first_txid, std::cmp::Reverse(stored.key.0.last_txid)));
+    let mut reached_txid = 0;
+    segments.retain(|stored| {
+        let goes_further = stored.key.0.last_txid > reached_txid;
+        reached_txid = reached_txid.max(stored.key.0.last_txid);
+        goes_further
+    });
+    segments
 }
 
 fn write(out: &mut impl Write, format: LogOutput, lines: &[Line]) -> io::Result<()> {

@@ -13,6 +13,8 @@ use crate::clock::SystemClock;
 use crate::config::replica_url::ReplicaUrl;
 use crate::config::{Config, DEFAULT_SHUTDOWN_TIMEOUT, DatabaseConfig, LogConfig};
 use crate::replicate::database::DatabaseSettings;
+use crate::replicate::database::KEPT_SHARE;
+use crate::replicate::merge::MergeSettings;
 use crate::replicate::{Job, run as replicate};
 use crate::store::retry::{RetryPolicy, Retrying};
 
@@ -79,7 +81,9 @@ pub async fn run(config: Config) -> Result<(), Failure> {
             spool_limit_bytes: database.spool_limit_bytes,
             snapshot_interval: database.snapshot_interval,
         };
-        jobs.push(Job { settings, state_dir: database.state_dir, store });
+        let kept_limit_bytes = settings.spool_limit_bytes / KEPT_SHARE;
+        let merge = MergeSettings { windows: database.merge, kept_limit_bytes };
+        jobs.push(Job { settings, state_dir: database.state_dir, store, merge });
     }
     let mut failed = replicate(jobs, stop, config.shutdown_timeout, SystemClock::shared()).await;
     match failed.is_empty() {

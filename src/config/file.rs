@@ -40,6 +40,7 @@ struct DatabaseTable {
     checkpoint_threshold: Option<SizeText>,
     spool_limit: Option<SizeText>,
     snapshot_interval: Option<DurationText>,
+    merge: Option<Vec<DurationText>>,
 }
 
 /// A URL, or a table with one.
@@ -181,6 +182,13 @@ impl DatabaseTable {
                 return Err(format!("database '{shown}': snapshot-interval must not be 0"));
             }
             database.snapshot_interval = interval;
+        }
+        if let Some(windows) = self.merge {
+            database.merge = windows.into_iter().map(|DurationText(window)| window).collect();
+            let ascends = database.merge.is_sorted_by(|before, after| before < after);
+            if !ascends || database.merge.first().is_some_and(Duration::is_zero) {
+                return Err(format!("database '{shown}': merge is a list of ascending durations: [\"1m\", \"1h\"]"));
+            }
         }
         Ok(database)
     }

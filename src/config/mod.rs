@@ -78,6 +78,8 @@ pub struct DatabaseConfig {
     pub spool_limit_bytes: u64,
     /// A snapshot is made this often, if anything was written.
     pub snapshot_interval: Duration,
+    /// Segments of windows of these lengths are merged; ascending. Empty: nothing is.
+    pub merge: Vec<Duration>,
 }
 
 impl DatabaseConfig {
@@ -93,6 +95,7 @@ impl DatabaseConfig {
             checkpoint_threshold_bytes: 4 << 20,
             spool_limit_bytes: 256 << 20,
             snapshot_interval: Duration::from_secs(24 * 3600),
+            merge: vec![Duration::from_secs(60), Duration::from_secs(3600)],
         }
     }
 }

@@ -47,6 +47,9 @@ const FIRST_BARRIER_RETRY: Duration = Duration::from_millis(10);
 const LAST_BARRIER_RETRY: Duration = Duration::from_millis(320);
 /// At a stop, a claim that is not answered yet is waited for, and a snapshot read on, for so long.
 const STOP_PATIENCE: Duration = Duration::from_secs(4);
+/// Of the spool's limit, one part of so many is for segments that are confirmed and kept for merging.
+pub const KEPT_SHARE: u64 = 4;
+
 /// How one database is followed.
 #[derive(Debug, Clone)]
 pub struct DatabaseSettings {
@@ -58,7 +61,7 @@ pub struct DatabaseSettings {
     pub poll_interval: Duration,
     /// The WAL is made to begin anew when this many bytes of it are captured.
     pub checkpoint_threshold_bytes: u64,
-    /// No more bytes of segments than this wait on the local disk.
+    /// No more bytes of segments than this stand on the local disk, those that wait and those that are kept for merging.
     pub spool_limit_bytes: u64,
     /// A snapshot is made this often, if anything was written.
     pub snapshot_interval: Duration,
@@ -403,7 +406,8 @@ impl<'a> Following<'a> {
         let waiting = &self.around.progress.waiting_bytes;
         let waiting_bytes = waiting.fetch_add(spooled.len_bytes, Ordering::Relaxed) + spooled.len_bytes;
         // One segment alone may be larger: a single transaction can be.
-        if waiting_bytes > self.around.settings.spool_limit_bytes.max(spooled.len_bytes) {
+        let limit_bytes = self.around.settings.spool_limit_bytes;
+        if waiting_bytes > (limit_bytes - limit_bytes / KEPT_SHARE).max(spooled.len_bytes) {
             return Err(DatabaseError::SpoolFull { waiting_bytes });
         }
         self.send(Job::Ship(spooled));

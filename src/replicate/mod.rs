@@ -10,6 +10,8 @@ pub mod database;
 pub mod delta;
 pub mod handover;
 pub mod ledger;
+pub mod merge;
+pub mod merger;
 pub mod record;
 pub mod scan;
 pub mod ship;
@@ -25,11 +27,13 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-use tokio::sync::mpsc;
+use tokio::sync::{Semaphore, mpsc};
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
 use self::database::{DatabaseError, DatabaseSettings, Surroundings, follow};
+use self::merge::MergeSettings;
+use self::merger::Merger;
 use self::ship::{Progress, ShipError, Shipper};
 use self::spool::Spool;
 use self::state::{StateDirectory, StateDirectoryError};
@@ -43,6 +47,15 @@ use crate::store::retry::RetryPolicy;
 /// How a database that fails is taken up again.
 const RESTART: RetryPolicy = RetryPolicy { attempts: u32::MAX, base_ms: 1000, max_ms: 30_000 };
 
+/// A merge takes a processor.
+const MERGES_AT_A_TIME: usize = 1;
+
+/// What all databases of the process share.
+struct Shared {
+    hub: WatchHub,
+    merges: Arc<Semaphore>,
+}
+
 /// One database and where it goes.
 #[derive(Debug, Clone)]
 pub struct Job {
@@ -52,6 +65,8 @@ pub struct Job {
     pub state_dir: PathBuf,
     /// Where it goes.
     pub store: SharedStore,
+    /// What of its segments is merged.
+    pub merge: MergeSettings,
 }
 
 /// Why replication ended otherwise than it was told to.
@@ -102,13 +117,13 @@ pub async fn run(
     shutdown_timeout: Duration,
     clock: Arc<dyn Clock>,
 ) -> Vec<ReplicateError> {
-    let hub = Arc::new(WatchHub::new());
+    let shared = Arc::new(Shared { hub: WatchHub::new(), merges: Arc::new(Semaphore::new(MERGES_AT_A_TIME)) });
     let mut running = JoinSet::new();
     for job in databases {
-        let (hub, stop, clock) = (hub.clone(), stop.clone(), clock.clone());
+        let (shared, stop, clock) = (shared.clone(), stop.clone(), clock.clone());
         running.spawn(async move {
             let database = job.settings.path.clone();
-            let ended = supervise(job, &hub, stop, shutdown_timeout, clock).await;
+            let ended = supervise(job, &shared, stop, shutdown_timeout, clock).await;
             if let Err(error) = &ended {
                 tracing::error!(%error, database = %database.display(), "not replicated any more");
             }
@@ -131,7 +146,7 @@ pub async fn run(
 /// Follows a database, again and again, until told to stop or until going on makes no sense.
 async fn supervise(
     job: Job,
-    hub: &WatchHub,
+    shared: &Shared,
     stop: CancellationToken,
     shutdown_timeout: Duration,
     clock: Arc<dyn Clock>,
@@ -142,7 +157,7 @@ async fn supervise(
     let mut is_waiting = false;
     loop {
         let begun = clock.monotonic();
-        match follow_once(&job, &directory, hub, &stop, shutdown_timeout, &clock).await? {
+        match follow_once(&job, &directory, shared, &stop, shutdown_timeout, &clock).await? {
             None => return Ok(()),
             Some(DatabaseError::Sqlite(SqliteError::NotThere { .. })) => {
                 if !is_waiting {
@@ -245,7 +260,7 @@ async fn open_state_directory(
 async fn follow_once(
     job: &Job,
     directory: &Arc<StateDirectory>,
-    hub: &WatchHub,
+    shared: &Shared,
     stop: &CancellationToken,
     shutdown_timeout: Duration,
     clock: &Arc<dyn Clock>,
@@ -256,15 +271,28 @@ async fn follow_once(
     settings.path = std::fs::canonicalize(&database).unwrap_or(settings.path);
     let mailbox = Arc::new(Mailbox::default());
     let progress = Arc::new(Progress::default());
-    hub.watch(&settings.path, &mailbox);
+    shared.hub.watch(&settings.path, &mailbox);
     let (jobs, queue) = mpsc::unbounded_channel();
     let around =
         Surroundings { settings, mailbox: mailbox.clone(), jobs, progress: progress.clone(), clock: clock.clone() };
+    let spool = Spool::new(directory.spool_path());
+    let (kept, confirmed) = mpsc::unbounded_channel();
+    let merger = Merger {
+        store: job.store.clone(),
+        spool: spool.clone(),
+        settings: job.merge.clone(),
+        permits: shared.merges.clone(),
+    };
+    // Ends with this function, whatever it is doing: a merge can be done again.
+    let mut merging = JoinSet::new();
+    merging.spawn(merger.run(confirmed));
     let shipper = Shipper {
         store: job.store.clone(),
         mailbox: mailbox.clone(),
         progress: progress.clone(),
         clock: clock.clone(),
+        spool,
+        kept,
     };
     let mut shipping = tokio::spawn(shipper.run(queue));
     let thread_directory = directory.clone();

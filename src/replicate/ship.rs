@@ -10,7 +10,7 @@ use tokio::task::JoinSet;
 use super::base::Base;
 use super::claim::{ClaimError, Claimed, Continuing, claim, list_epochs, open_replica, read_record};
 use super::scan::Finished;
-use super::spool::{self, Spooled};
+use super::spool::{self, Spool, Spooled};
 use super::wake::{Event, Mailbox};
 use crate::clock::Clock;
 use crate::format::key::SnapshotKey;
@@ -121,6 +121,10 @@ pub struct Shipper {
     pub progress: Arc<Progress>,
     /// Time.
     pub clock: Arc<dyn Clock>,
+    /// Where segments wait, and are kept.
+    pub spool: Spool,
+    /// Whom to tell of segments that are confirmed and kept.
+    pub kept: mpsc::UnboundedSender<Spooled>,
 }
 
 impl Shipper {
@@ -246,7 +250,11 @@ impl Shipper {
             tokio::time::sleep(FOREVER.wait(attempt)).await;
         }
         tracing::debug!(key, len_bytes = spooled.len_bytes, "confirmed");
-        self.discard(spooled)
+        let kept = self.spool.keep(spooled).map_err(|error| ShipError::Spool(error.to_string()))?;
+        self.note_gone(spooled);
+        // At a stop nobody merges any more.
+        self.kept.send(kept).ok();
+        Ok(())
     }
 
     /// A put whose answer was lost left our own bytes.
@@ -261,9 +269,14 @@ impl Shipper {
 
     fn discard(&self, spooled: &Spooled) -> Result<(), ShipError> {
         spool::remove(&spooled.path).map_err(|error| ShipError::Spool(error.to_string()))?;
+        self.note_gone(spooled);
+        Ok(())
+    }
+
+    /// It does not wait any more.
+    fn note_gone(&self, spooled: &Spooled) {
         let less = |waiting: u64| Some(waiting.saturating_sub(spooled.len_bytes));
         self.progress.waiting_bytes.fetch_update(Ordering::Relaxed, Ordering::Relaxed, less).ok();
-        Ok(())
     }
 
     async fn check_successor(&self, claimed: Option<&Claimed>) -> Result<(), ShipError> {

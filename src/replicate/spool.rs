@@ -1,14 +1,20 @@
-//! The spool: segments on the local disk, from the moment that they are cut until they are confirmed.
+//! The spool: segments on the local disk, from the moment that they are cut until they are confirmed, and, below `kept`, until
+//! they are merged.
 
 use std::fs::{self, File};
 use std::io;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
+use tempfile::NamedTempFile;
+
 use crate::format::FOOTER_LEN;
 use crate::format::block::{BLOCK_HEADER_LEN, BlockHeader};
 use crate::format::key::SegmentKey;
 use crate::format::segment::SegmentFooter;
+
+/// What names of files that segments are merged into begin with.
+const MERGE_PREFIX: &str = "merging-";
 
 /// A segment that waits to be shipped.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -52,7 +58,7 @@ impl Spooled {
     }
 }
 
-/// The directory of waiting segments.
+/// The directory of waiting segments, and of those that are kept.
 #[derive(Debug, Clone)]
 pub struct Spool {
     directory: PathBuf,
@@ -71,8 +77,30 @@ impl Spool {
         self.directory.join("open")
     }
 
-    fn path(&self, key: &SegmentKey) -> PathBuf {
-        self.directory.join(key.to_string().replace('/', "."))
+    /// A file to write a merged segment to; gone when it is dropped.
+    ///
+    /// # Errors
+    /// As the operating system answers.
+    pub fn merge_file(&self) -> io::Result<NamedTempFile> {
+        tempfile::Builder::new().prefix(MERGE_PREFIX).tempfile_in(&self.directory)
+    }
+
+    /// Removes what a merge left that was ended by a crash.
+    ///
+    /// # Errors
+    /// As the operating system answers.
+    pub fn remove_unfinished_merges(&self) -> io::Result<()> {
+        for entry in fs::read_dir(&self.directory)? {
+            let entry = entry?;
+            if entry.file_name().to_string_lossy().starts_with(MERGE_PREFIX) {
+                remove(&entry.path())?;
+            }
+        }
+        Ok(())
+    }
+
+    fn kept_directory(&self) -> PathBuf {
+        self.directory.join("kept")
     }
 
     /// Gives the segment that was written its name: it is whole.
@@ -80,9 +108,24 @@ impl Spool {
     /// # Errors
     /// As the operating system answers.
     pub fn accept(&self, key: SegmentKey) -> io::Result<Spooled> {
-        let path = self.path(&key);
-        fs::rename(self.open_segment_path(), &path)?;
-        Ok(Spooled { key, len_bytes: fs::metadata(&path)?.len(), path })
+        take_in(&self.open_segment_path(), &self.directory, key)
+    }
+
+    /// Keeps a segment that is confirmed.
+    ///
+    /// # Errors
+    /// As the operating system answers.
+    pub fn keep(&self, confirmed: &Spooled) -> io::Result<Spooled> {
+        take_in(&confirmed.path, &self.kept_directory(), confirmed.key)
+    }
+
+    /// Keeps the segment that was merged, and is confirmed.
+    ///
+    /// # Errors
+    /// As the operating system answers.
+    pub fn keep_merged(&self, merged: NamedTempFile, key: SegmentKey) -> io::Result<Spooled> {
+        let (_, path) = merged.keep().map_err(|failed| failed.error)?;
+        take_in(&path, &self.kept_directory(), key)
     }
 
     /// All waiting segments, oldest first.
@@ -90,16 +133,15 @@ impl Spool {
     /// # Errors
     /// As the operating system answers.
     pub fn waiting(&self) -> io::Result<Vec<Spooled>> {
-        let mut waiting = Vec::new();
-        for entry in fs::read_dir(&self.directory)? {
-            let entry = entry?;
-            let key = entry.file_name().to_str().and_then(|name| SegmentKey::parse(&name.replace('.', "/")));
-            if let Some(key) = key {
-                waiting.push(Spooled { key, path: entry.path(), len_bytes: entry.metadata()?.len() });
-            }
-        }
-        waiting.sort_by_key(|spooled| spooled.key);
-        Ok(waiting)
+        segments_in(&self.directory)
+    }
+
+    /// All segments that are confirmed and kept, oldest first.
+    ///
+    /// # Errors
+    /// As the operating system answers.
+    pub fn kept(&self) -> io::Result<Vec<Spooled>> {
+        segments_in(&self.kept_directory())
     }
 
     /// Makes what is in the spool outlive a power failure.
@@ -112,6 +154,26 @@ impl Spool {
         }
         File::open(&self.directory)?.sync_all()
     }
+}
+
+/// Gives a segment's file its name in `directory`.
+fn take_in(file: &Path, directory: &Path, key: SegmentKey) -> io::Result<Spooled> {
+    let path = directory.join(key.to_string().replace('/', "."));
+    fs::rename(file, &path)?;
+    Ok(Spooled { key, len_bytes: fs::metadata(&path)?.len(), path })
+}
+
+fn segments_in(directory: &Path) -> io::Result<Vec<Spooled>> {
+    let mut segments = Vec::new();
+    for entry in fs::read_dir(directory)? {
+        let entry = entry?;
+        let key = entry.file_name().to_str().and_then(|name| SegmentKey::parse(&name.replace('.', "/")));
+        if let Some(key) = key {
+            segments.push(Spooled { key, path: entry.path(), len_bytes: entry.metadata()?.len() });
+        }
+    }
+    segments.sort_by_key(|spooled| spooled.key);
+    Ok(segments)
 }
 
 /// Removes a spooled file. That it is gone already is fine.

@@ -97,7 +97,7 @@ impl StateDirectory {
     /// [`StateDirectoryError::Locked`] when another process has it.
     pub fn open(path: &Path) -> Result<Self, StateDirectoryError> {
         let failed = |source| StateDirectoryError::Io { path: path.to_owned(), source };
-        DirBuilder::new().recursive(true).mode(0o700).create(path.join("spool")).map_err(failed)?;
+        DirBuilder::new().recursive(true).mode(0o700).create(path.join("spool/kept")).map_err(failed)?;
         let mut options = File::options();
         let lock =
             options.write(true).create(true).truncate(false).mode(0o600).open(path.join("lock")).map_err(failed)?;

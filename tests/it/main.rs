@@ -4,6 +4,7 @@ mod cli;
 mod downtime;
 mod format;
 mod install;
+mod merging;
 mod objects;
 mod replicate;
 mod restore;
