@@ -8,6 +8,7 @@ use crate::config::replica_url::ReplicaUrlError;
 use crate::format::FormatError;
 use crate::replicate::ReplicateError;
 use crate::replicate::claim::ClaimError;
+use crate::replicate::control::ControlError;
 use crate::replicate::ship::ShipError;
 use crate::replicate::state::StateDirectoryError;
 use crate::restore::RestoreError;
@@ -125,6 +126,24 @@ impl From<RestoreError> for Failure {
             RestoreError::Io { .. } => (TARGET, "nothing was changed; check space and permissions there"),
         };
         Self::new(code, error, Some(hint))
+    }
+}
+
+impl From<ControlError> for Failure {
+    fn from(error: ControlError) -> Self {
+        let (code, hint) = match &error {
+            ControlError::NoDaemon { .. } => (
+                FAILED,
+                Some(
+                    "start `waltrail replicate`; if it keeps its state elsewhere, name that with --state-dir or --config",
+                ),
+            ),
+            ControlError::TimedOut { .. } => {
+                (NOT_CONFIRMED, Some("its log says what holds it up; --timeout waits longer"))
+            }
+            ControlError::Failed { .. } | ControlError::Broken { .. } => (FAILED, None),
+        };
+        Self::new(code, error, hint)
     }
 }
 

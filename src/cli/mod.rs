@@ -1,5 +1,6 @@
 //! The command line: arguments, output, exit codes. One file a command.
 
+pub mod ask;
 pub mod demo;
 pub mod exit_code;
 mod interrupt;
@@ -9,7 +10,7 @@ pub mod replicate;
 pub mod restore;
 mod tell;
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
 
@@ -18,7 +19,7 @@ use tracing_subscriber::EnvFilter;
 
 use self::exit_code::Failure;
 use crate::config::replica_url::ReplicaUrl;
-use crate::config::{Config, LogConfig, LogFormat, LogLevel, file, identity};
+use crate::config::{Config, DatabaseConfig, LogConfig, LogFormat, LogLevel, file, identity};
 use crate::store::SharedStore;
 use crate::store::retry::{RetryPolicy, Retrying};
 
@@ -57,6 +58,10 @@ enum Command {
     Restore(restore::RestoreArguments),
     /// Show what a replica holds
     Log(log::LogArguments),
+    /// Wait until everything that was committed to a database is confirmed in storage
+    Sync(ask::AskArguments),
+    /// Have the daemon make a snapshot now, and wait until it is confirmed
+    Snapshot(ask::AskArguments),
     /// Show the main job on a database of its own: replicate, crash, restore, compare
     Demo(demo::DemoArguments),
 }
@@ -87,6 +92,13 @@ impl ConfigArgument {
         }
     }
 
+    /// What the configuration says of the database at `path`; `None` where there is none, or it does not know the database.
+    fn database(&self, path: &Path) -> Result<Option<DatabaseConfig>, Failure> {
+        let path =
+            std::path::absolute(path).map_err(|error| Failure::usage(format!("'{}': {error}", path.display())))?;
+        Ok(self.load()?.as_ref().and_then(|config| find(config, &path)).cloned())
+    }
+
     /// The replica that `source` names: a replica URL, or the path of a database of the configuration.
     fn resolve(&self, source: &str) -> Result<Source, Failure> {
         if source.contains("://") {
@@ -96,11 +108,7 @@ impl ConfigArgument {
         }
         let path = std::path::absolute(source).map_err(|error| Failure::usage(format!("'{source}': {error}")))?;
         let config = self.load()?;
-        let known = config
-            .iter()
-            .flat_map(|config| &config.databases)
-            .find(|database| identity(&database.path) == identity(&path));
-        match known {
+        match config.as_ref().and_then(|config| find(config, &path)) {
             Some(database) => Ok(Source {
                 replica: database.replica.clone(),
                 database: Some(database.path.clone()),
@@ -115,6 +123,11 @@ impl ConfigArgument {
             ))),
         }
     }
+}
+
+/// The database of the configuration whose file is `path`.
+fn find<'a>(config: &'a Config, path: &Path) -> Option<&'a DatabaseConfig> {
+    config.databases.iter().find(|database| identity(&database.path) == identity(path))
 }
 
 /// What is restored or shown.
@@ -168,6 +181,14 @@ fn run(arguments: Arguments) -> Result<(), Failure> {
         Command::Log(arguments) => {
             start_log(&flags, None, LogLevel::Warn);
             runtime.block_on(log::run(arguments))
+        }
+        Command::Sync(arguments) => {
+            start_log(&flags, None, LogLevel::Warn);
+            runtime.block_on(ask::sync(arguments))
+        }
+        Command::Snapshot(arguments) => {
+            start_log(&flags, None, LogLevel::Warn);
+            runtime.block_on(ask::snapshot(arguments))
         }
         Command::Demo(arguments) => {
             start_log(&flags, None, LogLevel::Warn);

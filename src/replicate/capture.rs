@@ -66,6 +66,14 @@ impl Capture {
         Ok(self.follower.is_behind(&index) || (index.is_checkpointed() && !self.pin_is_at_zero))
     }
 
+    /// Whether transactions are published that were not captured.
+    ///
+    /// # Errors
+    /// As the operating system answers.
+    pub fn is_behind(&self) -> Result<bool, SqliteError> {
+        Ok(self.follower.is_behind(&self.live.files.wal_index()?))
+    }
+
     /// Whether frames stand in the WAL that are not in the main file.
     ///
     /// # Errors

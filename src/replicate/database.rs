@@ -6,10 +6,11 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, oneshot};
 
 use super::capture::Capture;
 use super::claim::Claimed;
+use super::control::State;
 use super::ledger::{FOLD_AT_ENTRIES, Ledger};
 use super::record::{Ignore, RecordError, Recorder, Start};
 use super::ship::{Job, Progress};
@@ -144,6 +145,7 @@ struct Following<'a> {
     recorder: Option<Recorder>,
     claimed: Option<Claimed>,
     snapshots: Snapshots,
+    syncs_wanted: Vec<oneshot::Sender<State>>,
     last_cut: Option<Duration>,
     last_commit: Duration,
     last_look: Duration,
@@ -171,6 +173,7 @@ impl<'a> Following<'a> {
             capture,
             recorder,
             claimed: None,
+            syncs_wanted: Vec::new(),
             last_cut: None,
             last_commit: now,
             last_look: now,
@@ -211,6 +214,7 @@ impl<'a> Following<'a> {
             if is_stopping {
                 return self.settle(self.now() + STOP_PATIENCE);
             }
+            self.answer_syncs()?;
             self.read_snapshot()?;
             self.cut_if_due()?;
             self.checkpoint_if_due()?;
@@ -286,15 +290,40 @@ impl<'a> Following<'a> {
                 let (key, pieces) = begun;
                 self.send(Job::Snapshot { key, is_first, pieces });
             }
-            Event::SnapshotStored => {
-                self.snapshots.note_stored();
+            Event::SnapshotStored(state) => {
+                self.snapshots.note_stored(state);
                 // Not durably: a power failure costs another snapshot, an fsync here can hold up the application's checkpoint.
                 self.save_state(false)?;
             }
             Event::SnapshotFailed => self.snapshots.note_failed(self.now()),
+            Event::SyncWanted(reply) => {
+                self.syncs_wanted.push(reply);
+                self.answer_syncs()?;
+            }
+            Event::SnapshotWanted(reply) => self.snapshots.ask(self.now(), reply),
             Event::Stop => return Ok(true),
         }
         Ok(false)
+    }
+
+    /// Tells everybody who asked what is captured now: everything that was committed before they asked. As long as there is
+    /// no snapshot, nothing that is confirmed can be restored: they have to wait.
+    fn answer_syncs(&mut self) -> Result<(), DatabaseError> {
+        if self.syncs_wanted.is_empty() || self.claimed.is_none() || self.snapshots.confirmed().is_none() {
+            return Ok(());
+        }
+        // Another process may recover the WAL just now; then the next turn answers.
+        self.advance()?;
+        if self.capture.is_behind()? {
+            return Ok(());
+        }
+        self.cut()?;
+        let Some(Start { position, time_ms, .. }) = self.recorder.as_ref().map(Recorder::last) else { return Ok(()) };
+        for reply in self.syncs_wanted.drain(..) {
+            // Who asked may have left.
+            reply.send(State { position, time_ms }).ok();
+        }
+        Ok(())
     }
 
     /// Begins to record for an epoch; one that does not continue starts with the database as it is now.

@@ -6,6 +6,7 @@
 pub mod base;
 pub mod capture;
 pub mod claim;
+pub mod control;
 pub mod database;
 pub mod delta;
 pub mod handover;
@@ -283,9 +284,17 @@ async fn follow_once(
         settings: job.merge.clone(),
         permits: shared.merges.clone(),
     };
-    // Ends with this function, whatever it is doing: a merge can be done again.
-    let mut merging = JoinSet::new();
-    merging.spawn(merger.run(confirmed));
+    // What runs in there ends with this function, whatever it is doing: a merge can be done again.
+    let mut beside = JoinSet::new();
+    beside.spawn(merger.run(confirmed));
+    match control::listen(directory.path()) {
+        Ok(listener) => {
+            beside.spawn(control::serve(listener, mailbox.clone(), progress.confirmed.subscribe()));
+        }
+        Err(error) => {
+            tracing::warn!(%error, "the control socket can't be made: `sync`, `snapshot` and `mark` can't ask")
+        }
+    }
     let shipper = Shipper {
         store: job.store.clone(),
         mailbox: mailbox.clone(),

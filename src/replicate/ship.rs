@@ -9,10 +9,12 @@ use tokio::task::JoinSet;
 
 use super::base::Base;
 use super::claim::{ClaimError, Claimed, Continuing, claim, list_epochs, open_replica, read_record};
+use super::control::State;
 use super::scan::Finished;
 use super::spool::{self, Spool, Spooled};
 use super::wake::{Event, Mailbox};
 use crate::clock::Clock;
+use crate::format::Position;
 use crate::format::key::SnapshotKey;
 use crate::store::retry::RetryPolicy;
 use crate::store::upload::{Upload, put_file};
@@ -173,9 +175,9 @@ impl Shipper {
                     background.spawn(async move {
                         let confirmed = progress.confirmed.subscribe();
                         mailbox.send(match store_snapshot(store, key, pieces, confirmed).await {
-                            Ok(()) => {
+                            Ok(state) => {
                                 progress.snapshot_is_missing.store(false, Ordering::Relaxed);
-                                Event::SnapshotStored
+                                Event::SnapshotStored(state)
                             }
                             Err(error) => {
                                 tracing::warn!(%error, "the snapshot was not stored; it is read again later");
@@ -306,7 +308,7 @@ async fn store_snapshot(
     key: SnapshotKey,
     mut pieces: mpsc::Receiver<Piece>,
     mut confirmed: watch::Receiver<u64>,
-) -> Result<(), StoreError> {
+) -> Result<State, StoreError> {
     let given_up = || StoreError {
         kind: StoreErrorKind::Other,
         operation: "put",
@@ -334,7 +336,8 @@ async fn store_snapshot(
         Ok(info) => {
             let len_bytes = upload.finish(PutMode::Overwrite).await?;
             tracing::info!(%key, len_bytes, txid = info.last_txid, "snapshot confirmed");
-            Ok(())
+            let position = Position { epoch: key.epoch, txid: info.last_txid };
+            Ok(State { position, time_ms: info.time_ms })
         }
         Err(error) => {
             // The first error is the one that counts.

@@ -4,9 +4,11 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 use tokio::sync::mpsc::{self, error::TrySendError};
+use tokio::sync::oneshot;
 
 use super::base::Base;
 use super::capture::Capture;
+use super::control::State;
 use super::ledger::FOLD_AT_ENTRIES;
 use super::record::{RecordError, Recorder};
 use super::scan::{SnapshotScan, Step};
@@ -54,6 +56,10 @@ pub struct Snapshots {
     /// When the next one is due whatever the last one says.
     due: Option<Duration>,
     stage: Stage,
+    /// Who wants one that begins from now on.
+    asked: Vec<oneshot::Sender<State>>,
+    /// Who waits for the one that is on its way.
+    awaited: Vec<oneshot::Sender<State>>,
 }
 
 #[derive(Debug)]
@@ -92,7 +98,8 @@ impl Snapshots {
     /// With what is known of the last one.
     #[must_use]
     pub fn new(interval: Duration, confirmed: Option<SnapshotNote>) -> Self {
-        Self { interval, confirmed, due: None, stage: Stage::Idle }
+        let (asked, awaited) = (Vec::new(), Vec::new());
+        Self { interval, confirmed, due: None, stage: Stage::Idle, asked, awaited }
     }
 
     /// What is known of the last one that is confirmed.
@@ -101,9 +108,10 @@ impl Snapshots {
         self.confirmed
     }
 
-    /// Asks for one: at once, or after the one that is on its way.
-    pub fn ask(&mut self, now: Duration) {
+    /// Asks for one: at once, or after the one that is on its way. `reply` hears of it when it is stored.
+    pub fn ask(&mut self, now: Duration, reply: oneshot::Sender<State>) {
         self.due = Some(now);
+        self.asked.push(reply);
     }
 
     /// Whether the base of a snapshot that is due is to be looked up now.
@@ -150,6 +158,7 @@ impl Snapshots {
         let (pieces, receiver) = mpsc::channel(PIECES_IN_FLIGHT);
         let note = SnapshotNote { begun_ms: now_ms, extents_len_bytes: 0, log_len_bytes: 0 };
         let key = scan.key();
+        self.awaited.append(&mut self.asked);
         self.stage = Stage::Reading(Box::new(Reading { scan, note, pieces, pending: Some(Piece::Bytes(header)) }));
         Ok((key, receiver))
     }
@@ -211,8 +220,12 @@ impl Snapshots {
         }
     }
 
-    /// The one on its way is confirmed.
-    pub fn note_stored(&mut self) {
+    /// The one on its way is confirmed, and serves `state`.
+    pub fn note_stored(&mut self, state: State) {
+        for reply in self.awaited.drain(..) {
+            // Who asked may have left.
+            reply.send(state).ok();
+        }
         if let Stage::Storing(note) = std::mem::replace(&mut self.stage, Stage::Idle) {
             self.confirmed = Some(note);
         }
@@ -220,6 +233,9 @@ impl Snapshots {
 
     /// The one on its way was not stored, or its base could not be looked up.
     pub fn note_failed(&mut self, now: Duration) {
+        // Who waits for it hears that nobody answers any more.
+        self.awaited.clear();
+        self.asked.clear();
         self.stage = Stage::Idle;
         self.due = Some(now + RETRY);
     }

@@ -108,6 +108,12 @@ impl StateDirectory {
         }
     }
 
+    /// The directory.
+    #[must_use]
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
     /// Where the ledger's base is.
     #[must_use]
     pub fn ledger_path(&self) -> PathBuf {

@@ -6,10 +6,13 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Duration;
 
+use tokio::sync::oneshot;
+
 use notify::{EventKind, RecommendedWatcher, RecursiveMode, Watcher};
 
 use super::base::Base;
 use super::claim::Claimed;
+use super::control::State;
 
 /// What a database's thread is told.
 #[derive(Debug)]
@@ -18,10 +21,14 @@ pub enum Event {
     Claimed(Box<Claimed>),
     /// The newest snapshot in storage was looked up: what the next one is based on.
     BaseFound(Option<Box<Base>>),
-    /// The snapshot is stored: the database can be restored from it.
-    SnapshotStored,
+    /// The snapshot is stored: the database can be restored to this state.
+    SnapshotStored(State),
     /// The snapshot could not be stored, or its base not be looked up.
     SnapshotFailed,
+    /// Somebody wants to know the last transaction, captured and on its way to storage.
+    SyncWanted(oneshot::Sender<State>),
+    /// Somebody wants a snapshot, and to know the state that it serves when it is stored.
+    SnapshotWanted(oneshot::Sender<State>),
     /// Capture what there is and end.
     Stop,
 }

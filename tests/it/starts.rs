@@ -149,3 +149,35 @@ fn a_snapshot_costs_what_changed() {
     assert_eq!(content(&scene.database()), scene.restored_content(&[]));
     assert_eq!(daemon.terminate(), Some(0), "{}", scene.log());
 }
+
+/// `sync` and `snapshot` ask the daemon; without one they say so.
+#[test]
+fn asking_the_daemon() {
+    let scene = Scene::new();
+    let database = scene.database();
+    let name = database.to_str().unwrap();
+    let application = create_database(&database, 3000, "");
+    let nobody = run(["sync", name]);
+    assert_eq!(nobody.status.code(), Some(1), "{}", stderr(&nobody));
+    assert!(stderr(&nobody).contains("no daemon follows"), "{}", stderr(&nobody));
+    let daemon = scene.start();
+    wait_for("the socket", || run(["sync", name]).status.success().then_some(()));
+    for n in 1..20 {
+        count_up(&application);
+        let done = run(["sync", name]);
+        assert!(done.status.success(), "{}", stderr(&done));
+        // What was confirmed is what a restore finds, at once.
+        let restored = scene.restored(&scene.replica(), &[]);
+        assert_eq!(number(&open(&restored), COUNTER), n);
+    }
+    let before = scene.objects("snap").len();
+    let done = run(["snapshot", name]);
+    assert!(done.status.success(), "{}", stderr(&done));
+    assert_eq!(scene.objects("snap").len(), before + 1);
+    // A dead daemon leaves a socket that nobody listens at.
+    daemon.kill();
+    assert!(stderr(&run(["snapshot", name])).contains("no daemon follows"));
+    let daemon = scene.start();
+    wait_for("the socket", || run(["sync", name]).status.success().then_some(()));
+    assert_eq!(daemon.terminate(), Some(0), "{}", scene.log());
+}
