@@ -4,10 +4,11 @@
 use std::collections::{BTreeMap, HashSet};
 use std::io;
 
+use super::control::State;
 use super::ledger::Ledger;
 use crate::format::key::SnapshotKey;
-use crate::format::snapshot::{ExtentRecord, SnapshotFooter, SnapshotIndex, extent_hash};
-use crate::format::{FOOTER_LEN, FormatError, extent_pages};
+use crate::format::snapshot::{ExtentRecord, SnapshotFooter, SnapshotIndex, SnapshotInfo, extent_hash};
+use crate::format::{FOOTER_LEN, FormatError, Position, extent_pages};
 use crate::store::{SharedStore, StoreError};
 
 /// An index refers to no more objects than this for long: a restore reads from all of them.
@@ -18,6 +19,7 @@ const SOURCES_KEPT: usize = 16;
 /// The newest snapshot in storage, and the snapshot objects that are there.
 #[derive(Debug, Clone)]
 pub struct Base {
+    info: SnapshotInfo,
     page_size: u32,
     index: SnapshotIndex,
     /// Length in bytes of each source's object; `None` for one that is gone.
@@ -25,11 +27,11 @@ pub struct Base {
 }
 
 impl Base {
-    /// A base from an index and the lengths of the objects that its sources are.
+    /// A base from its footer, its index and the lengths of the objects that its sources are.
     #[must_use]
-    pub fn new(page_size: u32, index: SnapshotIndex, stored: &BTreeMap<SnapshotKey, u64>) -> Self {
+    pub fn new(footer: &SnapshotFooter, index: SnapshotIndex, stored: &BTreeMap<SnapshotKey, u64>) -> Self {
         let source_len_bytes = index.sources.iter().map(|key| stored.get(key).copied()).collect();
-        Self { page_size, index, source_len_bytes }
+        Self { info: footer.info, page_size: footer.page_size, index, source_len_bytes }
     }
 
     /// Reads the newest snapshot's index. `None` when there is none, or when it is damaged: then the next snapshot does without.
@@ -42,7 +44,7 @@ impl Base {
             listed.iter().filter_map(|object| Some((SnapshotKey::parse(&object.key)?, object.len_bytes))).collect();
         let Some((key, &len_bytes)) = stored.last_key_value() else { return Ok(None) };
         match read_index(store, key, len_bytes).await? {
-            Ok((page_size, index)) => Ok(Some(Self::new(page_size, index, &stored))),
+            Ok((footer, index)) => Ok(Some(Self::new(&footer, index, &stored))),
             Err(error) => {
                 tracing::error!(%key, %error, "the newest snapshot is damaged; the next one does without it");
                 Ok(None)
@@ -92,6 +94,14 @@ impl Base {
         Ok(retired)
     }
 
+    /// The snapshot's own key, the state that it serves, and the length of all its extents in bytes.
+    #[must_use]
+    pub fn summary(&self) -> (SnapshotKey, State, u64) {
+        let SnapshotInfo { key, last_txid, time_ms, .. } = self.info;
+        let extents_len_bytes = self.index.extents.iter().map(|extent| u64::from(extent.compressed_len)).sum();
+        (key, State { position: Position { epoch: key.epoch, txid: last_txid }, time_ms }, extents_len_bytes)
+    }
+
     /// Whether its extents are those of databases with this page size.
     #[must_use]
     pub fn has_page_size(&self, page_size: u32) -> bool {
@@ -113,7 +123,7 @@ async fn read_index(
     store: &SharedStore,
     key: &SnapshotKey,
     len_bytes: u64,
-) -> Result<Result<(u32, SnapshotIndex), FormatError>, StoreError> {
+) -> Result<Result<(SnapshotFooter, SnapshotIndex), FormatError>, StoreError> {
     let name = key.to_string();
     let Some(footer_at) = len_bytes.checked_sub(FOOTER_LEN as u64) else {
         return Ok(Err(FormatError::TooShort { what: "the snapshot" }));
@@ -125,7 +135,7 @@ async fn read_index(
         Err(error) => return Ok(Err(error)),
     };
     let index = store.get_range(&name, footer.index_offset, footer.index_and_sources_len()).await?;
-    Ok(footer.decode_index(&index).map(|index| (footer.page_size, index)))
+    Ok(footer.decode_index(&index).map(|index| (footer, index)))
 }
 
 #[cfg(test)]

@@ -127,19 +127,16 @@ pub struct Surroundings {
 ///
 /// # Errors
 /// See [`DatabaseError`]. What was captured before is in the spool, and the next call carries on.
-pub fn follow(around: Surroundings, directory: &StateDirectory) -> Result<Option<Position>, DatabaseError> {
-    let live = LiveDatabase::open(&around.settings.path)?;
-    if live.was_switched_to_wal {
-        tracing::info!(database = %around.settings.path.display(), "switched to WAL mode");
-    }
-    let mut following = Following::begin(around, directory, live)?;
+pub fn follow(around: Surroundings, directory: Arc<StateDirectory>) -> Result<Option<Position>, DatabaseError> {
+    let mut following = Following::begin(around, directory)?;
     following.run()?;
     following.end()
 }
 
-struct Following<'a> {
+/// A database that is being followed, turn by turn.
+pub struct Following {
     around: Surroundings,
-    directory: &'a StateDirectory,
+    directory: Arc<StateDirectory>,
     spool: Spool,
     capture: Capture,
     recorder: Option<Recorder>,
@@ -156,10 +153,18 @@ struct Following<'a> {
     barrier_due: Duration,
 }
 
-impl<'a> Following<'a> {
-    fn begin(around: Surroundings, directory: &'a StateDirectory, live: LiveDatabase) -> Result<Self, DatabaseError> {
+impl Following {
+    /// Opens the database, finds out what can be proven of the time when nobody watched, and asks for an epoch.
+    ///
+    /// # Errors
+    /// See [`DatabaseError`].
+    pub fn begin(around: Surroundings, directory: Arc<StateDirectory>) -> Result<Self, DatabaseError> {
+        let live = LiveDatabase::open(&around.settings.path)?;
+        if live.was_switched_to_wal {
+            tracing::info!(database = %around.settings.path.display(), "switched to WAL mode");
+        }
         let spool = Spool::new(directory.spool_path());
-        let Started { capture, resumed } = start(live, &around.settings, directory, &spool, &around.clock)?;
+        let Started { capture, resumed } = start(live, &around.settings, &directory, &spool, &around.clock)?;
         let (recorder, snapshot, continuing) = match resumed {
             Some(resumed) => (Some(resumed.recorder), resumed.snapshot, Some(resumed.continuing)),
             None => (None, None, None),
@@ -206,19 +211,30 @@ impl<'a> Following<'a> {
                 self.coalesce();
                 self.look_again = Some(FIRST_LOOK_AGAIN);
             }
-            let mut is_stopping = false;
-            for event in events {
-                is_stopping |= self.handle(event)?;
-            }
-            self.look()?;
-            if is_stopping {
+            if self.turn(events)? {
                 return self.settle(self.now() + STOP_PATIENCE);
             }
-            self.answer_syncs()?;
-            self.read_snapshot()?;
-            self.cut_if_due()?;
-            self.checkpoint_if_due()?;
         }
+    }
+
+    /// Takes events in, captures what there is, and does what is due; tells whether it is time to stop.
+    ///
+    /// # Errors
+    /// See [`DatabaseError`]. What was captured is in the spool; this value must not be used any more.
+    pub fn turn(&mut self, events: impl IntoIterator<Item = Event>) -> Result<bool, DatabaseError> {
+        let mut is_stopping = false;
+        for event in events {
+            is_stopping |= self.handle(event)?;
+        }
+        self.look()?;
+        if is_stopping {
+            return Ok(true);
+        }
+        self.answer_syncs()?;
+        self.read_snapshot()?;
+        self.cut_if_due()?;
+        self.checkpoint_if_due()?;
+        Ok(false)
     }
 
     /// Many events are one wake.
@@ -287,8 +303,10 @@ impl<'a> Following<'a> {
                 let Some(recorder) = &self.recorder else { return Ok(false) };
                 let (now_ms, is_first) = (self.around.clock.now_ms(), self.snapshots.confirmed().is_none());
                 let begun = self.snapshots.begin(&self.capture, recorder, base.map(|base| *base), now_ms)?;
-                let (key, pieces) = begun;
-                self.send(Job::Snapshot { key, is_first, pieces });
+                match begun {
+                    Some((key, pieces)) => self.send(Job::Snapshot { key, is_first, pieces }),
+                    None => self.save_state(false)?,
+                }
             }
             Event::SnapshotStored(state) => {
                 self.snapshots.note_stored(state);
@@ -521,8 +539,11 @@ impl<'a> Following<'a> {
         Ok(is_done)
     }
 
-    /// Captures and cuts what is left, and records a clean stop.
-    fn end(mut self) -> Result<Option<Position>, DatabaseError> {
+    /// Captures and cuts what is left, and records a clean stop. Gives the last captured transaction, if an epoch was claimed.
+    ///
+    /// # Errors
+    /// See [`DatabaseError`].
+    pub fn end(mut self) -> Result<Option<Position>, DatabaseError> {
         self.advance()?;
         self.cut()?;
         self.spool.sync()?;

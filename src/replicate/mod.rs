@@ -305,7 +305,7 @@ async fn follow_once(
     };
     let mut shipping = tokio::spawn(shipper.run(queue));
     let thread_directory = directory.clone();
-    let mut following = tokio::task::spawn_blocking(move || follow(around, &thread_directory));
+    let mut following = tokio::task::spawn_blocking(move || follow(around, thread_directory));
     let panicked = |panic: tokio::task::JoinError| ReplicateError::Panicked {
         database: database.clone(),
         what: panic.to_string(),

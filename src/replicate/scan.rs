@@ -56,9 +56,7 @@ impl SnapshotScan {
         let retired =
             base.as_ref().map_or_else(|| Ok(HashSet::new()), |base| base.retired_sources(&recorder.ledger))?;
         let (writer, header) = SnapshotWriter::new(page_size);
-        let Start { position, time_ms, .. } = recorder.last();
-        let key = SnapshotKey { epoch: position.epoch, txid: position.txid, time_ms };
-        Ok((Self { key, writer, next_extent: 0, base, retired }, header))
+        Ok((Self { key: key_of(recorder), writer, next_extent: 0, base, retired }, header))
     }
 
     /// The key that it is to be stored under.
@@ -123,6 +121,13 @@ impl SnapshotScan {
         let extents_len_bytes = writer.extents_len_bytes();
         Ok(Step::Finished(Finished { bytes: writer.finish(&info)?, info, extents_len_bytes }))
     }
+}
+
+/// The key of a snapshot that begins after the last recorded transaction.
+#[must_use]
+pub fn key_of(recorder: &Recorder) -> SnapshotKey {
+    let Start { position, time_ms, .. } = recorder.last();
+    SnapshotKey { epoch: position.epoch, txid: position.txid, time_ms }
 }
 
 /// Teaches the ledger pages that it does not know, and checks the others against it.

@@ -11,7 +11,7 @@ use super::capture::Capture;
 use super::control::State;
 use super::ledger::FOLD_AT_ENTRIES;
 use super::record::{RecordError, Recorder};
-use super::scan::{SnapshotScan, Step};
+use super::scan::{SnapshotScan, Step, key_of};
 use super::ship::Piece;
 use crate::format::key::SnapshotKey;
 
@@ -143,7 +143,9 @@ impl Snapshots {
         }
     }
 
-    /// The base is known: begins to read. Gives where it is to be stored, and its pieces.
+    /// The base is known: begins to read. Gives where it is to be stored, and its pieces. `None` when nothing was written since
+    /// the base was begun: then it is the snapshot that was asked for. (Another one would have its name, and put itself in
+    /// the place of extents that it refers to.)
     ///
     /// # Errors
     /// When the ledger can't be read.
@@ -153,14 +155,22 @@ impl Snapshots {
         recorder: &Recorder,
         base: Option<Base>,
         now_ms: u64,
-    ) -> Result<(SnapshotKey, mpsc::Receiver<Piece>), RecordError> {
+    ) -> Result<Option<(SnapshotKey, mpsc::Receiver<Piece>)>, RecordError> {
+        self.awaited.append(&mut self.asked);
+        if let Some((key, state, extents_len_bytes)) = base.as_ref().map(Base::summary)
+            && key == key_of(recorder)
+            && recorder.ledger.fingerprint().is_some()
+        {
+            self.stage = Stage::Storing(SnapshotNote { begun_ms: now_ms, extents_len_bytes, log_len_bytes: 0 });
+            self.note_stored(state);
+            return Ok(None);
+        }
         let (scan, header) = SnapshotScan::new(capture.files().page_size, recorder, base)?;
         let (pieces, receiver) = mpsc::channel(PIECES_IN_FLIGHT);
         let note = SnapshotNote { begun_ms: now_ms, extents_len_bytes: 0, log_len_bytes: 0 };
         let key = scan.key();
-        self.awaited.append(&mut self.asked);
         self.stage = Stage::Reading(Box::new(Reading { scan, note, pieces, pending: Some(Piece::Bytes(header)) }));
-        Ok((key, receiver))
+        Ok(Some((key, receiver)))
     }
 
     /// Reads a few extents.

@@ -8,6 +8,7 @@ mod merging;
 mod objects;
 mod replicate;
 mod restore;
+mod sequences;
 mod starts;
 mod store;
 mod store_faults;

@@ -1,0 +1,352 @@
+//! A machine under our thumb: real SQLite, the real parts of the daemon, a store in memory, and a clock that only moves when
+//! it is told to. The daemon takes its turns in the test's own thread, so it can be crashed between any two of them.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use rusqlite::Connection;
+use tokio::runtime::Runtime;
+use tokio::sync::{Semaphore, mpsc, oneshot, watch};
+use tokio::task::JoinHandle;
+use waltrail::clock::Clock;
+use waltrail::format::Position;
+use waltrail::replicate::control::State;
+use waltrail::replicate::database::{DatabaseSettings, Following, Surroundings};
+use waltrail::replicate::handover::{Handover, Restored};
+use waltrail::replicate::merge::MergeSettings;
+use waltrail::replicate::merger::Merger;
+use waltrail::replicate::ship::{Progress, ShipError, Shipper};
+use waltrail::replicate::snapshots::SnapshotNote;
+use waltrail::replicate::spool::Spool;
+use waltrail::replicate::state::StateDirectory;
+use waltrail::replicate::wake::{Event, Mailbox};
+use waltrail::restore::execute::execute;
+use waltrail::restore::history::History;
+use waltrail::restore::install::Incoming;
+use waltrail::restore::plan::{Plan, Target, plan};
+use waltrail::store::SharedStore;
+use waltrail::store::memory::MemoryStore;
+
+const BEGINNING_MS: u64 = 1_790_000_000_000;
+
+/// Time in milliseconds since the machine was made.
+#[derive(Debug, Default)]
+pub struct ManualClock(AtomicU64);
+
+impl ManualClock {
+    pub fn advance(&self, time: Duration) {
+        self.0.fetch_add(time.as_millis() as u64, Ordering::SeqCst);
+    }
+}
+
+impl Clock for ManualClock {
+    fn now_ms(&self) -> u64 {
+        BEGINNING_MS + self.0.load(Ordering::SeqCst)
+    }
+
+    fn monotonic(&self) -> Duration {
+        Duration::from_millis(self.0.load(Ordering::SeqCst))
+    }
+}
+
+/// The daemon's parts, as `waltrail replicate` puts them together.
+struct Daemon {
+    following: Following,
+    mailbox: Arc<Mailbox>,
+    confirmed: watch::Receiver<u64>,
+    shipping: JoinHandle<Result<(), ShipError>>,
+    runtime: Runtime,
+}
+
+/// One state that was confirmed.
+#[derive(Debug, Clone)]
+pub struct Known {
+    pub time_ms: u64,
+    pub bytes: Arc<Vec<u8>>,
+}
+
+pub struct Machine {
+    pub directory: tempfile::TempDir,
+    pub clock: Arc<ManualClock>,
+    /// What the store holds, without faults.
+    pub memory: SharedStore,
+    /// What the daemon sees of it.
+    pub store: SharedStore,
+    pub application: Option<Connection>,
+    pub settings: DatabaseSettings,
+    pub merge: MergeSettings,
+    daemon: Option<Daemon>,
+    /// Every state that was confirmed and whose number is known.
+    pub states: BTreeMap<Position, Known>,
+    pub newest: Option<Position>,
+    /// Images of the commits since the last sync, while the daemon sees each of them.
+    commits: Vec<Vec<u8>>,
+    sees_all: bool,
+}
+
+impl Machine {
+    pub fn new(pragmas: &str, stack: impl Fn(SharedStore) -> SharedStore) -> Self {
+        let directory = tempfile::tempdir().unwrap();
+        let memory: SharedStore = Arc::new(MemoryStore::new());
+        let path = directory.path().join("app.db");
+        let settings = DatabaseSettings {
+            path,
+            sync_interval: Duration::from_secs(1),
+            poll_interval: Duration::from_secs(1),
+            checkpoint_threshold_bytes: 64 << 10,
+            spool_limit_bytes: 4 << 20,
+            snapshot_interval: Duration::from_secs(86_400),
+        };
+        let windows = vec![Duration::from_secs(60), Duration::from_secs(3600)];
+        let mut machine = Self {
+            store: stack(memory.clone()),
+            memory,
+            directory,
+            clock: Arc::default(),
+            application: None,
+            settings,
+            merge: MergeSettings { windows, kept_limit_bytes: 1 << 20 },
+            daemon: None,
+            states: BTreeMap::new(),
+            newest: None,
+            commits: Vec::new(),
+            sees_all: false,
+        };
+        machine.open_application();
+        let setup =
+            format!("{pragmas}; PRAGMA journal_mode=WAL; CREATE TABLE item(id INTEGER PRIMARY KEY, body BLOB, n INT)");
+        machine.application().execute_batch(&setup).unwrap();
+        machine
+    }
+
+    pub fn database(&self) -> PathBuf {
+        self.settings.path.clone()
+    }
+
+    pub fn state_dir(&self) -> PathBuf {
+        self.directory.path().join("state")
+    }
+
+    pub fn open_application(&mut self) {
+        let connection = Connection::open(self.database()).unwrap();
+        connection.busy_timeout(Duration::from_secs(1)).unwrap();
+        connection.execute_batch("PRAGMA synchronous=OFF").unwrap();
+        self.application = Some(connection);
+    }
+
+    pub fn application(&self) -> &Connection {
+        self.application.as_ref().unwrap()
+    }
+
+    /// What the database is now, byte for byte, as a checkpoint would leave it.
+    pub fn image(&self) -> Vec<u8> {
+        let scratch = tempfile::tempdir().unwrap();
+        let copy = scratch.path().join("copy.db");
+        std::fs::copy(self.database(), &copy).unwrap();
+        let wal = format!("{}-wal", self.database().display());
+        if Path::new(&wal).exists() {
+            std::fs::copy(wal, scratch.path().join("copy.db-wal")).unwrap();
+        }
+        let connection = Connection::open(&copy).unwrap();
+        connection.execute_batch("PRAGMA synchronous=OFF").unwrap();
+        connection.query_row("PRAGMA wal_checkpoint(TRUNCATE)", [], |_| Ok(())).unwrap();
+        drop(connection);
+        std::fs::read(copy).unwrap()
+    }
+
+    /// One transaction of the application. It has to change something.
+    pub fn commit(&mut self, sql: &str) {
+        self.application().execute_batch(sql).unwrap_or_else(|error| panic!("{sql}: {error}"));
+        let image = self.image();
+        self.commits.push(image);
+    }
+
+    pub fn is_running(&self) -> bool {
+        self.daemon.is_some()
+    }
+
+    pub fn start(&mut self) {
+        assert!(self.daemon.is_none());
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        let guard = runtime.enter();
+        let directory = Arc::new(StateDirectory::open(&self.state_dir()).unwrap());
+        let (mailbox, progress) = (Arc::new(Mailbox::default()), Arc::new(Progress::default()));
+        let (jobs, queue) = mpsc::unbounded_channel();
+        let spool = Spool::new(directory.spool_path());
+        let clock: Arc<dyn Clock> = self.clock.clone();
+        let around = Surroundings {
+            settings: self.settings.clone(),
+            mailbox: mailbox.clone(),
+            jobs,
+            progress: progress.clone(),
+            clock: clock.clone(),
+        };
+        let (kept, merging) = mpsc::unbounded_channel();
+        let merger = Merger {
+            store: self.store.clone(),
+            spool: spool.clone(),
+            settings: self.merge.clone(),
+            permits: Arc::new(Semaphore::new(1)),
+        };
+        runtime.spawn(merger.run(merging));
+        let confirmed = progress.confirmed.subscribe();
+        let (store, told) = (self.store.clone(), mailbox.clone());
+        let shipper = Shipper { store, mailbox: told, progress, clock, spool, kept };
+        let shipping = runtime.spawn(shipper.run(queue));
+        let following = Following::begin(around, directory).unwrap();
+        drop(guard);
+        self.daemon = Some(Daemon { following, mailbox, confirmed, shipping, runtime });
+        self.sees_all = false;
+    }
+
+    /// Lets the daemon take so many turns, with storage doing what it can in between.
+    pub fn turns(&mut self, turns: usize) {
+        for _ in 0..turns {
+            self.turn();
+        }
+    }
+
+    fn turn(&mut self) {
+        let daemon = self.daemon.as_mut().unwrap();
+        let (_, events) = daemon.mailbox.wait(Duration::ZERO);
+        daemon.following.turn(events).unwrap();
+        daemon.runtime.block_on(async {
+            for _ in 0..10 {
+                tokio::task::yield_now().await;
+            }
+        });
+        assert!(!daemon.shipping.is_finished(), "{:?}", daemon.runtime.block_on(&mut daemon.shipping));
+    }
+
+    /// Takes turns until `done`.
+    fn pump<T>(&mut self, what: &str, mut done: impl FnMut(&mut Daemon) -> Option<T>) -> T {
+        for round in 0..20_000 {
+            self.turn();
+            let daemon = self.daemon.as_mut().unwrap();
+            if let Some(answer) = done(daemon) {
+                return answer;
+            }
+            if round > 20 {
+                daemon.runtime.block_on(async { tokio::time::sleep(Duration::from_micros(200)).await });
+            }
+        }
+        panic!("waited too long for {what}");
+    }
+
+    /// Waits until everything that was committed is confirmed, and notes which state is which.
+    pub fn sync(&mut self) -> Position {
+        let (reply, mut replied) = oneshot::channel();
+        self.daemon.as_ref().unwrap().mailbox.send(Event::SyncWanted(reply));
+        let State { position, time_ms } = self.pump("a sync", |_| replied.try_recv().ok());
+        self.pump("confirmation", |daemon| (*daemon.confirmed.borrow() >= position.txid).then_some(()));
+        let commits = std::mem::take(&mut self.commits);
+        // Each commit was seen, so each has its number; otherwise only the last one is known.
+        let known = if self.sees_all { commits.len() } else { 0 };
+        for (index, bytes) in commits.into_iter().rev().take(known).enumerate() {
+            let position = Position { txid: position.txid - index as u64, ..position };
+            self.states.insert(position, Known { time_ms, bytes: Arc::new(bytes) });
+        }
+        self.states.insert(position, Known { time_ms, bytes: Arc::new(self.image()) });
+        self.newest = Some(position);
+        self.sees_all = true;
+        position
+    }
+
+    /// Has a snapshot made, to its confirmation.
+    pub fn snapshot(&mut self) {
+        let (reply, mut replied) = oneshot::channel();
+        self.daemon.as_ref().unwrap().mailbox.send(Event::SnapshotWanted(reply));
+        self.pump("a snapshot", |_| match replied.try_recv() {
+            Ok(_) => Some(()),
+            Err(oneshot::error::TryRecvError::Closed) => Some(()),
+            Err(oneshot::error::TryRecvError::Empty) => None,
+        });
+    }
+
+    /// As SIGTERM does it.
+    pub fn stop(&mut self) {
+        let Daemon { mut following, mailbox, shipping, runtime, .. } = self.daemon.take().unwrap();
+        let (_, events) = mailbox.wait(Duration::ZERO);
+        following.turn(events).unwrap();
+        following.end().unwrap();
+        runtime
+            .block_on(async { tokio::time::timeout(Duration::from_secs(20), shipping).await })
+            .expect("shipping ends")
+            .unwrap()
+            .unwrap();
+        self.sees_all = false;
+    }
+
+    /// As kill -9 does it.
+    pub fn crash(&mut self) {
+        drop(self.daemon.take());
+        self.sees_all = false;
+    }
+
+    pub fn lose_state(&mut self) {
+        assert!(self.daemon.is_none());
+        std::fs::remove_dir_all(self.state_dir()).ok();
+    }
+
+    async fn plan_in(store: &SharedStore, position: Position) -> Plan {
+        let history = History::load(store).await.unwrap();
+        let target = Target::Txid(position.txid);
+        plan(store, &history, target, Some(position.epoch)).await.unwrap_or_else(|error| panic!("{position}: {error}"))
+    }
+
+    /// The plan of a restore of a state, on the line of its epoch.
+    pub fn plan(&self, position: Position) -> Plan {
+        block_on(Self::plan_in(&self.memory, position))
+    }
+
+    /// Restores a state and compares it, byte for byte.
+    pub fn check(&self, position: Position) {
+        let known = &self.states[&position];
+        let restored = block_on(async {
+            let plan = Self::plan_in(&self.memory, position).await;
+            let file = tempfile::NamedTempFile::new().unwrap();
+            execute(&self.memory, &plan, file.reopen().unwrap(), file.path()).await.unwrap();
+            std::fs::read(file.path()).unwrap()
+        });
+        assert!(restored == *known.bytes, "{position} is restored wrong");
+    }
+
+    /// Puts an earlier state in the database's place, as `waltrail restore --force` does, with or without leaving what the next
+    /// start goes on from.
+    pub fn restore(&mut self, position: Position, leaves_state: bool) {
+        assert!(self.daemon.is_none());
+        self.application = None;
+        let database = self.database();
+        block_on(async {
+            let history = History::load(&self.memory).await.unwrap();
+            let target = Target::Txid(position.txid);
+            let plan = plan(&self.memory, &history, target, Some(position.epoch)).await.unwrap();
+            let incoming = Incoming::create(&database, true).unwrap();
+            let done = execute(&self.memory, &plan, incoming.handle().unwrap(), incoming.path()).await.unwrap();
+            let handover = Handover::begin(&self.state_dir()).unwrap();
+            incoming.install(true).unwrap();
+            if leaves_state {
+                let restored = Restored {
+                    replica: history.replica.clone(),
+                    writer: history.epochs[&plan.position.epoch].record.writer.clone(),
+                    position: plan.position,
+                    time_ms: plan.time_ms,
+                    page_size: plan.page_size,
+                    size_pages: plan.size_pages,
+                    fingerprint: plan.fingerprint,
+                    snapshot: SnapshotNote { begun_ms: plan.time_ms, extents_len_bytes: 0, log_len_bytes: 0 },
+                };
+                handover.complete(&restored, done.page_hashes, &database).unwrap();
+            }
+        });
+        self.commits.clear();
+        self.open_application();
+    }
+}
+
+fn block_on<T>(work: impl Future<Output = T>) -> T {
+    tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap().block_on(work)
+}
