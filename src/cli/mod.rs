@@ -8,6 +8,7 @@ pub mod log;
 pub mod moment;
 pub mod replicate;
 pub mod restore;
+pub mod run;
 mod tell;
 
 use std::path::{Path, PathBuf};
@@ -54,6 +55,8 @@ fn long_version() -> &'static str {
 enum Command {
     /// Follow databases and ship every transaction, until SIGTERM or SIGINT
     Replicate(replicate::ReplicateArguments),
+    /// Be a container's entry point: restore what is missing, replicate, run a command, ship its last transaction
+    Run(run::RunArguments),
     /// Rebuild a database as it was after any transaction
     Restore(restore::RestoreArguments),
     /// Show what a replica holds
@@ -156,12 +159,12 @@ pub fn main() -> ExitCode {
         }
     };
     match run(arguments) {
-        Ok(()) => ExitCode::SUCCESS,
+        Ok(code) => ExitCode::from(code),
         Err(failure) => failure.report(),
     }
 }
 
-fn run(arguments: Arguments) -> Result<(), Failure> {
+fn run(arguments: Arguments) -> Result<u8, Failure> {
     let flags = LogConfig { level: arguments.log_level, format: arguments.log_format };
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)
@@ -172,27 +175,32 @@ fn run(arguments: Arguments) -> Result<(), Failure> {
         Command::Replicate(arguments) => {
             let config = arguments.config()?;
             start_log(&flags, Some(&config.log), LogLevel::Info);
-            runtime.block_on(replicate::run(config))
+            runtime.block_on(replicate::run(config)).map(|()| 0)
+        }
+        Command::Run(arguments) => {
+            let config = arguments.config()?;
+            start_log(&flags, Some(&config.log), LogLevel::Info);
+            runtime.block_on(run::run(arguments, config))
         }
         Command::Restore(arguments) => {
             start_log(&flags, None, LogLevel::Warn);
-            runtime.block_on(restore::run(arguments))
+            runtime.block_on(restore::run(arguments)).map(|()| 0)
         }
         Command::Log(arguments) => {
             start_log(&flags, None, LogLevel::Warn);
-            runtime.block_on(log::run(arguments))
+            runtime.block_on(log::run(arguments)).map(|()| 0)
         }
         Command::Sync(arguments) => {
             start_log(&flags, None, LogLevel::Warn);
-            runtime.block_on(ask::sync(arguments))
+            runtime.block_on(ask::sync(arguments)).map(|()| 0)
         }
         Command::Snapshot(arguments) => {
             start_log(&flags, None, LogLevel::Warn);
-            runtime.block_on(ask::snapshot(arguments))
+            runtime.block_on(ask::snapshot(arguments)).map(|()| 0)
         }
         Command::Demo(arguments) => {
             start_log(&flags, None, LogLevel::Warn);
-            runtime.block_on(demo::run(arguments))
+            runtime.block_on(demo::run(arguments)).map(|()| 0)
         }
     };
     // A request that hangs must not keep a process that has done its work.

@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use clap::Args;
 use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 
 use super::exit_code::{Failure, NOT_CONFIRMED};
@@ -69,8 +70,22 @@ impl ReplicateArguments {
 pub async fn run(config: Config) -> Result<(), Failure> {
     let stop = CancellationToken::new();
     watch_signals(stop.clone())?;
+    let jobs = jobs_of(config.databases).await;
+    let (standing, _) = mpsc::unbounded_channel();
+    let mut failed = replicate(jobs, stop, config.shutdown_timeout, SystemClock::shared(), standing).await;
+    match failed.is_empty() {
+        true => {
+            tracing::info!("stopped; everything is confirmed");
+            Ok(())
+        }
+        false => Err(failed.swap_remove(0).into()),
+    }
+}
+
+/// What is to be replicated, with its stores open.
+pub(super) async fn jobs_of(databases: Vec<DatabaseConfig>) -> Vec<Job> {
     let mut jobs = Vec::new();
-    for database in config.databases {
+    for database in databases {
         let store = Arc::new(Retrying::new(database.replica.open().await, QUICK));
         tracing::info!(database = %database.path.display(), replica = %database.replica, "replicating");
         let settings = DatabaseSettings {
@@ -85,14 +100,7 @@ pub async fn run(config: Config) -> Result<(), Failure> {
         let merge = MergeSettings { windows: database.merge, kept_limit_bytes };
         jobs.push(Job { settings, state_dir: database.state_dir, store, merge });
     }
-    let mut failed = replicate(jobs, stop, config.shutdown_timeout, SystemClock::shared()).await;
-    match failed.is_empty() {
-        true => {
-            tracing::info!("stopped; everything is confirmed");
-            Ok(())
-        }
-        false => Err(failed.swap_remove(0).into()),
-    }
+    jobs
 }
 
 /// The first SIGTERM or SIGINT asks for a stop, the second one makes it happen at once.

@@ -202,7 +202,11 @@ fn is_there(path: &Path) -> Result<bool, RestoreError> {
     }
 }
 
-async fn restore_to_file(
+/// Restores beside `output` and puts the file in its place; gives what the user should know.
+///
+/// # Errors
+/// See [`RestoreError`]; what was there is still there then.
+pub(super) async fn restore_to_file(
     store: &crate::store::SharedStore,
     history: &History,
     plan: &Plan,

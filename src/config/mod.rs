@@ -1,5 +1,6 @@
 //! TOML, environment and replica URLs, as one validated value.
 
+pub mod environment;
 pub mod file;
 pub mod replica_url;
 mod toml_error;
@@ -129,6 +130,12 @@ pub enum ConfigError {
         path: PathBuf,
         /// The operating system's error.
         source: std::io::Error,
+    },
+    /// The environment does not say what to do.
+    #[error("{what}")]
+    Environment {
+        /// What is missing or wrong.
+        what: String,
     },
     /// The file says something that can't be.
     #[error("{}: {what}", path.display())]

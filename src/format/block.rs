@@ -17,8 +17,8 @@ pub const BLOCK_HEADER_LEN: usize = 12;
 pub const BLOCK_RAW_LIMIT: usize = 8 << 20;
 /// How many raw bytes this program puts into a block.
 const BLOCK_RAW_LEN: usize = 4 << 20;
-/// zstd's window: 8 MiB, for the writer and as the reader's limit.
-const WINDOW_LOG: u32 = 23;
+/// The largest window of zstd's, as the power of two of its bytes, that a reader has to bear: 32 MiB.
+const WINDOW_LOG_LIMIT: u32 = 25;
 const LEVEL: i32 = 3;
 
 /// The header of a block.
@@ -55,12 +55,32 @@ impl BlockHeader {
     }
 }
 
+/// How far back a writer looks for what stood there before. It costs memory of that size, in the writer and in the reader.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Window {
+    /// 8 MiB.
+    #[default]
+    Usual,
+    /// 32 MiB, for what is written seldom and kept long.
+    Wide,
+}
+
+impl Window {
+    fn log(self) -> u32 {
+        match self {
+            Self::Usual => 23,
+            Self::Wide => WINDOW_LOG_LIMIT,
+        }
+    }
+}
+
 /// Writes a section of blocks to `sink`.
 ///
 /// Memory: the raw content of one block, and nothing of zstd's before the first block is full. What fits one block is
 /// compressed with its size pledged, so that zstd takes tables of that size and not of the window's.
 #[derive(Default)]
 pub struct BlockWriter {
+    window: Window,
     raw: Vec<u8>,
     encoder: Option<zstd::stream::write::Encoder<'static, Vec<u8>>>,
     /// Number of blocks written.
@@ -78,6 +98,12 @@ impl std::fmt::Debug for BlockWriter {
 }
 
 impl BlockWriter {
+    /// A writer with such a window.
+    #[must_use]
+    pub fn with_window(window: Window) -> Self {
+        Self { window, ..Self::default() }
+    }
+
     /// Adds content; writes a block each time that one is full. `unit` is never split between blocks.
     ///
     /// # Errors
@@ -106,7 +132,7 @@ impl BlockWriter {
 
     fn write_block(&mut self, sink: &mut impl Write, pledged_len: Option<usize>) -> io::Result<()> {
         if self.encoder.is_none() {
-            self.encoder = Some(new_encoder(pledged_len)?);
+            self.encoder = Some(new_encoder(self.window, pledged_len)?);
         }
         let Some(encoder) = self.encoder.as_mut() else { return Err(io::Error::other("no encoder")) };
         encoder.write_all(&self.raw)?;
@@ -125,12 +151,15 @@ impl BlockWriter {
     }
 }
 
-fn new_encoder(pledged_len: Option<usize>) -> io::Result<zstd::stream::write::Encoder<'static, Vec<u8>>> {
+fn new_encoder(
+    window: Window,
+    pledged_len: Option<usize>,
+) -> io::Result<zstd::stream::write::Encoder<'static, Vec<u8>>> {
     let mut encoder = zstd::stream::write::Encoder::new(Vec::new(), LEVEL)?;
     encoder.set_pledged_src_size(pledged_len.map(|len| len as u64))?;
     encoder.include_contentsize(false)?;
     if pledged_len.is_none_or(|len| len > 256 * 1024) {
-        encoder.set_parameter(CParameter::WindowLog(WINDOW_LOG))?;
+        encoder.set_parameter(CParameter::WindowLog(window.log()))?;
         encoder.set_parameter(CParameter::EnableLongDistanceMatching(true))?;
     }
     Ok(encoder)
@@ -150,7 +179,7 @@ impl BlockReader {
     pub fn new(what: &'static str) -> Result<Self, FormatError> {
         let bad = |_| FormatError::BadCompression { what };
         let mut decoder = Decoder::new().map_err(bad)?;
-        decoder.set_parameter(DParameter::WindowLogMax(WINDOW_LOG)).map_err(bad)?;
+        decoder.set_parameter(DParameter::WindowLogMax(WINDOW_LOG_LIMIT)).map_err(bad)?;
         Ok(Self { decoder, what })
     }
 

@@ -4,7 +4,7 @@
 
 use std::io::{self, Write};
 
-use super::block::{BLOCK_HEADER_LEN, BLOCK_RAW_LIMIT, BlockReader, BlockWriter, read_section};
+use super::block::{BLOCK_HEADER_LEN, BLOCK_RAW_LIMIT, BlockReader, BlockWriter, Window, read_section};
 use super::key::{SegmentKey, Span};
 use super::{
     FOOTER_LEN, Fields, FormatError, HEADER_LEN, decode_footer, decode_header, encode_footer, encode_header,
@@ -70,12 +70,20 @@ impl<W: Write> SegmentWriter<W> {
     ///
     /// # Errors
     /// When the sink fails.
-    pub fn new(mut sink: W, page_size: u32) -> io::Result<Self> {
+    pub fn new(sink: W, page_size: u32) -> io::Result<Self> {
+        Self::with_window(sink, page_size, Window::Usual)
+    }
+
+    /// Begins a segment that is compressed with such a window.
+    ///
+    /// # Errors
+    /// When the sink fails.
+    pub fn with_window(mut sink: W, page_size: u32, window: Window) -> io::Result<Self> {
         sink.write_all(&encode_header(HEADER_MAGIC, page_size))?;
         Ok(Self {
             sink,
             page_size,
-            pages: BlockWriter::default(),
+            pages: BlockWriter::with_window(window),
             table: Vec::new(),
             transaction_count: 0,
             page_count: 0,

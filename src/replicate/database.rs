@@ -146,6 +146,7 @@ pub struct Following {
     last_cut: Option<Duration>,
     last_commit: Duration,
     last_look: Duration,
+    last_advance: Duration,
     busy_looks: u32,
     look_again: Option<Duration>,
     quiet_checkpoint_due: Option<Duration>,
@@ -182,6 +183,7 @@ impl Following {
             last_cut: None,
             last_commit: now,
             last_look: now,
+            last_advance: now,
             busy_looks: 0,
             look_again: None,
             quiet_checkpoint_due: Some(now + QUIET_AFTER),
@@ -284,6 +286,9 @@ impl Following {
     }
 
     fn advance(&mut self) -> Result<u32, DatabaseError> {
+        let advanced_at = self.now();
+        self.snapshots.note_pin(advanced_at.saturating_sub(self.last_advance), self.capture.wal_len_bytes());
+        self.last_advance = advanced_at;
         let captured = match &mut self.recorder {
             Some(recorder) => self.capture.advance(recorder),
             None => self.capture.advance(&mut Ignore),

@@ -12,7 +12,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use super::spool::Spooled;
-use crate::format::block::{BLOCK_HEADER_LEN, BlockHeader};
+use crate::format::block::{BLOCK_HEADER_LEN, BlockHeader, Window};
 use crate::format::key::SegmentKey;
 use crate::format::segment::{PageStream, SegmentFooter, SegmentWriter};
 use crate::format::{FOOTER_LEN, FormatError};
@@ -36,8 +36,8 @@ impl MergeSettings {
 /// What to do with the segments that are kept.
 #[derive(Debug, PartialEq, Eq)]
 pub enum Step {
-    /// Make these one.
-    Merge(Range<usize>),
+    /// Make these one, and write it in such a way.
+    Merge(Range<usize>, Window),
     /// There is nothing more to gain by keeping this one.
     LetGo(usize),
     /// Nothing, until more is confirmed.
@@ -58,7 +58,8 @@ pub fn next_step(kept: &[Spooled], settings: &MergeSettings, newest_ms: u64) -> 
             group.len() > 1 && window_of(&kept[group.start], *window) < newest_ms / window_ms(*window)
         };
         if let Some(group) = groups(kept, *window, settings).into_iter().find(ripe) {
-            return Step::Merge(group);
+            // The last time it is written.
+            return Step::Merge(group, if window == coarsest { Window::Wide } else { Window::Usual });
         }
     }
     let coarse_groups = groups(kept, *coarsest, settings);
@@ -77,7 +78,7 @@ pub fn next_step(kept: &[Spooled], settings: &MergeSettings, newest_ms: u64) -> 
     // Too much for the window to be waited out.
     let len_of = |group: &Range<usize>| kept[group.clone()].iter().map(|spooled| spooled.len_bytes).sum::<u64>();
     match coarse_groups.into_iter().filter(|group| group.len() > 1).max_by_key(len_of) {
-        Some(group) => Step::Merge(group),
+        Some(group) => Step::Merge(group, Window::Usual),
         None => Step::LetGo(0),
     }
 }
@@ -131,7 +132,7 @@ pub fn held_by_others(kept: &[Spooled]) -> Vec<usize> {
 ///
 /// # Errors
 /// When a file can't be read or is damaged, or the output can't be written.
-pub fn merge_files(inputs: &[PathBuf], output: File) -> io::Result<SegmentKey> {
+pub fn merge_files(inputs: &[PathBuf], output: File, window: Window) -> io::Result<SegmentKey> {
     let mut output = Some(output);
     let mut writer: Option<SegmentWriter<BufWriter<File>>> = None;
     let mut start = None;
@@ -143,7 +144,7 @@ pub fn merge_files(inputs: &[PathBuf], output: File) -> io::Result<SegmentKey> {
             None => {
                 let file = output.take().ok_or_else(|| io::Error::other("there is no file to merge into"))?;
                 let file = BufWriter::with_capacity(256 * 1024, file);
-                writer.insert(SegmentWriter::new(file, input.footer.page_size)?)
+                writer.insert(SegmentWriter::with_window(file, input.footer.page_size, window)?)
             }
         };
         input.append_to(writer)?;
@@ -239,10 +240,10 @@ mod tests {
     fn a_minute_that_is_over_is_merged_and_then_an_hour() {
         let minute = [kept(1, 1, 3, 10, 5), kept(1, 4, 4, 20, 5), kept(1, 5, 9, 59, 5)];
         assert_eq!(step(&minute, 59), Step::Wait);
-        assert_eq!(step(&minute, 60), Step::Merge(0..3));
+        assert_eq!(step(&minute, 60), Step::Merge(0..3, Window::Usual));
         let hour = [kept(1, 1, 9, 59, 5), kept(1, 10, 20, 3000, 5), kept(1, 21, 22, 3601, 5)];
         assert_eq!(step(&hour[..2], 3599), Step::Wait);
-        assert_eq!(step(&hour, 3601), Step::Merge(0..2));
+        assert_eq!(step(&hour, 3601), Step::Merge(0..2, Window::Wide));
         // An hour that is one segment is done.
         assert_eq!(step(&[kept(1, 1, 20, 3000, 5), hour[2].clone()], 3601), Step::LetGo(0));
         assert_eq!(step(&hour[2..], 3601), Step::Wait);
@@ -259,7 +260,7 @@ mod tests {
     fn the_disk_is_not_filled() {
         let many: Vec<Spooled> = (0..6).map(|number| kept(1, number + 1, number + 1, 10, 200)).collect();
         assert_eq!(step(&many[..5], 10), Step::Wait);
-        assert_eq!(step(&many, 10), Step::Merge(0..6));
+        assert_eq!(step(&many, 10), Step::Merge(0..6, Window::Usual));
         let large = [kept(1, 1, 1, 10, 250), kept(1, 2, 2, 11, 10)];
         assert_eq!(step(&large, 11), Step::LetGo(0));
         let apart: Vec<Spooled> = (0..6).map(|number| kept(1, number * 2, number * 2, 10, 200)).collect();

@@ -54,6 +54,8 @@ const MERGES_AT_A_TIME: usize = 1;
 /// What all databases of the process share.
 struct Shared {
     hub: WatchHub,
+    /// Who wants to know of databases that stand; perhaps nobody.
+    standing: mpsc::UnboundedSender<PathBuf>,
     merges: Arc<Semaphore>,
 }
 
@@ -111,14 +113,17 @@ pub enum ReplicateError {
 }
 
 /// Replicates `databases` until `stop` is cancelled; then captures what is left and ships it within `shutdown_timeout`.
+/// `standing` hears of each database as soon as everything that is written to it from then on is captured.
 /// Returns what went wrong, a database each; nothing when all ended as told with everything confirmed.
 pub async fn run(
     databases: Vec<Job>,
     stop: CancellationToken,
     shutdown_timeout: Duration,
     clock: Arc<dyn Clock>,
+    standing: mpsc::UnboundedSender<PathBuf>,
 ) -> Vec<ReplicateError> {
-    let shared = Arc::new(Shared { hub: WatchHub::new(), merges: Arc::new(Semaphore::new(MERGES_AT_A_TIME)) });
+    let shared =
+        Arc::new(Shared { hub: WatchHub::new(), standing, merges: Arc::new(Semaphore::new(MERGES_AT_A_TIME)) });
     let mut running = JoinSet::new();
     for job in databases {
         let (shared, stop, clock) = (shared.clone(), stop.clone(), clock.clone());
@@ -158,15 +163,21 @@ async fn supervise(
     let mut is_waiting = false;
     loop {
         let begun = clock.monotonic();
+        let is_last_try = stop.is_cancelled();
         match follow_once(&job, &directory, shared, &stop, shutdown_timeout, &clock).await? {
             None => return Ok(()),
             Some(DatabaseError::Sqlite(SqliteError::NotThere { .. })) => {
                 if !is_waiting {
                     tracing::info!(database, "not there yet; waiting for the application to make it");
                 }
+                shared.standing.send(job.settings.path.clone()).ok();
                 is_waiting = true;
                 failures = 0;
                 sleep_or_stop(job.settings.poll_interval, &stop).await;
+                // An application that makes it and ends at once would otherwise be stopped before anybody has looked.
+                if !is_last_try {
+                    continue;
+                }
             }
             Some(error) => {
                 is_waiting = false;
@@ -310,6 +321,8 @@ async fn follow_once(
         database: database.clone(),
         what: panic.to_string(),
     };
+    let mut claimed = progress.confirmed.subscribe();
+    let mut stands = false;
     let mut stopped_at = None;
     let mut shipped = None;
     let captured = loop {
@@ -317,6 +330,10 @@ async fn follow_once(
             () = stop.cancelled(), if stopped_at.is_none() => {
                 stopped_at = Some(clock.monotonic());
                 mailbox.send(Event::Stop);
+            }
+            Ok(()) = claimed.changed(), if !stands => {
+                stands = true;
+                shared.standing.send(job.settings.path.clone()).ok();
             }
             ended = &mut following => break ended.map_err(panicked)?,
             // It ends with the thread's last job, or before it when it can't go on: then the thread has to end, too.

@@ -79,6 +79,9 @@ struct Reading {
     pieces: mpsc::Sender<Piece>,
     /// What the store was not ready to take.
     pending: Option<Piece>,
+    /// How long a pin stood at most while it was read, and how large the captured part of the WAL was.
+    oldest_pin: Duration,
+    largest_wal_bytes: u64,
 }
 
 /// What became of a step.
@@ -169,7 +172,14 @@ impl Snapshots {
         let (pieces, receiver) = mpsc::channel(PIECES_IN_FLIGHT);
         let note = SnapshotNote { begun_ms: now_ms, extents_len_bytes: 0, log_len_bytes: 0 };
         let key = scan.key();
-        self.stage = Stage::Reading(Box::new(Reading { scan, note, pieces, pending: Some(Piece::Bytes(header)) }));
+        self.stage = Stage::Reading(Box::new(Reading {
+            scan,
+            note,
+            pieces,
+            pending: Some(Piece::Bytes(header)),
+            oldest_pin: Duration::ZERO,
+            largest_wal_bytes: 0,
+        }));
         Ok(Some((key, receiver)))
     }
 
@@ -200,6 +210,8 @@ impl Snapshots {
             let is_end = matches!(piece, Piece::End(_));
             match reading.pieces.try_send(piece) {
                 Ok(()) if is_end => {
+                    let (oldest_pin, largest_wal_bytes) = (reading.oldest_pin, reading.largest_wal_bytes);
+                    tracing::info!(key = %reading.scan.key(), ?oldest_pin, largest_wal_bytes, "snapshot read");
                     self.stage = Stage::Storing(reading.note);
                     return Ok(Advance::Complete);
                 }
@@ -216,6 +228,14 @@ impl Snapshots {
             }
         }
         Ok(Advance::More)
+    }
+
+    /// The pin moves: it stood for so long, and protected so many bytes of the WAL. One that protects nothing holds up nobody.
+    pub fn note_pin(&mut self, stood: Duration, wal_len_bytes: u64) {
+        if let (Stage::Reading(reading), true) = (&mut self.stage, wal_len_bytes > 0) {
+            reading.oldest_pin = reading.oldest_pin.max(stood);
+            reading.largest_wal_bytes = reading.largest_wal_bytes.max(wal_len_bytes);
+        }
     }
 
     /// A segment was cut.

@@ -2,6 +2,7 @@
 
 mod cli;
 mod downtime;
+mod entry_point;
 mod format;
 mod install;
 mod merging;

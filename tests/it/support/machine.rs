@@ -64,6 +64,7 @@ struct Daemon {
 /// One state that was confirmed.
 #[derive(Debug, Clone)]
 pub struct Known {
+    #[allow(dead_code)]
     pub time_ms: u64,
     pub bytes: Arc<Vec<u8>>,
 }
@@ -298,6 +299,7 @@ impl Machine {
     }
 
     /// The plan of a restore of a state, on the line of its epoch.
+    #[allow(dead_code)]
     pub fn plan(&self, position: Position) -> Plan {
         block_on(Self::plan_in(&self.memory, position))
     }

@@ -14,7 +14,16 @@ use rusqlite::Connection;
 /// The built program, with credentials for [`s3::S3Server`] and nothing else of the environment that could change it.
 pub fn waltrail() -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_waltrail"));
-    for name in ["WALTRAIL_CONFIG", "AWS_PROFILE", "AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_SESSION_TOKEN"] {
+    for name in [
+        "WALTRAIL_CONFIG",
+        "WALTRAIL_REPLICA",
+        "DATABASE_URL",
+        "AWS_S3_BUCKET_NAME",
+        "AWS_PROFILE",
+        "AWS_ENDPOINT_URL",
+        "AWS_ENDPOINT_URL_S3",
+        "AWS_SESSION_TOKEN",
+    ] {
         command.env_remove(name);
     }
     command.env("AWS_ACCESS_KEY_ID", "test").env("AWS_SECRET_ACCESS_KEY", "testtest");

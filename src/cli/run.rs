@@ -1,0 +1,232 @@
+//! `waltrail run`: the entry point of a container.
+
+use std::ffi::OsString;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use clap::Args;
+use tokio::sync::mpsc;
+use tokio_util::sync::CancellationToken;
+
+use super::exit_code::{Failure, NOT_CONFIRMED};
+use super::replicate::jobs_of;
+use super::restore::restore_to_file;
+use super::tell::tell;
+use super::{ConfigArgument, open_patiently};
+use crate::clock::{SystemClock, format_time};
+use crate::config::replica_url::ReplicaUrl;
+use crate::config::units::parse_duration;
+use crate::config::{Config, DEFAULT_SHUTDOWN_TIMEOUT, DatabaseConfig, LogConfig, environment};
+use crate::replicate::run as replicate;
+use crate::restore::RestoreError;
+use crate::restore::history::History;
+use crate::restore::plan::{Target, plan};
+use crate::run::child::{Child, Signals, exit_code};
+use crate::run::place::{VOLUME_VARIABLE, loss};
+
+/// Arguments of `run`.
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  waltrail run /data/app.db s3://my-bucket/app -- node server.js
+  waltrail run --config /etc/waltrail.toml -- bin/rails server
+  waltrail run -- npm start
+      (DATABASE_URL names the database, WALTRAIL_REPLICA the replica, or AWS_S3_BUCKET_NAME the bucket)
+
+A database that is not there is restored, if there is a backup; if there is none, the application begins with nothing. If the
+restore fails, the application is not started.
+
+The exit code is the command's own (128 and the signal's number, if one ended it); 15 if the command ended with 0 and not
+everything is confirmed; 127 or 126 if it can't be started; of waltrail's own codes, if it did not come to that.")]
+pub struct RunArguments {
+    /// The database to follow
+    #[arg(requires = "replica")]
+    database: Option<PathBuf>,
+    /// Where it goes: s3://bucket/prefix, file:///directory or a directory's path
+    replica: Option<String>,
+    /// Fail if a restore takes longer than this [default: no limit]
+    #[arg(long, value_name = "DURATION", value_parser = parse_duration)]
+    restore_timeout: Option<Duration>,
+    /// Start the command after this long, even if storage can't be reached; what it writes waits on the local disk
+    #[arg(long, value_name = "DURATION", default_value = "30s", value_parser = parse_duration)]
+    start_timeout: Duration,
+    /// Make this file when replication stands and the command is started
+    #[arg(long, value_name = "FILE")]
+    ready_file: Option<PathBuf>,
+    #[command(flatten)]
+    config: ConfigArgument,
+    /// The command to run, with its arguments
+    #[arg(last = true, required = true)]
+    command: Vec<OsString>,
+}
+
+impl RunArguments {
+    /// The configuration that the arguments mean, or, without any, the environment.
+    ///
+    /// # Errors
+    /// When there is none, or it is wrong.
+    pub fn config(&self) -> Result<Config, Failure> {
+        let one = |database| Config {
+            log: LogConfig::default(),
+            shutdown_timeout: DEFAULT_SHUTDOWN_TIMEOUT,
+            databases: vec![database],
+        };
+        if let (Some(database), Some(replica)) = (&self.database, &self.replica) {
+            self.config.refuse("a DATABASE and a REPLICA are all there is to replicate")?;
+            let path = std::path::absolute(database)
+                .map_err(|error| Failure::usage(format!("'{}': {error}", database.display())))?;
+            let replica: ReplicaUrl = replica.parse()?;
+            return Ok(one(DatabaseConfig::new(path, replica)));
+        }
+        if let Some(config) = self.config.load()? {
+            return Ok(config);
+        }
+        let directory = std::env::current_dir().map_err(|error| Failure::other(format!("no directory: {error}")))?;
+        let variable = |name: &str| std::env::var(name).ok();
+        Ok(one(environment::database(variable, &directory)?))
+    }
+}
+
+/// Restores what is missing, replicates, runs the command, ships what is left. Gives the process's exit code.
+///
+/// # Errors
+/// When it does not come to the command.
+pub async fn run(arguments: RunArguments, config: Config) -> Result<u8, Failure> {
+    let failed = |error: io::Error| Failure::other(format!("can't listen for signals: {error}"));
+    let mut signals = Signals::listen().map_err(failed)?;
+    for database in &config.databases {
+        warn_of_loss(&database.path);
+    }
+    tokio::select! {
+        restored = restore_missing(&config, arguments.restore_timeout) => restored?,
+        number = signals.asked_to_end() => return Ok(128 + number as u8),
+    }
+    let databases = config.databases.len();
+    let shutdown_timeout = config.shutdown_timeout;
+    let stop = CancellationToken::new();
+    let (standing, mut stands) = mpsc::unbounded_channel();
+    let jobs = jobs_of(config.databases).await;
+    let mut replicating =
+        tokio::spawn(replicate(jobs, stop.clone(), shutdown_timeout, SystemClock::shared(), standing));
+    tokio::select! {
+        () = all_stand(&mut stands, databases) => {}
+        () = tokio::time::sleep(arguments.start_timeout) => {
+            tracing::error!("storage is not reached; the command is started all the same, and what it writes waits here");
+        }
+        number = signals.asked_to_end() => {
+            stop.cancel();
+            replicating.await.ok();
+            return Ok(128 + number as u8);
+        }
+        // It says itself what is wrong. Without replication nothing is started.
+        ended = &mut replicating => {
+            let failures = ended.map_err(|error| Failure::other(error.to_string()))?;
+            return Err(failures.into_iter().next().map_or_else(|| Failure::other("replication ended".into()), Failure::from));
+        }
+    }
+    let child = match Child::start(&arguments.command) {
+        Ok(child) => child,
+        Err(error) => {
+            stop.cancel();
+            replicating.await.ok();
+            tell(format_args!("error: '{}' can't be started: {error}", arguments.command[0].to_string_lossy()));
+            return Ok(if error.kind() == io::ErrorKind::NotFound { 127 } else { 126 });
+        }
+    };
+    if let Some(ready_file) = &arguments.ready_file
+        && let Err(error) = std::fs::write(ready_file, b"")
+    {
+        tracing::error!(%error, file = %ready_file.display(), "the ready file can't be made");
+    }
+    // Replication that ends before the command does not end the command: the application comes first. The log has said why.
+    let status =
+        child.wait(&mut signals).await.map_err(|error| Failure::other(format!("can't wait for it: {error}")))?;
+    tracing::info!(%status, "the command has ended; shipping what is left");
+    stop.cancel();
+    let failures = replicating.await.map_err(|error| Failure::other(error.to_string()))?;
+    if let Some(ready_file) = &arguments.ready_file {
+        std::fs::remove_file(ready_file).ok();
+    }
+    let code = exit_code(status);
+    Ok(if code == 0 && !failures.is_empty() { NOT_CONFIRMED } else { code })
+}
+
+async fn all_stand(stands: &mut mpsc::UnboundedReceiver<PathBuf>, databases: usize) {
+    let mut standing = std::collections::HashSet::new();
+    while standing.len() < databases {
+        match stands.recv().await {
+            Some(path) => standing.insert(path),
+            // Replication has ended; what it says is looked at beside this.
+            None => return std::future::pending().await,
+        };
+    }
+}
+
+/// The commonest loss there is: a database that goes with its container.
+fn warn_of_loss(database: &Path) {
+    let mounts = std::fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
+    let volume = std::env::var_os(VOLUME_VARIABLE).filter(|path| !path.is_empty()).map(PathBuf::from);
+    let is_on_railway = std::env::var_os("RAILWAY_ENVIRONMENT_ID").is_some();
+    if let Some(why) = loss(database, &mounts, volume.as_deref(), is_on_railway) {
+        tracing::error!("DANGER: {why}");
+    }
+}
+
+async fn restore_missing(config: &Config, limit: Option<Duration>) -> Result<(), Failure> {
+    for database in &config.databases {
+        if is_there(&database.path)? {
+            continue;
+        }
+        let restoring = restore(database);
+        match limit {
+            None => restoring.await?,
+            Some(limit) => tokio::time::timeout(limit, restoring).await.map_err(|_| {
+                Failure::other(format!(
+                    "{} could not be restored within {limit:?}; the command is not started",
+                    database.path.display()
+                ))
+            })??,
+        }
+    }
+    Ok(())
+}
+
+/// An empty file is what opening a database that is not there leaves.
+fn is_there(path: &Path) -> Result<bool, Failure> {
+    match path.metadata() {
+        Ok(found) => Ok(found.len() > 0),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
+        Err(error) => Err(Failure::other(format!("{} can't be looked at: {error}", path.display()))),
+    }
+}
+
+async fn restore(database: &DatabaseConfig) -> Result<(), Failure> {
+    let (path, shown) = (&database.path, database.path.display().to_string());
+    let store = open_patiently(&database.replica).await;
+    let history = match History::load(&store).await {
+        Err(RestoreError::NoReplica { .. }) => {
+            tracing::info!(database = shown, replica = %database.replica, "not there, and no backup: it begins empty");
+            return Ok(());
+        }
+        other => other?,
+    };
+    let plan = match plan(&store, &history, Target::Latest, None).await {
+        Err(RestoreError::NothingYet { .. }) => {
+            tracing::warn!(database = shown, "not there, and the backup has no first snapshot: it begins empty");
+            return Ok(());
+        }
+        other => other?,
+    };
+    tracing::info!(database = shown, replica = %database.replica, state = %plan.position, "not there; restoring it");
+    if let Some(directory) = path.parent() {
+        std::fs::create_dir_all(directory)
+            .map_err(|error| Failure::other(format!("{} can't be made: {error}", directory.display())))?;
+    }
+    let notes = restore_to_file(&store, &history, &plan, path, &database.state_dir, path.exists()).await?;
+    for note in notes {
+        tracing::info!("{note}");
+    }
+    tracing::info!(database = shown, state = %plan.position, time = format_time(plan.time_ms), "restored");
+    Ok(())
+}

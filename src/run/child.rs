@@ -1,0 +1,130 @@
+//! The application, as a child process: signals are passed on to it, and what it leaves behind is reaped.
+
+use std::ffi::OsString;
+use std::io;
+use std::os::unix::process::ExitStatusExt;
+use std::process::{Command, ExitStatus};
+
+use tokio::signal::unix::{Signal, SignalKind, signal};
+
+/// What is passed on. (SIGKILL and SIGSTOP can't be.)
+const PASSED_ON: [libc::c_int; 6] =
+    [libc::SIGTERM, libc::SIGINT, libc::SIGHUP, libc::SIGQUIT, libc::SIGUSR1, libc::SIGUSR2];
+
+/// Signals from outside, from before the child is there: none is lost, and none ends this process.
+pub struct Signals {
+    passed_on: Vec<(libc::c_int, Signal)>,
+    child: Signal,
+}
+
+impl Signals {
+    /// Listens from now on.
+    ///
+    /// # Errors
+    /// As the operating system answers.
+    pub fn listen() -> io::Result<Self> {
+        let listen = |number: &libc::c_int| Ok((*number, signal(SignalKind::from_raw(*number))?));
+        let passed_on = PASSED_ON.iter().map(listen).collect::<io::Result<Vec<_>>>()?;
+        Ok(Self { passed_on, child: signal(SignalKind::child())? })
+    }
+
+    /// The next signal that is to be passed on.
+    async fn next(&mut self) -> libc::c_int {
+        let waits = self.passed_on.iter_mut().map(|(number, signal)| {
+            Box::pin(async move {
+                signal.recv().await;
+                *number
+            })
+        });
+        futures_util::future::select_all(waits).await.0
+    }
+
+    /// Waits for a signal that asks to end, while there is no child yet.
+    pub async fn asked_to_end(&mut self) -> libc::c_int {
+        loop {
+            let number = self.next().await;
+            if [libc::SIGTERM, libc::SIGINT, libc::SIGQUIT].contains(&number) {
+                return number;
+            }
+        }
+    }
+}
+
+/// A running child.
+#[derive(Debug)]
+pub struct Child {
+    process_id: libc::pid_t,
+    /// As process 1 we inherit every process whose parent has ended, and nobody else would reap it.
+    reaps_all: bool,
+}
+
+impl Child {
+    /// Starts `command` with its arguments; it has our environment, directory and standard streams.
+    ///
+    /// # Errors
+    /// As the operating system answers.
+    pub fn start(command: &[OsString]) -> io::Result<Self> {
+        let (program, arguments) = command.split_first().ok_or_else(|| io::Error::from(io::ErrorKind::InvalidInput))?;
+        let child = Command::new(program).args(arguments).spawn()?;
+        let process_id = libc::pid_t::try_from(child.id()).map_err(io::Error::other)?;
+        Ok(Self { process_id, reaps_all: std::process::id() == 1 })
+    }
+
+    /// Waits until it has ended, and passes signals on to it meanwhile.
+    ///
+    /// # Errors
+    /// As the operating system answers.
+    pub async fn wait(&self, signals: &mut Signals) -> io::Result<ExitStatus> {
+        // A terminal sends Ctrl-C to all of its foreground processes, the child among them.
+        let has_terminal = io::IsTerminal::is_terminal(&io::stdin());
+        loop {
+            if let Some(status) = self.reap()? {
+                return Ok(status);
+            }
+            let mut child = std::mem::replace(&mut signals.child, signal(SignalKind::child())?);
+            tokio::select! {
+                // It may have ended between the look and the listening: then this asks again soon.
+                () = tokio::time::sleep(std::time::Duration::from_millis(500)) => {}
+                _ = child.recv() => {}
+                number = signals.next() => {
+                    if !(has_terminal && number == libc::SIGINT) {
+                        self.send(number);
+                    }
+                }
+            }
+        }
+    }
+
+    /// Sends a signal.
+    pub fn send(&self, number: libc::c_int) {
+        // SAFETY: the child has not been waited for, so the number is still its own. That it has ended is no failure.
+        unsafe { libc::kill(self.process_id, number) };
+    }
+
+    /// Takes the status of processes that have ended; gives the child's.
+    fn reap(&self) -> io::Result<Option<ExitStatus>> {
+        let whom = if self.reaps_all { -1 } else { self.process_id };
+        loop {
+            let mut status = 0;
+            // SAFETY: `status` outlives the call.
+            match unsafe { libc::waitpid(whom, &raw mut status, libc::WNOHANG) } {
+                0 => return Ok(None),
+                -1 => {
+                    let error = io::Error::last_os_error();
+                    if error.kind() != io::ErrorKind::Interrupted {
+                        return Err(error);
+                    }
+                }
+                ended if ended == self.process_id => return Ok(Some(ExitStatus::from_raw(status))),
+                _ => {}
+            }
+        }
+    }
+}
+
+/// The exit code that says how a child ended: its own, or 128 and the number of the signal, as shells have it.
+#[must_use]
+pub fn exit_code(status: ExitStatus) -> u8 {
+    let code = status.code().or_else(|| status.signal().map(|number| 128 + number)).unwrap_or(1);
+    u8::try_from(code).unwrap_or(1)
+}

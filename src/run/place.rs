@@ -1,0 +1,81 @@
+//! Where a database lies, and whether it is still there after the next deploy: a container's own file system is thrown away.
+
+use std::path::{Path, PathBuf};
+
+/// Railway's name for where the volume is mounted.
+pub const VOLUME_VARIABLE: &str = "RAILWAY_VOLUME_MOUNT_PATH";
+
+/// Why a database would be lost with its container, in a sentence; `None` when nothing speaks for that. `mounts` is the content of
+/// `/proc/self/mountinfo`, `volume` what [`VOLUME_VARIABLE`] holds.
+#[must_use]
+pub fn loss(database: &Path, mounts: &str, volume: Option<&Path>, is_on_railway: bool) -> Option<String> {
+    let shown = database.display();
+    match volume {
+        Some(volume) if !database.starts_with(volume) => {
+            return Some(format!(
+                "{shown} is not on the volume, which is mounted at {}: it is lost at the next deploy. Move it to {}",
+                volume.display(),
+                volume.join(database.file_name().unwrap_or_default()).display()
+            ));
+        }
+        None if is_on_railway => {
+            return Some(format!(
+                "this service has no volume, so {shown} is lost at the next deploy: add a volume, and put the database on it"
+            ));
+        }
+        _ => {}
+    }
+    let (point, kind) = mount_of(database, mounts)?;
+    (kind == "overlay").then(|| {
+        format!(
+            "{shown} lies on the container's own file system ({}), which goes with the container: mount a volume, and put the \
+             database on it",
+            point.display()
+        )
+    })
+}
+
+/// The mount that a path is on, and its file system's type (proc(5), `/proc/pid/mountinfo`).
+fn mount_of(path: &Path, mounts: &str) -> Option<(PathBuf, String)> {
+    let parse = |line: &str| {
+        let (before, after) = line.split_once(" - ")?;
+        let point = before.split(' ').nth(4)?.replace("\\040", " ");
+        Some((PathBuf::from(point), after.split(' ').next()?.to_owned()))
+    };
+    // Of several mounts at one place, the last one covers the others.
+    mounts.lines().filter_map(parse).filter(|(point, _)| path.starts_with(point)).fold(None, |best, found| match best {
+        Some((point, kind)) if found.0.components().count() < Path::components(&point).count() => Some((point, kind)),
+        _ => Some(found),
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const CONTAINER: &str = "\
+570 420 0:55 / / rw,relatime master:200 - overlay overlay rw,lowerdir=/a,upperdir=/b
+571 570 0:58 / /proc rw,nosuid - proc proc rw
+580 570 8:1 /volumes/x /data rw,relatime - ext4 /dev/sda1 rw
+581 570 8:1 /v /my\\040data rw - xfs /dev/sdb rw";
+
+    fn lost(path: &str, volume: Option<&str>, is_on_railway: bool) -> Option<String> {
+        loss(Path::new(path), CONTAINER, volume.map(Path::new), is_on_railway)
+    }
+
+    #[test]
+    fn what_goes_with_the_container_is_known() {
+        assert!(lost("/app/prisma/dev.db", None, false).unwrap().contains("container's own file system"));
+        assert_eq!(lost("/data/app.db", None, false), None);
+        assert_eq!(lost("/my data/app.db", None, false), None);
+        assert!(lost("/database/app.db", None, false).is_some(), "/data is no parent of it");
+        assert_eq!(loss(Path::new("/srv/app.db"), "20 1 8:1 / / rw - ext4 /dev/sda1 rw", None, false), None);
+    }
+
+    #[test]
+    fn railway_says_where_its_volume_is() {
+        assert!(lost("/app/dev.db", Some("/data"), true).unwrap().contains("Move it to /data/dev.db"));
+        assert_eq!(lost("/data/app.db", Some("/data"), true), None);
+        assert!(lost("/data/app.db", None, true).unwrap().contains("no volume"));
+    }
+}

@@ -1,0 +1,121 @@
+//! `waltrail run`: the entry point of a container.
+
+use std::path::Path;
+use std::process::{Command, Output, Stdio};
+
+use crate::support::scene::{COUNTER, Scene};
+use crate::support::{content, count_up, create_database, number, open, stderr, wait_for, waltrail};
+
+/// A scene whose database is in the replica alone.
+fn lost() -> (Scene, Vec<String>) {
+    let scene = Scene::new();
+    let application = create_database(&scene.database(), 300, "");
+    let daemon = scene.start();
+    count_up(&application);
+    scene.wait_for(1);
+    assert_eq!(daemon.terminate(), Some(0));
+    drop(application);
+    let before = content(&scene.database());
+    for file in ["app.db", "app.db-wal", "app.db-shm"] {
+        std::fs::remove_file(scene.path(file)).ok();
+    }
+    std::fs::remove_dir_all(scene.path(".app.db-waltrail")).unwrap();
+    (scene, before)
+}
+
+fn run_in(scene: &Scene, command: &[&str]) -> Output {
+    let mut run = waltrail();
+    run.arg("run").arg(scene.database()).arg(scene.replica()).arg("--").args(command);
+    run.output().unwrap()
+}
+
+fn sql(database: &Path, sql: &str) -> String {
+    format!("sqlite3 -cmd '.timeout 5000' '{}' \"{sql}\"", database.display())
+}
+
+#[test]
+fn restores_what_is_missing_and_ships_what_the_command_wrote() {
+    let (scene, before) = lost();
+    let script = sql(&scene.database(), "SELECT n FROM counter; UPDATE counter SET n = 41; UPDATE counter SET n = 42");
+    let done = run_in(&scene, &["sh", "-c", &script]);
+    assert_eq!(done.status.code(), Some(0), "{}", stderr(&done));
+    assert_eq!(String::from_utf8_lossy(&done.stdout).trim(), "1", "the command found what was restored");
+    assert_eq!(number(&open(&scene.restored(&scene.replica(), &[])), COUNTER), 42);
+    let known = scene.restored_content(&["--epoch", "1"]);
+    assert_eq!(known, before, "the epoch before is still there");
+}
+
+#[test]
+fn begins_empty_where_there_is_no_backup() {
+    let scene = Scene::new();
+    let script =
+        sql(&scene.database(), "PRAGMA journal_mode=WAL; CREATE TABLE counter(n); INSERT INTO counter VALUES(5)");
+    let done = run_in(&scene, &["sh", "-c", &script]);
+    assert_eq!(done.status.code(), Some(0), "{}", stderr(&done));
+    assert_eq!(number(&open(&scene.restored(&scene.replica(), &[])), COUNTER), 5);
+}
+
+#[test]
+fn the_exit_code_is_the_commands_own() {
+    let (scene, _) = lost();
+    assert_eq!(run_in(&scene, &["sh", "-c", "exit 7"]).status.code(), Some(7));
+    assert_eq!(run_in(&scene, &["sh", "-c", "kill -9 $$"]).status.code(), Some(137));
+    let unknown = run_in(&scene, &["/no/such/program"]);
+    assert_eq!(unknown.status.code(), Some(127), "{}", stderr(&unknown));
+    assert_eq!(run_in(&scene, &["/etc/passwd"]).status.code(), Some(126));
+}
+
+#[test]
+fn signals_reach_the_command() {
+    let (scene, _) = lost();
+    let (ready, database) = (scene.path("ready"), scene.database());
+    let script = format!(
+        "trap \"{}; exit 3\" TERM; touch started; while :; do sleep 0.05; done",
+        sql(&database, "UPDATE counter SET n = 9").replace('"', "\\\"")
+    );
+    let mut run = waltrail();
+    run.current_dir(scene.directory.path()).arg("run").arg("--ready-file").arg(&ready);
+    run.arg(&database).arg(scene.replica()).args(["--", "sh", "-c", &script]).stdin(Stdio::null());
+    let mut running = run.stderr(Stdio::null()).spawn().unwrap();
+    wait_for("the command", || (ready.exists() && scene.path("started").exists()).then_some(()));
+    let signalled = Command::new("kill").args(["-TERM", &running.id().to_string()]).status().unwrap();
+    assert!(signalled.success());
+    assert_eq!(running.wait().unwrap().code(), Some(3));
+    assert!(!ready.exists());
+    assert_eq!(number(&open(&scene.restored(&scene.replica(), &[])), COUNTER), 9);
+}
+
+/// An application on an empty database, with a backup that is only out of reach or damaged, would be the end of that backup's use.
+#[test]
+fn a_failed_restore_starts_nothing() {
+    let (scene, _) = lost();
+    let snapshot = scene.objects("snap").remove(0);
+    let bytes = std::fs::read(&snapshot).unwrap();
+    std::fs::write(&snapshot, &bytes[..bytes.len() / 2]).unwrap();
+    let started = scene.path("started");
+    let done = run_in(&scene, &["touch", started.to_str().unwrap()]);
+    assert_eq!(done.status.code(), Some(13), "{}", stderr(&done));
+    assert!(!started.exists() && !scene.database().exists());
+    std::fs::write(&snapshot, bytes).unwrap();
+    assert_eq!(run_in(&scene, &["touch", started.to_str().unwrap()]).status.code(), Some(0));
+    assert!(started.exists());
+}
+
+#[test]
+fn the_environment_is_enough() {
+    let (scene, _) = lost();
+    let run = || {
+        let mut run = waltrail();
+        run.env("DATABASE_URL", format!("file:{}?connection_limit=1", scene.database().display()));
+        run.args(["run", "--", "true"]);
+        run
+    };
+    let unknown = run().output().unwrap();
+    assert_eq!(unknown.status.code(), Some(10));
+    assert!(stderr(&unknown).contains("WALTRAIL_REPLICA"), "{}", stderr(&unknown));
+    let done =
+        run().env("WALTRAIL_REPLICA", scene.replica()).env("RAILWAY_VOLUME_MOUNT_PATH", "/elsewhere").output().unwrap();
+    assert_eq!(done.status.code(), Some(0), "{}", stderr(&done));
+    assert!(scene.database().exists());
+    assert!(stderr(&done).contains("DANGER") && stderr(&done).contains("/elsewhere/app.db"), "{}", stderr(&done));
+}
