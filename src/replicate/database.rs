@@ -35,6 +35,8 @@ const BUSY_AFTER_LOOKS: u32 = 5;
 /// A writer publishes a commit after the write that woke us, and a checkpointer its progress after its fsync, neither with an
 /// event of its own: so we look again, this soon at first, then at doubling intervals.
 const FIRST_LOOK_AGAIN: Duration = Duration::from_millis(1);
+/// A pin that protects frames does not stand longer than this, if the thread is awake.
+const PIN_MOVES_AFTER: Duration = Duration::from_millis(500);
 /// How soon a snapshot is read on when the store was not ready for more.
 const SNAPSHOT_PAUSE: Duration = Duration::from_millis(4);
 /// A segment is cut when it has so many bytes of page images, whatever the time.
@@ -269,7 +271,10 @@ impl Following {
         if self.look_again.is_none() {
             self.capture.files().check_still_there()?;
         }
-        let captured = match self.capture.has_work()? {
+        // A pin that protects frames moves even when nothing is written: nobody is to find a read transaction that stands long.
+        let stood = self.now().saturating_sub(self.last_advance);
+        let pin_is_old = stood >= PIN_MOVES_AFTER && self.capture.wal_len_bytes() > 0;
+        let captured = match self.capture.has_work()? || pin_is_old {
             true => self.advance()?,
             false => 0,
         };
@@ -537,6 +542,7 @@ impl Following {
             Some(recorder) => attempt(self.capture.barrier(recorder))?,
             None => attempt(self.capture.barrier(&mut Ignore))?,
         };
+        self.last_advance = self.now();
         tracing::debug!(is_done, wal_len_bytes, took = ?self.now().saturating_sub(begun), "barrier");
         if self.recorder.as_ref().map(|recorder| recorder.last().position.txid) != before {
             self.note_commits();

@@ -83,15 +83,34 @@ impl Image {
         self.written[page_number as usize / 64] |= 1 << (page_number % 64);
     }
 
-    fn write(&mut self, page_number: u32, image: &[u8]) -> io::Result<()> {
-        self.note_hash(page_number, image)?;
-        self.file.write_all_at(image, u64::from(page_number - 1) * u64::from(self.page_size))
+    /// Writes consecutive pages.
+    fn write(&mut self, first_page: u32, images: &[u8]) -> io::Result<()> {
+        let hashed = (first_page..).zip(images.chunks_exact(self.page_size as usize));
+        let hashes: Vec<u64> = hashed.map(|(page_number, image)| page_hash(page_number, image)).collect();
+        self.fingerprint ^= hashes.iter().fold(0, |sum, hash| sum ^ hash);
+        let bytes: Vec<u8> = hashes.into_iter().flat_map(u64::to_le_bytes).collect();
+        self.page_hashes.write_all_at(&bytes, u64::from(first_page - 1) * 8)?;
+        self.file.write_all_at(images, u64::from(first_page - 1) * u64::from(self.page_size))
     }
 
-    fn note_hash(&mut self, page_number: u32, image: &[u8]) -> io::Result<()> {
-        let hash = page_hash(page_number, image);
-        self.fingerprint ^= hash;
-        self.page_hashes.write_all_at(&hash.to_le_bytes(), u64::from(page_number - 1) * 8)
+    /// Writes those pages of an extent that are wanted, neighbours together.
+    fn write_extent(&mut self, first_page: u32, content: &[u8]) -> io::Result<()> {
+        let page_size = self.page_size as usize;
+        let page_count = (content.len() / page_size) as u32;
+        let mut next = 0;
+        while next < page_count {
+            let start = next;
+            while next < page_count && self.wants(first_page + next) {
+                self.claim(first_page + next);
+                next += 1;
+            }
+            if start == next {
+                next += 1;
+            } else {
+                self.write(first_page + start, &content[start as usize * page_size..next as usize * page_size])?;
+            }
+        }
+        Ok(())
     }
 
     /// Which images of a segment are to be written: of each page that is still wanted, the last one up to `last_txid`. In the
@@ -121,7 +140,9 @@ impl Image {
         let zeros = vec![0; self.page_size as usize];
         for page_number in 1..=self.size_pages {
             if self.is_blank(page_number) {
-                self.note_hash(page_number, &zeros)?;
+                let hash = page_hash(page_number, &zeros);
+                self.fingerprint ^= hash;
+                self.page_hashes.write_all_at(&hash.to_le_bytes(), u64::from(page_number - 1) * 8)?;
             }
         }
         self.file.sync_all()?;
@@ -293,12 +314,7 @@ impl Execution<'_> {
                     let content = decode_extent(*number, extent, compressed, image.page_size);
                     let content = content.map_err(RestoreError::format(&place, &key))?;
                     let (first_page, _) = extent_pages(*number, u32::MAX, image.page_size);
-                    for (page_number, page) in (first_page..).zip(content.chunks_exact(image.page_size as usize)) {
-                        if image.wants(page_number) {
-                            image.claim(page_number);
-                            image.write(page_number, page).map_err(RestoreError::io(path, "write"))?;
-                        }
-                    }
+                    image.write_extent(first_page, &content).map_err(RestoreError::io(path, "write"))?;
                 }
                 Ok(())
             })
