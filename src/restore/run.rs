@@ -158,8 +158,9 @@ mod tests {
         let stored = |&(first_txid, last_txid): &(u64, u64)| Stored {
             key: SegmentKey(Span { epoch: number, first_txid, last_txid, time_ms: last_txid }),
             len_bytes: 0,
+            stored_ms: 0,
         };
-        Epoch { record, segments: segments.iter().map(stored).collect(), snapshots: Vec::new() }
+        Epoch { record, claims: Vec::new(), segments: segments.iter().map(stored).collect(), snapshots: Vec::new() }
     }
 
     /// The segments that a run takes: epoch, first transaction, last one that counts.
