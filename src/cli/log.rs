@@ -11,7 +11,7 @@ use super::{ConfigArgument, open_patiently};
 use crate::clock::format_time;
 use crate::format::Position;
 use crate::restore::history::{Epoch, History};
-use crate::restore::plan::read_table;
+use crate::restore::tail::read_table;
 use crate::store::SharedStore;
 
 /// Arguments of `log`.

@@ -5,11 +5,12 @@ use std::fmt;
 use super::RestoreError;
 use super::history::{History, Stored};
 use super::run::{Missing, PlannedSegment, Run, runs};
+use super::tail::{read_snapshot_tail, read_table};
 use crate::clock::format_time;
+use crate::format::Position;
 use crate::format::key::{SegmentKey, SnapshotKey};
-use crate::format::segment::{SegmentFooter, Transaction};
+use crate::format::segment::Transaction;
 use crate::format::snapshot::{SnapshotFooter, SnapshotInfo};
-use crate::format::{FOOTER_LEN, Position};
 use crate::store::SharedStore;
 
 /// What to restore.
@@ -240,14 +241,7 @@ impl Planner<'_> {
     }
 
     async fn footer(&self, stored: &Stored<SnapshotKey>) -> Result<SnapshotFooter, RestoreError> {
-        let tail = tail(self.store, self.location, stored, FOOTER_LEN).await?;
-        let footer = SnapshotFooter::decode(&tail, stored.len_bytes)
-            .map_err(RestoreError::format(self.location, &stored.key))?;
-        if footer.info.key == stored.key {
-            Ok(footer)
-        } else {
-            Err(RestoreError::damaged(self.location, &stored.key, &"it is another snapshot"))
-        }
+        read_snapshot_tail(self.store, self.location, stored).await.map(|tail| tail.footer)
     }
 
     /// What the person who asked should know of the state that was chosen, in run number `index`.
@@ -330,55 +324,4 @@ impl Planner<'_> {
         }
         Ok(range)
     }
-}
-
-/// The last `len` bytes of an object.
-async fn tail<K: ToString + Copy>(
-    store: &SharedStore,
-    location: &str,
-    stored: &Stored<K>,
-    len: usize,
-) -> Result<bytes::Bytes, RestoreError> {
-    let Some(offset) = stored.len_bytes.checked_sub(len as u64) else {
-        return Err(RestoreError::damaged(location, &stored.key, &"it is too short"));
-    };
-    let name = stored.key.to_string();
-    store.get_range(&name, offset, len as u64).await.map_err(RestoreError::object(location, &stored.key))
-}
-
-/// What is read of a segment at first, to find its footer and, mostly, its table.
-const TAIL_GUESS: u64 = 32 * 1024;
-
-/// Reads a segment's footer and table.
-///
-/// # Errors
-/// When the store fails, or the object is not the segment that its name says.
-pub async fn read_table(
-    store: &SharedStore,
-    location: &str,
-    stored: &Stored<SegmentKey>,
-) -> Result<(SegmentFooter, Vec<Transaction>), RestoreError> {
-    let guess = stored.len_bytes.min(TAIL_GUESS).max(FOOTER_LEN as u64);
-    let end = tail(store, location, stored, guess as usize).await?;
-    let footer = SegmentFooter::decode(&end, stored.len_bytes).map_err(RestoreError::format(location, &stored.key))?;
-    check_footer(&footer, &stored.key, location)?;
-    let wanted = footer.table_len as usize + FOOTER_LEN;
-    let table = match end.len().checked_sub(wanted) {
-        Some(at) => end.slice(at..at + footer.table_len as usize),
-        None => {
-            let name = stored.key.to_string();
-            let range = store.get_range(&name, footer.table_offset(), footer.table_len).await;
-            range.map_err(RestoreError::object(location, &stored.key))?
-        }
-    };
-    let transactions = footer.decode_table(&table).map_err(RestoreError::format(location, &stored.key))?;
-    Ok((footer, transactions))
-}
-
-/// An object under another's name is found out here.
-///
-/// # Errors
-/// [`RestoreError::Damaged`].
-pub fn check_footer(footer: &SegmentFooter, key: &SegmentKey, location: &str) -> Result<(), RestoreError> {
-    if footer.span == key.0 { Ok(()) } else { Err(RestoreError::damaged(location, key, &"it is another segment")) }
 }
