@@ -91,6 +91,13 @@ impl History {
         Ok(history)
     }
 
+    /// Whether a snapshot is there.
+    #[must_use]
+    pub fn has_snapshot(&self, key: &SnapshotKey) -> bool {
+        let epoch = self.epochs.get(&key.epoch);
+        epoch.is_some_and(|epoch| epoch.snapshots.iter().any(|stored| stored.key == *key))
+    }
+
     /// The line that ends in `epoch` (the newest one, if not given): its epochs newest first, each with the last transaction
     /// that counts on this line (`None` for all that are there). It ends where history was let go: epoch records are deleted
     /// from the oldest on, so one that is missing behind the oldest that is there was lost.

@@ -102,6 +102,31 @@ impl<'a> Run<'a> {
         self.missing.iter().find(|gap| gap.last_txid > after_txid && gap.first_txid <= last_txid).copied()
     }
 
+    /// Whether a gap is as retention leaves one: it reaches up to where a snapshot was begun (segments are let go whole, so
+    /// the one with that transaction may be there), or to the end of a run that another one followed.
+    pub(crate) fn is_let_go(&self, gap: Missing) -> bool {
+        let mut last_txid = gap.last_txid;
+        for next in self.missing.iter().filter(|next| next.first_txid > gap.last_txid) {
+            if next.first_txid == last_txid + 1 {
+                last_txid = next.last_txid;
+            }
+        }
+        let behind = self.segment_of(last_txid + 1).map_or(last_txid, |planned| planned.last_txid);
+        let is_between = |txid: u64| gap.first_txid <= txid && txid <= behind;
+        last_txid == self.last_txid || self.snapshots.iter().any(|planned| is_between(planned.stored.key.txid))
+    }
+
+    /// Whether the run's first transactions are not there: they were let go.
+    pub(crate) fn has_lost_beginning(&self) -> bool {
+        let is_part = self.epochs.first().is_some_and(|(epoch, _)| epoch.record.continues);
+        is_part || self.missing.first().is_some_and(|gap| gap.first_txid == self.first_txid + 1)
+    }
+
+    /// When the run began, in milliseconds since 1970.
+    pub(crate) fn claimed_ms(&self) -> u64 {
+        self.epochs.first().map_or(0, |(epoch, _)| epoch.record.claimed_ms)
+    }
+
     /// The segments with the transactions after `after_txid` and up to `last_txid`.
     pub(crate) fn segments_between(&self, after_txid: u64, last_txid: u64) -> Vec<PlannedSegment> {
         let is_needed =

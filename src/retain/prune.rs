@@ -2,7 +2,7 @@
 //! damaged: snapshots go before the objects that they have extents in, then segments, the newest first, so that what is left before
 //! a snapshot is a beginning; then the records of epochs of which nothing is left, the oldest first.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
 use super::marks::load_marks;
 use super::plan::{Going, ObjectKey, RetentionPlan, plan};
@@ -71,31 +71,42 @@ pub async fn prune(
     // Last, so that none is overlooked that was set meanwhile.
     let marks = load_marks(store).await?;
     let plan = plan(&history, &tails, &marks, settings, now_ms)?;
-    let mut pruning = Pruning {
-        store,
-        left: BTreeSet::new(),
-        deleted: (0, 0),
-        refused: Refused::default(),
-        undeleted: Undeleted::default(),
-    };
+    let mut pruning = Pruning::new(store);
     if !is_dry_run {
         pruning.carry_out(&plan).await?;
     }
-    let Pruning { deleted: (deleted_objects, deleted_bytes), refused, undeleted, .. } = pruning;
+    let Pruning { deleted_objects, deleted_bytes, refused, undeleted, .. } = pruning;
     Ok(Outcome { plan, deleted_objects, deleted_bytes, refused, undeleted })
 }
 
 struct Pruning<'a> {
     store: &'a SharedStore,
+    /// The errors of deletions that were not checked yet, by key.
+    failures: BTreeMap<String, StoreError>,
+    /// What a whole request failed with.
+    stopped_by: Option<StoreError>,
     /// What was to go and is still there.
     left: BTreeSet<ObjectKey>,
-    /// How many objects are gone, and their bytes.
-    deleted: (u64, u64),
+    deleted_objects: u64,
+    deleted_bytes: u64,
     refused: Refused,
     undeleted: Undeleted,
 }
 
-impl Pruning<'_> {
+impl<'a> Pruning<'a> {
+    fn new(store: &'a SharedStore) -> Self {
+        Self {
+            store,
+            failures: BTreeMap::new(),
+            stopped_by: None,
+            left: BTreeSet::new(),
+            deleted_objects: 0,
+            deleted_bytes: 0,
+            refused: Refused::default(),
+            undeleted: Undeleted::default(),
+        }
+    }
+
     async fn carry_out(&mut self, plan: &RetentionPlan) -> Result<(), RetainError> {
         let of_kind = |is_kind: fn(&ObjectKey) -> bool| {
             plan.going.iter().filter(move |going| is_kind(&going.key)).collect::<Vec<&Going>>()
@@ -159,43 +170,35 @@ impl Pruning<'_> {
     /// if it were left behind, so those of one epoch go from the last on.
     async fn delete_records(&mut self, records: &[&Going]) -> Result<(), RetainError> {
         let mut tried = Vec::new();
-        for epoch in records.chunk_by(|left, right| left.key.epoch() == right.key.epoch()) {
-            let is_left = |key: &ObjectKey| epoch.iter().any(|going| going.key.epoch() == key.epoch());
-            if self.left.iter().any(is_left) {
+        for going in in_order_of_deletion(records) {
+            let is_empty = self.left.iter().all(|key| key.epoch() != going.key.epoch());
+            if !is_empty || !self.failures.is_empty() {
                 break;
             }
-            for going in epoch.iter().rev() {
-                self.delete(std::slice::from_ref(going)).await;
-                tried.push(*going);
-                if !self.left.is_empty() && self.left.contains(&going.key) {
-                    return self.check(&tried, |_| EPOCHS_PREFIX.to_owned()).await;
-                }
-            }
+            self.delete(&[going]).await;
+            tried.push(going);
         }
         self.check(&tried, |_| EPOCHS_PREFIX.to_owned()).await
     }
 
-    /// Deletes; what was refused is left.
+    /// Asks for deletions. After a request that failed as a whole no other is made: it would fail, too.
     async fn delete(&mut self, batch: &[&Going]) {
         let keys: Vec<String> = batch.iter().map(|going| going.key.to_string()).collect();
-        let answer = match keys.as_slice() {
-            [only] => match self.store.delete(only).await {
-                Ok(()) => Vec::new(),
-                Err(error) => vec![(only.clone(), error)],
-            },
-            _ => match self.store.delete_many(&keys).await {
-                Ok(failures) => failures,
-                Err(error) => keys.iter().map(|key| (key.clone(), error.clone())).collect(),
-            },
+        let answer = match (&self.stopped_by, keys.as_slice()) {
+            (Some(error), _) => Err(error.clone()),
+            (None, [only]) => self.store.delete(only).await.map(|()| Vec::new()),
+            (None, keys) => self.store.delete_many(keys).await,
         };
-        for (key, error) in answer {
-            self.refused.objects += 1;
-            self.refused.example.get_or_insert(error);
-            self.left.extend(batch.iter().find(|going| going.key.to_string() == key).map(|going| going.key.clone()));
+        match answer {
+            Ok(failures) => self.failures.extend(failures),
+            Err(error) => {
+                self.failures.extend(keys.into_iter().map(|key| (key, error.clone())));
+                self.stopped_by = Some(error);
+            }
         }
     }
 
-    /// Lists again: not every store that answers has deleted.
+    /// Lists again: not every store that answers has deleted, and a deletion that failed may have been carried out.
     async fn check(&mut self, tried: &[&Going], prefix_of: fn(u32) -> String) -> Result<(), RetainError> {
         let prefixes: BTreeSet<String> = tried.iter().map(|going| prefix_of(going.key.epoch())).collect();
         let mut there = BTreeSet::new();
@@ -204,18 +207,30 @@ impl Pruning<'_> {
         }
         for going in tried {
             let key = going.key.to_string();
-            if there.contains(&key) {
-                if self.left.insert(going.key.clone()) {
+            let failure = self.failures.remove(&key);
+            if !there.contains(&key) {
+                self.deleted_objects += 1;
+                self.deleted_bytes += going.len_bytes;
+                continue;
+            }
+            self.left.insert(going.key.clone());
+            match failure {
+                Some(error) => {
+                    self.refused.objects += 1;
+                    self.refused.example.get_or_insert(error);
+                }
+                None => {
                     self.undeleted.objects += 1;
                     self.undeleted.example.get_or_insert(key);
                 }
-            } else {
-                // A deletion whose answer was an error may have been carried out.
-                self.left.remove(&going.key);
-                self.deleted.0 += 1;
-                self.deleted.1 += going.len_bytes;
             }
         }
         Ok(())
     }
+}
+
+/// Epoch by epoch, the oldest first; of several claims to one epoch the first one, which counts, last.
+fn in_order_of_deletion<'g>(records: &[&'g Going]) -> Vec<&'g Going> {
+    let epochs = records.chunk_by(|left, right| left.key.epoch() == right.key.epoch());
+    epochs.flat_map(|claims| claims.iter().rev().copied()).collect()
 }

@@ -91,10 +91,10 @@ impl<'a> Selection<'a> {
         let history = self.history;
         let ends_ms = ends_ms(history);
         let inside = ends_ms.iter().filter(|(_, end_ms)| **end_ms >= start_ms);
-        for (&number, &end_ms) in inside {
+        for (&number, _) in inside {
             self.keep_end(&history.epochs[&number]);
             if !is_continued_from_its_end(history, number) {
-                self.keep_line(number, end_ms, start_ms)?;
+                self.keep_line(number, &ends_ms, start_ms)?;
             }
         }
         Ok(())
@@ -107,17 +107,20 @@ impl<'a> Selection<'a> {
         }
     }
 
-    /// A line that ended at `end_ms`, which is inside the window.
-    fn keep_line(&mut self, number: u32, end_ms: u64, start_ms: u64) -> Result<(), RestoreError> {
+    /// The line of an epoch whose end is inside the window.
+    fn keep_line(&mut self, number: u32, ends_ms: &BTreeMap<u32, u64>, start_ms: u64) -> Result<(), RestoreError> {
         let line = self.history.line(Some(number))?;
-        let mut valid_until_ms = end_ms;
+        let mut valid_until_ms = ends_ms[&number];
         for run in runs(&line) {
             if valid_until_ms < start_ms {
                 break;
             }
             self.keep_run(&run, start_ms, &StaysBecause::Window { line: number });
-            let first_restorable_ms = self.usable(&run).map(|(_, info)| info.time_ms).min();
-            valid_until_ms = first_restorable_ms.map_or(valid_until_ms, |first_ms| first_ms.min(valid_until_ms));
+            if let Some(first_ms) = self.usable(&run).map(|(_, info)| info.time_ms).min() {
+                let parent = self.history.epochs.get(&run.first_epoch()).and_then(|epoch| epoch.record.parent);
+                let left_ms = parent.and_then(|parent| ends_ms.get(&parent.epoch)).copied();
+                valid_until_ms = left_ms.unwrap_or(0).max(first_ms);
+            }
         }
         Ok(())
     }
@@ -157,7 +160,7 @@ impl<'a> Selection<'a> {
 
     /// The last state of each of the last periods of the newest line that have one that a snapshot serves without more.
     fn keep_periods(&mut self, settings: &RetentionSettings) -> Result<(), RestoreError> {
-        let kinds: [(u32, fn(u64) -> Option<String>); 3] =
+        let kinds: [(u32, PeriodOf); 3] =
             [(settings.keep_daily, day), (settings.keep_weekly, week), (settings.keep_monthly, month)];
         if kinds.iter().all(|(count, _)| *count == 0) {
             return Ok(());
@@ -341,6 +344,9 @@ fn is_continued_from_its_end(history: &History, number: u32) -> bool {
         |child: &Epoch| child.record.parent.is_some_and(|parent| parent.epoch == number && parent.txid >= last_txid);
     history.epochs.values().any(goes_on)
 }
+
+/// The name of the day, week or month that a time is in.
+type PeriodOf = fn(u64) -> Option<String>;
 
 fn date(time_ms: u64) -> Option<jiff::civil::Date> {
     let timestamp = Timestamp::from_millisecond(i64::try_from(time_ms).ok()?).ok()?;

@@ -7,6 +7,7 @@ mod install;
 mod objects;
 mod replicate;
 mod restore;
+mod retain;
 mod store;
 mod store_faults;
 mod support;
