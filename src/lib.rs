@@ -22,6 +22,7 @@ pub mod config;
 pub mod format;
 pub mod replicate;
 pub mod restore;
+pub mod retain;
 pub mod run;
 pub mod sqlite;
 pub mod store;

@@ -19,7 +19,8 @@ use crate::clock::{Clock, SystemClock, format_time, random_bytes};
 use crate::config::replica_url::ReplicaUrl;
 use crate::restore::RestoreError;
 use crate::restore::history::History;
-use crate::restore::plan::{Plan, Target, plan, read_table};
+use crate::restore::plan::{Plan, Target, plan};
+use crate::restore::tail::read_table;
 use crate::store::SharedStore;
 
 /// Rows before the first transaction that is watched.

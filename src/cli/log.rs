@@ -12,7 +12,7 @@ use crate::clock::format_time;
 use crate::format::Position;
 use crate::format::key::SegmentKey;
 use crate::restore::history::{Epoch, History, Stored};
-use crate::restore::plan::read_table;
+use crate::restore::tail::read_table;
 use crate::store::SharedStore;
 
 /// Arguments of `log`.

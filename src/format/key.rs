@@ -7,6 +7,10 @@ use std::fmt;
 pub const MARKER_KEY: &str = "waltrail.json";
 /// Prefix of all epoch records.
 pub const EPOCHS_PREFIX: &str = "epochs/";
+/// Prefix of all marks.
+pub const MARKS_PREFIX: &str = "marks/";
+/// No mark's name is longer, in bytes.
+const MARK_NAME_LIMIT: usize = 100;
 
 /// Prefix of an epoch's segments.
 #[must_use]
@@ -119,6 +123,42 @@ impl fmt::Display for EpochKey {
     }
 }
 
+/// Key of a mark: `marks/<name>`. A name is 1 to 100 characters of `A-Z`, `a-z`, `0-9`, `.`, `_` and `-`, and does not begin
+/// with a dot.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+pub struct MarkKey {
+    name: String,
+}
+
+impl MarkKey {
+    /// The key of the mark of that name; `None` when it can't be one.
+    #[must_use]
+    pub fn of(name: &str) -> Option<Self> {
+        let is_allowed = |byte: u8| byte.is_ascii_alphanumeric() || matches!(byte, b'.' | b'_' | b'-');
+        let is_name =
+            (1..=MARK_NAME_LIMIT).contains(&name.len()) && !name.starts_with('.') && name.bytes().all(is_allowed);
+        is_name.then(|| Self { name: name.to_owned() })
+    }
+
+    /// Reads a key; `None` when it is not exactly one of a mark.
+    #[must_use]
+    pub fn parse(key: &str) -> Option<Self> {
+        Self::of(key.strip_prefix(MARKS_PREFIX)?)
+    }
+
+    /// The mark's name.
+    #[must_use]
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+}
+
+impl fmt::Display for MarkKey {
+    fn fmt(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(out, "{MARKS_PREFIX}{}", self.name)
+    }
+}
+
 fn is_hex(text: &str, width: usize) -> bool {
     text.len() == width && text.bytes().all(|byte| matches!(byte, b'0'..=b'9' | b'a'..=b'f'))
 }
@@ -157,5 +197,19 @@ mod tests {
             assert_eq!(EpochKey::parse(&key).unwrap().to_string(), key);
         }
         assert_eq!(EpochKey::parse("epochs/0000000a-0123"), None);
+    }
+
+    #[test]
+    fn names_of_marks() {
+        let longest = "x".repeat(100);
+        for name in ["a", "before-2.0_rc", "-", "7", &longest] {
+            let key = MarkKey::of(name).unwrap().to_string();
+            assert_eq!(MarkKey::parse(&key).unwrap().name(), name);
+        }
+        let too_long = "x".repeat(101);
+        for wrong in ["", ".hidden", "..", "a/b", "a b", "\u{e4}", "a\n", &too_long] {
+            assert_eq!(MarkKey::of(wrong), None, "{wrong:?}");
+        }
+        assert_eq!(MarkKey::parse("mark/a"), None);
     }
 }

@@ -1,4 +1,4 @@
-//! Small objects that are JSON: the replica's marker, and epoch records. A field that this program does not know is
+//! Small objects that are JSON: the replica's marker, epoch records, and marks. A field that this program does not know is
 //! passed over; a format version that it does not know is refused.
 
 use serde::{Deserialize, Serialize};
@@ -39,6 +39,48 @@ pub struct EpochRecord {
     pub program: String,
     /// The name of the machine, for people.
     pub host: String,
+}
+
+/// `marks/…`: a named state, which is kept for as long as the mark is there.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MarkRecord {
+    /// Version of the storage layout.
+    pub format: u32,
+    /// The name, as in the key.
+    pub name: String,
+    /// The epoch of the state: the mark is about the line that ends there.
+    pub epoch: u32,
+    /// The transaction after which it was the state.
+    pub txid: u64,
+    /// Commit time of that transaction, in milliseconds since 1970.
+    pub time_ms: u64,
+    /// When the mark was set, in milliseconds since 1970.
+    pub created_ms: u64,
+    /// The program that wrote it: `waltrail 0.1.0`.
+    pub program: String,
+}
+
+impl MarkRecord {
+    /// Reads the object.
+    ///
+    /// # Errors
+    /// When it is not such an object, or one of another format version.
+    pub fn decode(bytes: &[u8]) -> Result<Self, FormatError> {
+        check_version(bytes)?;
+        parse(bytes)
+    }
+
+    /// The object's bytes.
+    #[must_use]
+    pub fn encode(&self) -> Vec<u8> {
+        encode(self)
+    }
+
+    /// The state that it names.
+    #[must_use]
+    pub fn position(&self) -> Position {
+        Position { epoch: self.epoch, txid: self.txid }
+    }
 }
 
 impl ReplicaMarker {
@@ -127,6 +169,16 @@ mod tests {
             host: "web-1".into(),
         };
         assert_eq!(EpochRecord::decode(&record.encode()).unwrap(), record);
+        let mark = MarkRecord {
+            format: 1,
+            name: "before-2.0".into(),
+            epoch: 3,
+            txid: 12,
+            time_ms: 1_790_000_000_000,
+            created_ms: 1_790_000_000_001,
+            program: "waltrail 0.1.0".into(),
+        };
+        assert_eq!(MarkRecord::decode(&mark.encode()).unwrap(), mark);
         let newer = br#"{"format":2,"replica":{"id":1}}"#;
         assert_eq!(ReplicaMarker::decode(newer), Err(FormatError::UnknownVersion { found: 2 }));
         let more = br#"{"format":1,"replica":"00","colour":"red"}"#;

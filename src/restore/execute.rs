@@ -10,8 +10,9 @@ use bytes::Bytes;
 use futures_util::stream::{self, StreamExt};
 
 use super::RestoreError;
-use super::plan::{Plan, check_footer, read_table};
+use super::plan::Plan;
 use super::run::PlannedSegment;
+use super::tail::{check_footer, read_table};
 use crate::format::block::{BLOCK_HEADER_LEN, BlockHeader};
 use crate::format::key::SegmentKey;
 use crate::format::segment::{PageStream, Segment, SegmentFooter, Transaction};

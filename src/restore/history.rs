@@ -20,6 +20,14 @@ pub struct Stored<K> {
     pub key: K,
     /// Its length in bytes.
     pub len_bytes: u64,
+    /// When it was stored, in milliseconds since 1970 by the store's clock; `u64::MAX` where the store does not say.
+    pub stored_ms: u64,
+}
+
+impl<K> Stored<K> {
+    fn of(key: K, object: &ObjectInfo) -> Self {
+        Self { key, len_bytes: object.len_bytes, stored_ms: object.stored_ms }
+    }
 }
 
 /// One epoch of a replica.
@@ -27,6 +35,8 @@ pub struct Stored<K> {
 pub struct Epoch {
     /// Its record.
     pub record: EpochRecord,
+    /// The claims to it: first the one that counts, whose record it is.
+    pub claims: Vec<Stored<EpochKey>>,
     /// Its segments, by their first transaction.
     pub segments: Vec<Stored<SegmentKey>>,
     /// Its snapshots, oldest first.
@@ -56,20 +66,19 @@ impl History {
         let location = store.location();
         let replica = read_marker(store, &location).await?.replica;
         let mut strangers = Vec::new();
-        let keys = epoch_keys(&store.list(EPOCHS_PREFIX, None).await?, &mut strangers);
+        let claims = claims(&store.list(EPOCHS_PREFIX, None).await?, &mut strangers);
         let location_of = &location;
-        let records: Vec<EpochRecord> = stream::iter(keys)
-            .map(|key| async move { read_record(store, location_of, &key).await })
+        let epochs = stream::iter(claims)
+            .map(|claims| async move { read_epoch(store, location_of, claims).await })
             .buffered(RECORDS_IN_FLIGHT)
             .try_collect()
             .await?;
-        let empty = |record: EpochRecord| (record.epoch, Epoch { record, segments: Vec::new(), snapshots: Vec::new() });
-        let mut history = Self { location, replica, epochs: records.into_iter().map(empty).collect(), strangers };
+        let mut history = Self { location, replica, epochs, strangers };
         for object in store.list("log/", None).await? {
             let key = SegmentKey::parse(&object.key);
             let epoch = key.and_then(|key| Some((key, history.epochs.get_mut(&key.0.epoch)?)));
             match epoch {
-                Some((key, epoch)) => epoch.segments.push(Stored { key, len_bytes: object.len_bytes }),
+                Some((key, epoch)) => epoch.segments.push(Stored::of(key, &object)),
                 None => history.strangers.push(object.key),
             }
         }
@@ -77,18 +86,26 @@ impl History {
             let key = SnapshotKey::parse(&object.key);
             let epoch = key.and_then(|key| Some((key, history.epochs.get_mut(&key.epoch)?)));
             match epoch {
-                Some((key, epoch)) => epoch.snapshots.push(Stored { key, len_bytes: object.len_bytes }),
+                Some((key, epoch)) => epoch.snapshots.push(Stored::of(key, &object)),
                 None => history.strangers.push(object.key),
             }
         }
         Ok(history)
     }
 
+    /// Whether a snapshot is there.
+    #[must_use]
+    pub fn has_snapshot(&self, key: &SnapshotKey) -> bool {
+        let epoch = self.epochs.get(&key.epoch);
+        epoch.is_some_and(|epoch| epoch.snapshots.iter().any(|stored| stored.key == *key))
+    }
+
     /// The line that ends in `epoch` (the newest one, if not given): its epochs newest first, each with the last transaction
-    /// that counts on this line (`None` for all that are there).
+    /// that counts on this line (`None` for all that are there). It ends where history was let go: epoch records are deleted
+    /// from the oldest on, so one that is missing behind the oldest that is there was lost.
     ///
     /// # Errors
-    /// [`RestoreError::NoSuchEpoch`]; [`RestoreError::Damaged`] when a parent's record is missing.
+    /// [`RestoreError::NoSuchEpoch`]; [`RestoreError::Damaged`] when a parent's record was lost.
     pub fn line(&self, epoch: Option<u32>) -> Result<Vec<(&Epoch, Option<u64>)>, RestoreError> {
         let (Some(&first), Some(&last)) = (self.epochs.keys().next(), self.epochs.keys().next_back()) else {
             return Err(RestoreError::NothingYet { location: self.location.clone() });
@@ -98,7 +115,7 @@ impl History {
         let mut line = vec![(self.epochs.get(&asked).ok_or_else(no_such)?, None)];
         // A record's parent has a lower number, so this ends.
         while let Some((epoch, _)) = line.last().copied() {
-            let Some(parent) = epoch.record.parent else { break };
+            let Some(parent) = epoch.record.parent.filter(|parent| parent.epoch >= first) else { break };
             let parent_key = EpochKey { epoch: parent.epoch, writer: None };
             let missing = || RestoreError::damaged(&self.location, &parent_key, &"it is missing");
             let of_parent = self.epochs.get(&parent.epoch).ok_or_else(missing)?;
@@ -132,18 +149,31 @@ async fn read_marker(store: &SharedStore, location: &str) -> Result<ReplicaMarke
     ReplicaMarker::decode(&bytes).map_err(RestoreError::format(location, &MARKER_KEY))
 }
 
-/// Of several claims to one epoch the lowest name counts.
-fn epoch_keys(listed: &[ObjectInfo], strangers: &mut Vec<String>) -> Vec<EpochKey> {
-    let mut keys = Vec::new();
+/// The claims to each epoch. Of several the lowest name counts.
+fn claims(listed: &[ObjectInfo], strangers: &mut Vec<String>) -> Vec<Vec<Stored<EpochKey>>> {
+    let mut claims: BTreeMap<u32, Vec<Stored<EpochKey>>> = BTreeMap::new();
     for object in listed {
         match EpochKey::parse(&object.key) {
-            Some(key) => keys.push(key),
+            Some(key) => claims.entry(key.epoch).or_default().push(Stored::of(key, object)),
             None => strangers.push(object.key.clone()),
         }
     }
-    keys.sort();
-    keys.dedup_by_key(|key| key.epoch);
-    keys
+    let lowest_first = |mut claims: Vec<Stored<EpochKey>>| {
+        claims.sort_by(|left, right| left.key.cmp(&right.key));
+        claims
+    };
+    claims.into_values().map(lowest_first).collect()
+}
+
+/// An epoch, without its objects.
+async fn read_epoch(
+    store: &SharedStore,
+    location: &str,
+    claims: Vec<Stored<EpochKey>>,
+) -> Result<(u32, Epoch), RestoreError> {
+    let key = &claims[0].key;
+    let record = read_record(store, location, key).await?;
+    Ok((key.epoch, Epoch { record, claims, segments: Vec::new(), snapshots: Vec::new() }))
 }
 
 async fn read_record(store: &SharedStore, location: &str, key: &EpochKey) -> Result<EpochRecord, RestoreError> {

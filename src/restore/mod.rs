@@ -5,6 +5,7 @@ pub mod history;
 pub mod install;
 pub mod plan;
 pub mod run;
+pub mod tail;
 
 use std::io;
 use std::path::{Path, PathBuf};

@@ -4,12 +4,13 @@ use std::fmt;
 
 use super::RestoreError;
 use super::history::{History, Stored};
-use super::run::{Missing, PlannedSegment, Run, runs};
+use super::run::{Missing, PlannedSegment, PlannedSnapshot, Run, runs};
+use super::tail::{SnapshotTail, read_snapshot_tail, read_table};
 use crate::clock::format_time;
+use crate::format::Position;
 use crate::format::key::{SegmentKey, SnapshotKey};
-use crate::format::segment::{SegmentFooter, Transaction};
+use crate::format::segment::Transaction;
 use crate::format::snapshot::{SnapshotFooter, SnapshotInfo};
-use crate::format::{FOOTER_LEN, Position};
 use crate::store::SharedStore;
 
 /// What to restore.
@@ -95,12 +96,23 @@ pub async fn plan(
     epoch: Option<u32>,
 ) -> Result<Plan, RestoreError> {
     let line = history.line(epoch)?;
-    let planner = Planner { store, location: &history.location, runs: runs(&line) };
+    let last_epoch = line.first().map_or(0, |(epoch, _)| epoch.record.epoch);
+    let planner = Planner { store, history, location: &history.location, line: last_epoch, runs: runs(&line) };
     for (index, run) in planner.runs.iter().enumerate() {
-        let Some(txid) = planner.choose(run, target).await? else { continue };
-        if let Some(mut plan) = planner.plan_for(run, txid).await? {
+        let planned = match planner.choose(run, target).await? {
+            Some(txid) => planner.plan_for(run, txid, target).await?,
+            None => None,
+        };
+        if let Some(mut plan) = planned {
             plan.notes = planner.notes(index, target, &plan).await?;
             return Ok(plan);
+        }
+        // What an older run ended with was not the state at that time, when the state was in this one and was let go.
+        if let Target::Time(asked_ms) = target
+            && asked_ms >= run.claimed_ms()
+            && planner.has_lost_beginning(run).await?
+        {
+            break;
         }
     }
     Err(planner.out_of_range(target).await?)
@@ -113,7 +125,10 @@ fn distance(asked_ms: u64, time_ms: u64) -> String {
 
 struct Planner<'a> {
     store: &'a SharedStore,
+    history: &'a History,
     location: &'a str,
+    /// The epoch that the line ends in.
+    line: u32,
     runs: Vec<Run<'a>>,
 }
 
@@ -122,6 +137,8 @@ enum Served {
     By(Stored<SnapshotKey>, SnapshotFooter),
     /// A snapshot would serve, if transactions after it were not missing.
     ButFor(Missing),
+    /// The first snapshot would serve, if the second one, which it has extents in, were not missing.
+    ButForSource(SnapshotKey, SnapshotKey),
     ByNothing,
 }
 
@@ -168,9 +185,14 @@ impl Planner<'_> {
 
     /// What the state after `txid` can be restored from: the newest snapshot that is not newer.
     async fn served(&self, run: &Run<'_>, txid: u64) -> Result<Served, RestoreError> {
+        let mut served = Served::ByNothing;
         for planned in run.snapshots.iter().filter(|planned| planned.stored.key.txid <= txid) {
-            let footer = self.footer(&planned.stored).await?;
+            let SnapshotTail { footer, sources } = self.tail(&planned.stored).await?;
             if footer.info.last_txid > txid.min(planned.last_txid) {
+                continue;
+            }
+            if let Some(source) = self.missing_source(&sources) {
+                served = Served::ButForSource(planned.stored.key, source);
                 continue;
             }
             // An older snapshot would need what is missing, too.
@@ -179,15 +201,34 @@ impl Planner<'_> {
                 None => Served::By(planned.stored, footer),
             });
         }
-        Ok(Served::ByNothing)
+        Ok(served)
+    }
+
+    fn missing_source(&self, sources: &[SnapshotKey]) -> Option<SnapshotKey> {
+        sources.iter().find(|source| !self.history.has_snapshot(source)).copied()
+    }
+
+    /// Whether a snapshot is there only because a newer one has extents in it: then what it needs itself may be gone.
+    async fn is_only_source(&self, key: SnapshotKey) -> Result<bool, RestoreError> {
+        let snapshots = self.history.epochs.values().flat_map(|epoch| &epoch.snapshots);
+        for stored in snapshots.filter(|stored| stored.key > key) {
+            if self.tail(stored).await?.sources.contains(&key) {
+                return Ok(true);
+            }
+        }
+        Ok(false)
     }
 
     /// The plan for the state after `txid`; `None` when no snapshot of the run serves it.
-    async fn plan_for(&self, run: &Run<'_>, txid: u64) -> Result<Option<Plan>, RestoreError> {
+    async fn plan_for(&self, run: &Run<'_>, txid: u64, target: Target) -> Result<Option<Plan>, RestoreError> {
         let (snapshot, footer) = match self.served(run, txid).await? {
             Served::By(snapshot, footer) => (snapshot, footer),
+            Served::ButFor(gap) if run.is_let_go(gap) => return Err(self.out_of_range(target).await?),
             Served::ButFor(gap) => return Err(self.gap(run, gap).await?),
-            Served::ByNothing => return Ok(None),
+            Served::ButForSource(of, source) if !self.is_only_source(of).await? => {
+                return Err(RestoreError::damaged(self.location, &source, &"it is missing"));
+            }
+            Served::ButForSource(..) | Served::ByNothing => return Ok(None),
         };
         let (time_ms, size_pages, fingerprint) = if footer.info.last_txid == txid {
             (footer.info.time_ms, footer.info.size_pages, footer.info.fingerprint)
@@ -216,7 +257,7 @@ impl Planner<'_> {
             match self.served(run, txid).await? {
                 Served::By(..) => break Some(txid),
                 Served::ButFor(earlier) => before = earlier,
-                Served::ByNothing => break None,
+                Served::ButForSource(..) | Served::ByNothing => break None,
             }
         };
         let location = self.location.to_owned();
@@ -241,15 +282,8 @@ impl Planner<'_> {
         read_table(self.store, self.location, stored).await.map(|(_, transactions)| transactions)
     }
 
-    async fn footer(&self, stored: &Stored<SnapshotKey>) -> Result<SnapshotFooter, RestoreError> {
-        let tail = tail(self.store, self.location, stored, FOOTER_LEN).await?;
-        let footer = SnapshotFooter::decode(&tail, stored.len_bytes)
-            .map_err(RestoreError::format(self.location, &stored.key))?;
-        if footer.info.key == stored.key {
-            Ok(footer)
-        } else {
-            Err(RestoreError::damaged(self.location, &stored.key, &"it is another snapshot"))
-        }
+    async fn tail(&self, stored: &Stored<SnapshotKey>) -> Result<SnapshotTail, RestoreError> {
+        read_snapshot_tail(self.store, self.location, stored).await
     }
 
     /// What the person who asked should know of the state that was chosen, in run number `index`.
@@ -264,6 +298,10 @@ impl Planner<'_> {
                 notes.push(self.why_not(run).await?);
             }
         }
+        let is_newest_line = self.history.epochs.keys().next_back() == Some(&self.line);
+        if is_end_of_run && index == 0 && !is_newest_line && !matches!(target, Target::Txid(_)) {
+            notes.push(format!("the line of epoch {} was left; this is its end as far as it is kept", self.line));
+        }
         if let Target::Time(asked_ms) = target {
             notes.push(distance(asked_ms, plan.time_ms));
         }
@@ -275,8 +313,8 @@ impl Planner<'_> {
         let epoch = newer.first_epoch();
         Ok(match self.first_restorable(newer).await? {
             None => format!(
-                "epoch {epoch} began with a database that had changed unseen, and its first snapshot is not there yet: \
-                 this is the last state known before it"
+                "epoch {epoch} began with a database that had changed unseen, and no snapshot of it is there: this is the \
+                 last state known before it"
             ),
             Some(_) => format!(
                 "between this state and the start of epoch {epoch} the database may have changed unseen: this is the last \
@@ -288,13 +326,26 @@ impl Planner<'_> {
     /// The first state of a run that can be restored: that of its oldest snapshot that is whole.
     async fn first_restorable(&self, run: &Run<'_>) -> Result<Option<SnapshotInfo>, RestoreError> {
         for planned in run.snapshots.iter().rev() {
-            let info = self.footer(&planned.stored).await?.info;
-            let is_on_line = info.last_txid <= planned.last_txid;
-            if is_on_line && run.missing_between(planned.stored.key.txid, info.last_txid).is_none() {
+            if let Some(info) = self.usable(run, planned).await? {
                 return Ok(Some(info));
             }
         }
         Ok(None)
+    }
+
+    /// What a snapshot is of, if a restore can begin with it.
+    async fn usable(&self, run: &Run<'_>, planned: &PlannedSnapshot) -> Result<Option<SnapshotInfo>, RestoreError> {
+        let SnapshotTail { footer: SnapshotFooter { info, .. }, sources } = self.tail(&planned.stored).await?;
+        let is_usable = info.last_txid <= planned.last_txid
+            && run.missing_between(planned.stored.key.txid, info.last_txid).is_none()
+            && self.missing_source(&sources).is_none();
+        Ok(is_usable.then_some(info))
+    }
+
+    /// Whether the run may have begun with states that were let go: then it is not known whether one of them was asked for.
+    async fn has_lost_beginning(&self, run: &Run<'_>) -> Result<bool, RestoreError> {
+        let first = self.first_restorable(run).await?;
+        Ok(run.has_lost_beginning() || first.is_some_and(|first| first.key.txid > run.first_txid))
     }
 
     async fn out_of_range(&self, target: Target) -> Result<RestoreError, RestoreError> {
@@ -305,9 +356,7 @@ impl Planner<'_> {
         };
         let mut ranges = Vec::new();
         for run in self.runs.iter().rev() {
-            if let Some(first) = self.first_restorable(run).await? {
-                ranges.push(self.range(run, &first).await?);
-            }
+            ranges.extend(self.ranges(run).await?);
         }
         let location = self.location.to_owned();
         if ranges.is_empty() {
@@ -316,71 +365,29 @@ impl Planner<'_> {
         Ok(RestoreError::OutOfRange { location, asked, range: ranges.join("; ") })
     }
 
-    /// What of a run can be restored, in words.
-    async fn range(&self, run: &Run<'_>, first: &SnapshotInfo) -> Result<String, RestoreError> {
-        let last_ms = match run.segment_of(run.last_txid) {
+    /// What of a run can be restored, in words: from a snapshot on up to the next gap, and again from a snapshot behind it.
+    async fn ranges(&self, run: &Run<'_>) -> Result<Vec<String>, RestoreError> {
+        let (mut ranges, mut known_to_txid) = (Vec::new(), 0);
+        for planned in run.snapshots.iter().rev() {
+            let Some(first) = self.usable(run, planned).await?.filter(|first| first.last_txid > known_to_txid) else {
+                continue;
+            };
+            let gap = run.missing_between(first.last_txid, u64::MAX);
+            known_to_txid = gap.map_or(run.last_txid, |gap| gap.first_txid - 1);
+            ranges.push(self.range(run, &first, known_to_txid).await?);
+        }
+        Ok(ranges)
+    }
+
+    async fn range(&self, run: &Run<'_>, first: &SnapshotInfo, last_txid: u64) -> Result<String, RestoreError> {
+        let last_ms = match run.segment_of(last_txid) {
             Some(planned) if planned.last_txid < planned.stored.key.0.last_txid => {
-                self.state_after(run, run.last_txid).await?.0
+                self.state_after(run, last_txid).await?.0
             }
             Some(planned) => planned.stored.key.0.time_ms.max(first.time_ms),
             None => first.time_ms,
         };
         let (from, to) = (format_time(first.time_ms), format_time(last_ms));
-        let mut range = format!("transactions {} to {} ({from} to {to})", first.last_txid, run.last_txid);
-        for gap in run.missing.iter().filter(|gap| gap.last_txid > first.last_txid) {
-            range.push_str(&format!(", of which {} to {} are missing", gap.first_txid, gap.last_txid));
-        }
-        Ok(range)
+        Ok(format!("transactions {} to {last_txid} ({from} to {to})", first.last_txid))
     }
-}
-
-/// The last `len` bytes of an object.
-async fn tail<K: ToString + Copy>(
-    store: &SharedStore,
-    location: &str,
-    stored: &Stored<K>,
-    len: usize,
-) -> Result<bytes::Bytes, RestoreError> {
-    let Some(offset) = stored.len_bytes.checked_sub(len as u64) else {
-        return Err(RestoreError::damaged(location, &stored.key, &"it is too short"));
-    };
-    let name = stored.key.to_string();
-    store.get_range(&name, offset, len as u64).await.map_err(RestoreError::object(location, &stored.key))
-}
-
-/// What is read of a segment at first, to find its footer and, mostly, its table.
-const TAIL_GUESS: u64 = 32 * 1024;
-
-/// Reads a segment's footer and table.
-///
-/// # Errors
-/// When the store fails, or the object is not the segment that its name says.
-pub async fn read_table(
-    store: &SharedStore,
-    location: &str,
-    stored: &Stored<SegmentKey>,
-) -> Result<(SegmentFooter, Vec<Transaction>), RestoreError> {
-    let guess = stored.len_bytes.min(TAIL_GUESS).max(FOOTER_LEN as u64);
-    let end = tail(store, location, stored, guess as usize).await?;
-    let footer = SegmentFooter::decode(&end, stored.len_bytes).map_err(RestoreError::format(location, &stored.key))?;
-    check_footer(&footer, &stored.key, location)?;
-    let wanted = footer.table_len as usize + FOOTER_LEN;
-    let table = match end.len().checked_sub(wanted) {
-        Some(at) => end.slice(at..at + footer.table_len as usize),
-        None => {
-            let name = stored.key.to_string();
-            let range = store.get_range(&name, footer.table_offset(), footer.table_len).await;
-            range.map_err(RestoreError::object(location, &stored.key))?
-        }
-    };
-    let transactions = footer.decode_table(&table).map_err(RestoreError::format(location, &stored.key))?;
-    Ok((footer, transactions))
-}
-
-/// An object under another's name is found out here.
-///
-/// # Errors
-/// [`RestoreError::Damaged`].
-pub fn check_footer(footer: &SegmentFooter, key: &SegmentKey, location: &str) -> Result<(), RestoreError> {
-    if footer.span == key.0 { Ok(()) } else { Err(RestoreError::damaged(location, key, &"it is another segment")) }
 }

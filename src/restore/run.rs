@@ -16,33 +16,33 @@ pub struct PlannedSegment {
 
 /// A snapshot, and the last transaction of its epoch that counts.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct PlannedSnapshot {
-    pub(super) stored: Stored<SnapshotKey>,
+pub(crate) struct PlannedSnapshot {
+    pub(crate) stored: Stored<SnapshotKey>,
     /// A snapshot that serves a later state than this holds extents of a line that was left.
-    pub(super) last_txid: u64,
+    pub(crate) last_txid: u64,
 }
 
 /// Transactions that no segment holds: the first and the last.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct Missing {
-    pub(super) first_txid: u64,
-    pub(super) last_txid: u64,
+pub(crate) struct Missing {
+    pub(crate) first_txid: u64,
+    pub(crate) last_txid: u64,
 }
 
 /// A part of a line within which every change is known: an epoch that began with a state that was found, and those that
 /// continued it.
 #[derive(Debug, Clone)]
-pub(super) struct Run<'a> {
+pub(crate) struct Run<'a> {
     /// The number of its first state.
-    pub(super) first_txid: u64,
+    pub(crate) first_txid: u64,
     /// The number of its last state.
-    pub(super) last_txid: u64,
+    pub(crate) last_txid: u64,
     /// The segments in order.
-    pub(super) segments: Vec<PlannedSegment>,
+    pub(crate) segments: Vec<PlannedSegment>,
     /// What is missing between them, in order.
-    pub(super) missing: Vec<Missing>,
+    pub(crate) missing: Vec<Missing>,
     /// The snapshots, newest first.
-    pub(super) snapshots: Vec<PlannedSnapshot>,
+    pub(crate) snapshots: Vec<PlannedSnapshot>,
     /// For each epoch, the last transaction of it that counts.
     epochs: Vec<(&'a Epoch, u64)>,
 }
@@ -98,12 +98,37 @@ impl<'a> Run<'a> {
     }
 
     /// The first transactions after `after_txid` and up to `last_txid` that no segment holds.
-    pub(super) fn missing_between(&self, after_txid: u64, last_txid: u64) -> Option<Missing> {
+    pub(crate) fn missing_between(&self, after_txid: u64, last_txid: u64) -> Option<Missing> {
         self.missing.iter().find(|gap| gap.last_txid > after_txid && gap.first_txid <= last_txid).copied()
     }
 
+    /// Whether a gap is as retention leaves one: it reaches up to where a snapshot was begun (segments are let go whole, so
+    /// the one with that transaction may be there), or to the end of a run that another one followed.
+    pub(crate) fn is_let_go(&self, gap: Missing) -> bool {
+        let mut last_txid = gap.last_txid;
+        for next in self.missing.iter().filter(|next| next.first_txid > gap.last_txid) {
+            if next.first_txid == last_txid + 1 {
+                last_txid = next.last_txid;
+            }
+        }
+        let behind = self.segment_of(last_txid + 1).map_or(last_txid, |planned| planned.last_txid);
+        let is_between = |txid: u64| gap.first_txid <= txid && txid <= behind;
+        last_txid == self.last_txid || self.snapshots.iter().any(|planned| is_between(planned.stored.key.txid))
+    }
+
+    /// Whether the run's first transactions are not there: they were let go.
+    pub(crate) fn has_lost_beginning(&self) -> bool {
+        let is_part = self.epochs.first().is_some_and(|(epoch, _)| epoch.record.continues);
+        is_part || self.missing.first().is_some_and(|gap| gap.first_txid == self.first_txid + 1)
+    }
+
+    /// When the run began, in milliseconds since 1970.
+    pub(crate) fn claimed_ms(&self) -> u64 {
+        self.epochs.first().map_or(0, |(epoch, _)| epoch.record.claimed_ms)
+    }
+
     /// The segments with the transactions after `after_txid` and up to `last_txid`.
-    pub(super) fn segments_between(&self, after_txid: u64, last_txid: u64) -> Vec<PlannedSegment> {
+    pub(crate) fn segments_between(&self, after_txid: u64, last_txid: u64) -> Vec<PlannedSegment> {
         let is_needed =
             |planned: &&PlannedSegment| planned.last_txid > after_txid && planned.stored.key.0.first_txid <= last_txid;
         let up_to =
@@ -112,25 +137,25 @@ impl<'a> Run<'a> {
     }
 
     /// The segment that holds a transaction of this run.
-    pub(super) fn segment_of(&self, txid: u64) -> Option<&PlannedSegment> {
+    pub(crate) fn segment_of(&self, txid: u64) -> Option<&PlannedSegment> {
         let at = self.segments.partition_point(|planned| planned.last_txid < txid);
         self.segments.get(at).filter(|planned| planned.stored.key.0.first_txid <= txid)
     }
 
     /// The epoch that a state of this run belongs to.
-    pub(super) fn epoch_of(&self, txid: u64) -> u32 {
+    pub(crate) fn epoch_of(&self, txid: u64) -> u32 {
         let holds = |(_, last_txid): &&(&Epoch, u64)| txid <= *last_txid;
         self.epochs.iter().find(holds).or(self.epochs.last()).map_or(0, |(epoch, _)| epoch.record.epoch)
     }
 
     /// The epoch that the run began with.
-    pub(super) fn first_epoch(&self) -> u32 {
+    pub(crate) fn first_epoch(&self) -> u32 {
         self.epochs.first().map_or(0, |(epoch, _)| epoch.record.epoch)
     }
 }
 
 /// The runs of a line, newest first.
-pub(super) fn runs<'a>(line: &[(&'a Epoch, Option<u64>)]) -> Vec<Run<'a>> {
+pub(crate) fn runs<'a>(line: &[(&'a Epoch, Option<u64>)]) -> Vec<Run<'a>> {
     let is_last_of_run = |(epoch, _): &(&Epoch, Option<u64>)| !epoch.record.continues;
     let oldest_first = |epochs: &[(&'a Epoch, Option<u64>)]| epochs.iter().rev().copied().collect::<Vec<_>>();
     line.split_inclusive(is_last_of_run).map(|epochs| Run::new(&oldest_first(epochs))).collect()
@@ -158,8 +183,9 @@ mod tests {
         let stored = |&(first_txid, last_txid): &(u64, u64)| Stored {
             key: SegmentKey(Span { epoch: number, first_txid, last_txid, time_ms: last_txid }),
             len_bytes: 0,
+            stored_ms: 0,
         };
-        Epoch { record, segments: segments.iter().map(stored).collect(), snapshots: Vec::new() }
+        Epoch { record, claims: Vec::new(), segments: segments.iter().map(stored).collect(), snapshots: Vec::new() }
     }
 
     /// The segments that a run takes: epoch, first transaction, last one that counts.

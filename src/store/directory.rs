@@ -127,12 +127,17 @@ fn kind_of(error: &io::Error) -> StoreErrorKind {
 fn remove_leftovers(incoming: &Path) {
     let now_ms = SystemClock::new().now_ms();
     for entry in fs::read_dir(incoming).into_iter().flatten().flatten() {
-        let modified = entry.metadata().and_then(|found| found.modified());
-        let since_1970 = modified.ok().and_then(|at| at.duration_since(UNIX_EPOCH).ok());
-        if since_1970.is_some_and(|at| at.as_millis() as u64 + LEFTOVER_AGE_MS < now_ms) {
+        let written_ms = entry.metadata().map_or(u64::MAX, |metadata| modified_ms(&metadata));
+        if written_ms.saturating_add(LEFTOVER_AGE_MS) < now_ms {
             fs::remove_file(entry.path()).ok();
         }
     }
+}
+
+/// When a file was written to for the last time, in milliseconds since 1970; "just now" where the file system does not say.
+fn modified_ms(metadata: &fs::Metadata) -> u64 {
+    let since_1970 = metadata.modified().ok().and_then(|at| at.duration_since(UNIX_EPOCH).ok());
+    since_1970.map_or(u64::MAX, |since| since.as_millis() as u64)
 }
 
 /// Makes `path` and what is missing above it, each one's name durable.
@@ -171,7 +176,7 @@ fn list_below(directory: &Path, key_prefix: &str, found: &mut Vec<ObjectInfo>) -
                 list_below(&entry.path(), &format!("{key}/"), found)?;
             }
         } else {
-            found.push(ObjectInfo { key, len_bytes: metadata.len() });
+            found.push(ObjectInfo { key, len_bytes: metadata.len(), stored_ms: modified_ms(&metadata) });
         }
     }
     Ok(())

@@ -7,7 +7,9 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use async_trait::async_trait;
 use bytes::Bytes;
 
-use super::{ObjectInfo, ObjectStore, Operation, PartTag, PutMode, SharedStore, StoreError, StoreErrorKind};
+use super::{
+    DeleteFailure, ObjectInfo, ObjectStore, Operation, PartTag, PutMode, SharedStore, StoreError, StoreErrorKind,
+};
 
 /// What happens to one request.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -25,7 +27,7 @@ pub enum Fault {
 pub struct Request<'a> {
     /// What is asked for.
     pub operation: Operation,
-    /// The object's key, or the prefix of a listing.
+    /// The object's key, the prefix of a listing, or the first key of several.
     pub key: &'a str,
     /// How many requests of any kind went before.
     pub number: u64,
@@ -97,6 +99,11 @@ impl<H: Fn(Request<'_>) -> Fault + Send + Sync> ObjectStore for Faulty<H> {
 
     async fn delete(&self, key: &str) -> Result<(), StoreError> {
         self.answer(Operation::Delete, key, self.inner.delete(key)).await
+    }
+
+    async fn delete_many(&self, keys: &[String]) -> Result<Vec<DeleteFailure>, StoreError> {
+        let first = keys.first().map_or("", String::as_str);
+        self.answer(Operation::DeleteMany, first, self.inner.delete_many(keys)).await
     }
 
     async fn create_multipart(&self, key: &str) -> Result<String, StoreError> {

@@ -16,9 +16,24 @@ pub struct MemoryStore {
 
 #[derive(Debug, Default)]
 struct State {
-    objects: BTreeMap<String, Bytes>,
+    objects: BTreeMap<String, Stored>,
+    /// When objects that are put now are stored.
+    now_ms: u64,
     uploads: BTreeMap<String, BTreeMap<u32, Bytes>>,
     uploads_begun: u64,
+}
+
+/// An object's bytes, and when they were stored.
+#[derive(Debug, Clone)]
+struct Stored {
+    body: Bytes,
+    stored_ms: u64,
+}
+
+impl State {
+    fn store(&mut self, key: &str, body: Bytes) {
+        self.objects.insert(key.to_owned(), Stored { body, stored_ms: self.now_ms });
+    }
 }
 
 impl MemoryStore {
@@ -26,6 +41,11 @@ impl MemoryStore {
     #[must_use]
     pub fn new() -> Self {
         Self::default()
+    }
+
+    /// Sets the store's clock, which stands still otherwise and begins at 0; in milliseconds since 1970.
+    pub fn set_now_ms(&self, now_ms: u64) {
+        self.state().now_ms = now_ms;
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
@@ -38,7 +58,7 @@ impl MemoryStore {
 
     fn object(&self, operation: &'static str, key: &str) -> Result<Bytes, StoreError> {
         let missing = || self.error(StoreErrorKind::NotFound, operation, key, "there is no such object");
-        self.state().objects.get(key).cloned().ok_or_else(missing)
+        self.state().objects.get(key).map(|stored| stored.body.clone()).ok_or_else(missing)
     }
 }
 
@@ -53,7 +73,7 @@ impl ObjectStore for MemoryStore {
         if mode == PutMode::IfAbsent && state.objects.contains_key(key) {
             return Err(self.error(StoreErrorKind::AlreadyExists, "put", key, "the object is there already"));
         }
-        state.objects.insert(key.to_owned(), body);
+        state.store(key, body);
         Ok(())
     }
 
@@ -74,7 +94,11 @@ impl ObjectStore for MemoryStore {
     }
 
     async fn list(&self, prefix: &str, start_after: Option<&str>) -> Result<Vec<ObjectInfo>, StoreError> {
-        let info = |(key, body): (&String, &Bytes)| ObjectInfo { key: key.clone(), len_bytes: body.len() as u64 };
+        let info = |(key, stored): (&String, &Stored)| ObjectInfo {
+            key: key.clone(),
+            len_bytes: stored.body.len() as u64,
+            stored_ms: stored.stored_ms,
+        };
         let state = self.state();
         let with_prefix = state.objects.range(prefix.to_owned()..).take_while(|(key, _)| key.starts_with(prefix));
         Ok(with_prefix.filter(|(key, _)| start_after.is_none_or(|after| key.as_str() > after)).map(info).collect())
@@ -116,7 +140,7 @@ impl ObjectStore for MemoryStore {
             object.extend_from_slice(stored.get(&part.number).ok_or_else(missing)?);
         }
         state.uploads.remove(upload_id);
-        state.objects.insert(key.to_owned(), object.freeze());
+        state.store(key, object.freeze());
         Ok(())
     }
 

@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use async_trait::async_trait;
 use bytes::Bytes;
 
-use super::{ObjectInfo, ObjectStore, Operation, PartTag, PutMode, SharedStore, StoreError};
+use super::{DeleteFailure, ObjectInfo, ObjectStore, Operation, PartTag, PutMode, SharedStore, StoreError};
 
 /// What has gone to and come from a store.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
@@ -101,6 +101,11 @@ impl ObjectStore for Metered {
     async fn delete(&self, key: &str) -> Result<(), StoreError> {
         self.meter.request(Operation::Delete, 0);
         self.inner.delete(key).await
+    }
+
+    async fn delete_many(&self, keys: &[String]) -> Result<Vec<DeleteFailure>, StoreError> {
+        self.meter.request(Operation::DeleteMany, 0);
+        self.inner.delete_many(keys).await
     }
 
     async fn create_multipart(&self, key: &str) -> Result<String, StoreError> {

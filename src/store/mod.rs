@@ -19,14 +19,23 @@ use bytes::Bytes;
 /// A store that is shared between tasks.
 pub type SharedStore = Arc<dyn ObjectStore>;
 
-/// Name and size of one object, as a listing tells them.
+/// No request to delete names more keys (S3's rule).
+pub const DELETE_MANY_LIMIT: usize = 1000;
+
+/// Name, size and age of one object, as a listing tells them.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ObjectInfo {
     /// The object's key, relative to the store's root; parts are separated by `/`.
     pub key: String,
     /// The object's size in bytes.
     pub len_bytes: u64,
+    /// When it was stored, in milliseconds since 1970, by the store's clock. `u64::MAX`, "just now", where the store does not
+    /// say: age is only ever asked for before something is deleted, and what is new is not.
+    pub stored_ms: u64,
 }
+
+/// A key that could not be deleted, and why.
+pub type DeleteFailure = (String, StoreError);
 
 /// What a put does when the key already exists.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -62,6 +71,8 @@ pub enum Operation {
     List,
     /// [`ObjectStore::delete`].
     Delete,
+    /// [`ObjectStore::delete_many`].
+    DeleteMany,
     /// [`ObjectStore::create_multipart`].
     CreateMultipart,
     /// [`ObjectStore::put_part`].
@@ -95,6 +106,18 @@ pub trait ObjectStore: Send + Sync + fmt::Debug {
 
     /// Deletes one object. Deleting what is not there is no error.
     async fn delete(&self, key: &str) -> Result<(), StoreError>;
+
+    /// Deletes at most [`DELETE_MANY_LIMIT`] objects, in no order; gives those that could not be. Deleting what is not there
+    /// is no error.
+    async fn delete_many(&self, keys: &[String]) -> Result<Vec<DeleteFailure>, StoreError> {
+        let mut failures = Vec::new();
+        for key in keys {
+            if let Err(error) = self.delete(key).await {
+                failures.push((key.clone(), error));
+            }
+        }
+        Ok(failures)
+    }
 
     /// Begins a multipart upload and returns its id. Nothing is visible under `key` before it is completed.
     async fn create_multipart(&self, key: &str) -> Result<String, StoreError>;

@@ -5,7 +5,7 @@ use std::time::Duration;
 use async_trait::async_trait;
 use bytes::Bytes;
 
-use super::{ObjectInfo, ObjectStore, PartTag, PutMode, SharedStore, StoreError, StoreErrorKind};
+use super::{DeleteFailure, ObjectInfo, ObjectStore, PartTag, PutMode, SharedStore, StoreError, StoreErrorKind};
 use crate::clock::jitter_below;
 
 /// How often to ask, and how long to wait in between.
@@ -113,6 +113,24 @@ impl ObjectStore for Retrying {
 
     async fn delete(&self, key: &str) -> Result<(), StoreError> {
         self.repeat(|_| self.inner.delete(key)).await
+    }
+
+    /// Within an answer each key has one of its own: those that asking again can mend are asked for again.
+    async fn delete_many(&self, keys: &[String]) -> Result<Vec<DeleteFailure>, StoreError> {
+        let (mut left, mut failures) = (keys.to_vec(), Vec::new());
+        for attempt in 0.. {
+            let failed = self.repeat(|_| self.inner.delete_many(&left)).await?;
+            let is_last = attempt + 1 >= self.policy.attempts;
+            let (again, others): (Vec<_>, Vec<_>) =
+                failed.into_iter().partition(|(_, error)| error.is_retryable() && !is_last);
+            failures.extend(others);
+            if again.is_empty() {
+                break;
+            }
+            left = again.into_iter().map(|(key, _)| key).collect();
+            tokio::time::sleep(self.policy.wait(attempt)).await;
+        }
+        Ok(failures)
     }
 
     async fn create_multipart(&self, key: &str) -> Result<String, StoreError> {

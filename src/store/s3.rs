@@ -1,5 +1,7 @@
 //! Objects in an S3-compatible bucket, through the AWS SDK.
 
+mod delete;
+
 use std::error::Error as _;
 use std::fmt;
 use std::time::Duration;
@@ -23,7 +25,7 @@ use aws_smithy_http_client::tls::rustls_provider::CryptoMode;
 use aws_smithy_http_client::{Builder, tls};
 use bytes::{Bytes, BytesMut};
 
-use super::{ObjectInfo, ObjectStore, PartTag, PutMode, StoreError, StoreErrorKind};
+use super::{DeleteFailure, ObjectInfo, ObjectStore, PartTag, PutMode, StoreError, StoreErrorKind};
 
 /// No request takes longer until its answer begins, the body that is sent included: enough for a 16 MiB part at 300 KB/s.
 const ATTEMPT_TIMEOUT: Duration = Duration::from_secs(60);
@@ -191,8 +193,9 @@ impl S3Store {
         let (Some(key), Some(len_bytes)) = (object.key(), len_bytes) else {
             return Err(self.bad_listing(prefix, "the store lists an object without a name or a size"));
         };
+        let stored_ms = object.last_modified().and_then(|at| at.to_millis().ok()).and_then(|ms| u64::try_from(ms).ok());
         let key = key.strip_prefix(self.prefix.as_str());
-        Ok(key.map(|key| ObjectInfo { key: key.to_owned(), len_bytes }))
+        Ok(key.map(|key| ObjectInfo { key: key.to_owned(), len_bytes, stored_ms: stored_ms.unwrap_or(u64::MAX) }))
     }
 
     /// Reads a body, at most `limit_bytes` of it.
@@ -415,6 +418,10 @@ impl ObjectStore for S3Store {
             Err(error) if !error.is_not_found() => Err(error),
             _ => Ok(()),
         }
+    }
+
+    async fn delete_many(&self, keys: &[String]) -> Result<Vec<DeleteFailure>, StoreError> {
+        self.delete_objects(keys).await
     }
 
     async fn create_multipart(&self, key: &str) -> Result<String, StoreError> {

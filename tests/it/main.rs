@@ -9,6 +9,7 @@ mod merging;
 mod objects;
 mod replicate;
 mod restore;
+mod retain;
 mod sequences;
 mod starts;
 mod store;

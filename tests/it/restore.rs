@@ -18,7 +18,7 @@ use waltrail::store::{PutMode, SharedStore};
 use crate::support::oracle::{Numbers, Oracle, all_kinds, all_kinds_in};
 
 /// Restores; gives the plan and the database's bytes.
-async fn restore(store: &SharedStore, target: Target, epoch: Option<u32>) -> Result<(Plan, Vec<u8>), RestoreError> {
+pub async fn restore(store: &SharedStore, target: Target, epoch: Option<u32>) -> Result<(Plan, Vec<u8>), RestoreError> {
     let history = History::load(store).await?;
     let plan = plan(store, &history, target, epoch).await?;
     let mut file = tempfile::tempfile().unwrap();

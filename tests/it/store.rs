@@ -1,5 +1,6 @@
 //! One set of promises, kept by every store.
 
+use std::io::{Read, Write};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -11,9 +12,10 @@ use waltrail::store::metered::{Meter, Metered};
 use waltrail::store::retry::{RetryPolicy, Retrying};
 use waltrail::store::s3::{S3Options, S3Store};
 use waltrail::store::upload::{Upload, put_file};
-use waltrail::store::{ObjectStore, Operation, PutMode, SharedStore, StoreErrorKind};
+use waltrail::store::{DELETE_MANY_LIMIT, ObjectStore, Operation, PutMode, SharedStore, StoreErrorKind};
 
 use crate::support::s3::S3Server;
+use crate::support::scene::now_ms;
 use crate::support::{stderr, waltrail};
 
 async fn keeps_its_promises(store: SharedStore) {
@@ -48,6 +50,12 @@ async fn keeps_its_promises(store: SharedStore) {
     store.delete("log/a").await.unwrap();
     store.delete("log/a").await.unwrap();
     assert_eq!(keys("log/a", None).await, [""; 0]);
+    for key in ["gone/1", "gone/2", "gone/stays"] {
+        store.put(key, Bytes::from_static(b"x"), PutMode::IfAbsent).await.unwrap();
+    }
+    let names = ["gone/1", "gone/never-there", "gone/2"].map(str::to_owned);
+    assert!(store.delete_many(&names).await.unwrap().is_empty());
+    assert_eq!(keys("gone/", None).await, ["gone/stays"]);
 
     // 20 MB in pieces of 300,000: three parts. Nothing is visible before the end.
     let mut upload = Upload::new(store.clone(), "snap/large".into());
@@ -77,6 +85,19 @@ async fn keeps_its_promises(store: SharedStore) {
 #[tokio::test]
 async fn memory_keeps_its_promises() {
     keeps_its_promises(Arc::new(MemoryStore::new())).await;
+    let store = MemoryStore::new();
+    store.put("a", MINE, PutMode::Overwrite).await.unwrap();
+    store.set_now_ms(7);
+    store.put("b", MINE, PutMode::Overwrite).await.unwrap();
+    let stored: Vec<u64> = store.list("", None).await.unwrap().iter().map(|object| object.stored_ms).collect();
+    assert_eq!(stored, [0, 7]);
+}
+
+/// Within a minute of this machine's time.
+async fn tells_when_objects_were_stored(store: &dyn ObjectStore) {
+    store.put("stored/now", MINE, PutMode::Overwrite).await.unwrap();
+    let stored_ms = store.list("stored/", None).await.unwrap()[0].stored_ms;
+    assert!(stored_ms.abs_diff(now_ms()) < 60_000, "{stored_ms}");
 }
 
 #[tokio::test]
@@ -87,6 +108,7 @@ async fn a_directory_keeps_its_promises() {
     assert_eq!(store.list("", None).await.unwrap_err().kind, StoreErrorKind::NoSuchBucket);
     assert_eq!(store.get("a", 1).await.unwrap_err().kind, StoreErrorKind::NoSuchBucket);
     keeps_its_promises(store.clone()).await;
+    tells_when_objects_were_stored(store.as_ref()).await;
     for outside in ["../a", "/etc/a", "", "a/../../b"] {
         assert!(store.put(outside, Bytes::new(), PutMode::Overwrite).await.is_err(), "{outside}");
     }
@@ -96,8 +118,88 @@ async fn a_directory_keeps_its_promises() {
 #[tokio::test]
 async fn s3_keeps_its_promises() {
     let server = S3Server::start();
-    keeps_its_promises(Arc::new(S3Store::open(&server.options("some/prefix")).await)).await;
+    let store = Arc::new(S3Store::open(&server.options("some/prefix")).await);
+    keeps_its_promises(store.clone()).await;
+    tells_when_objects_were_stored(store.as_ref()).await;
     assert!(server.path("some/prefix/log/c").exists());
+}
+
+/// Answers the first connections with these, one after another; gives the requests' first lines.
+fn answers(all: Vec<(u16, String)>) -> (S3Options, std::thread::JoinHandle<Vec<String>>) {
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let options = S3Options {
+        bucket: "b".into(),
+        prefix: "p".into(),
+        endpoint: Some(format!("http://{}", listener.local_addr().unwrap())),
+        access_key_id: Some("test".into()),
+        secret_access_key: Some("testtest".into()),
+        ..S3Options::default()
+    };
+    let served = std::thread::spawn(move || {
+        let answer = |(status, body): (u16, String)| {
+            let (mut socket, _) = listener.accept().unwrap();
+            let (mut seen, mut chunk) = (Vec::new(), [0; 16384]);
+            while !seen.windows(4).any(|bytes| bytes == b"\r\n\r\n") {
+                let len = socket.read(&mut chunk).unwrap();
+                seen.extend_from_slice(&chunk[..len]);
+            }
+            let head = format!("HTTP/1.1 {status} x\r\nconnection: close\r\ncontent-length: {}\r\n\r\n", body.len());
+            socket.write_all(format!("{head}{body}").as_bytes()).unwrap();
+            socket.shutdown(std::net::Shutdown::Write).unwrap();
+            // Until the client hangs up: what it sends after that would be answered with a reset.
+            std::io::copy(&mut socket, &mut std::io::sink()).ok();
+            String::from_utf8_lossy(&seen).lines().next().unwrap_or_default().to_owned()
+        };
+        all.into_iter().map(answer).collect()
+    });
+    (options, served)
+}
+
+#[tokio::test]
+async fn each_key_of_a_deletion_has_its_own_answer() {
+    let refusal = "<DeleteResult><Error><Key>p/log/2</Key><Code>AccessDenied</Code><Message>locked</Message></Error>\
+                   <Error><Key>p/log/3</Key><Code>InternalError</Code></Error>\
+                   <Error><Key>p/log/4</Key><Code>NoSuchKey</Code></Error></DeleteResult>";
+    let (options, _) = answers(vec![(200, refusal.into())]);
+    let keys = ["log/1", "log/2", "log/3", "log/4"].map(str::to_owned);
+    let failures = S3Store::open(&options).await.delete_many(&keys).await.unwrap();
+    let told: Vec<_> = failures.iter().map(|(key, error)| (key.as_str(), error.kind)).collect();
+    assert_eq!(told, [("log/2", StoreErrorKind::Denied), ("log/3", StoreErrorKind::Unavailable)]);
+    assert!(failures[0].1.to_string().contains("locked"), "{}", failures[0].1);
+}
+
+#[tokio::test]
+async fn a_server_without_deletion_of_many_is_asked_for_each() {
+    let error = |code: &str| format!("<Error><Code>{code}</Code><Message>m</Message></Error>");
+    for (status, code) in [(501, "NotImplemented"), (400, "MalformedXML"), (400, "InvalidRequest")] {
+        let all = vec![(status, error(code)), (204, String::new()), (403, error("AccessDenied"))];
+        let (options, served) = answers(all);
+        let keys = ["log/1", "log/2"].map(str::to_owned);
+        let failures = S3Store::open(&options).await.delete_many(&keys).await.unwrap();
+        assert_eq!(failures.len(), 1, "{code}");
+        assert_eq!((failures[0].0.as_str(), failures[0].1.kind), ("log/2", StoreErrorKind::Denied));
+        let requests = served.join().unwrap();
+        assert!(requests[0].starts_with("POST /b/") && requests[1].starts_with("DELETE /b/p/log/1"), "{requests:?}");
+    }
+    // Refused as a whole: each key would be, too.
+    let (options, _) = answers(vec![(403, error("AccessDenied"))]);
+    let denied = S3Store::open(&options).await.delete_many(&["log/1".to_owned()]).await.unwrap_err();
+    assert_eq!(denied.kind, StoreErrorKind::Denied);
+}
+
+#[tokio::test]
+async fn many_are_deleted_with_one_request() {
+    let server = S3Server::start();
+    let directory = server.path("many/log");
+    std::fs::create_dir_all(&directory).unwrap();
+    let keys: Vec<String> = (0..DELETE_MANY_LIMIT).map(|number| format!("log/{number:04}")).collect();
+    for key in &keys {
+        std::fs::write(server.path("many").join(key), b"x").unwrap();
+    }
+    let (store, meter) = Metered::new(Arc::new(S3Store::open(&server.options("many")).await));
+    assert!(store.delete_many(&keys).await.unwrap().is_empty());
+    assert_eq!(store.list("", None).await.unwrap(), []);
+    assert_eq!(meter.traffic().by_operation, [(Operation::DeleteMany, 1), (Operation::List, 1)].into());
 }
 
 #[tokio::test]
@@ -160,6 +262,10 @@ async fn retry_asks_again_as_often_as_told() {
     let (store, meter) = stacked(&memory, &[(0, AWAY), (1, AWAY), (2, AWAY), (3, AWAY)]);
     assert!(store.put("b", MINE, PutMode::IfAbsent).await.unwrap_err().is_retryable());
     assert_eq!(meter.traffic().requests, 4);
+    // Of several keys too, and what is deleted already is no failure.
+    let (store, meter) = stacked(&memory, &[(0, ANSWER_LOST)]);
+    assert!(store.delete_many(&["a".to_owned()]).await.unwrap().is_empty());
+    assert_eq!(meter.traffic().by_operation, [(Operation::DeleteMany, 2)].into());
     // What does not help is not repeated.
     let (store, meter) = stacked(&memory, &[]);
     store.get("nothing", 1).await.unwrap_err();

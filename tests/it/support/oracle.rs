@@ -8,8 +8,8 @@ use bytes::Bytes;
 use waltrail::format::key::{EpochKey, MARKER_KEY, SegmentKey, SnapshotKey};
 use waltrail::format::record::{EpochRecord, ReplicaMarker};
 use waltrail::format::segment::{SegmentWriter, TransactionInfo};
-use waltrail::format::snapshot::{SnapshotInfo, SnapshotWriter};
-use waltrail::format::{FORMAT_VERSION, Position, extent_count, extent_pages, page_hash};
+use waltrail::format::snapshot::{SnapshotFooter, SnapshotIndex, SnapshotInfo, SnapshotWriter, content_hash};
+use waltrail::format::{FOOTER_LEN, FORMAT_VERSION, Position, extent_count, extent_pages, page_hash};
 use waltrail::store::memory::MemoryStore;
 use waltrail::store::{PutMode, SharedStore};
 
@@ -37,7 +37,7 @@ impl Numbers {
 /// A database at one moment.
 #[derive(Debug, Clone)]
 pub struct State {
-    pub pages: Vec<Vec<u8>>,
+    pub pages: Vec<Arc<[u8]>>,
     pub time_ms: u64,
 }
 
@@ -60,12 +60,16 @@ type Pending = (TransactionInfo, BTreeMap<u32, Vec<u8>>);
 /// The replica, and what it must give back.
 pub struct Oracle {
     pub store: SharedStore,
+    /// The same, for its clock.
+    pub memory: Arc<MemoryStore>,
     pub page_size: u32,
     pub numbers: Numbers,
     /// Pages that don't compress make segments large.
     pub is_noise: bool,
     /// Most pages that a transaction changes or adds.
     pub most_pages: u64,
+    /// Fewest pages that the database may have.
+    pub least_pages: u64,
     /// Most pages that the database may have.
     pub size_limit: u64,
     /// Whether pages that are added are sometimes left out of the transaction: they are zeros, whatever stood there before.
@@ -76,6 +80,8 @@ pub struct Oracle {
     pub states: BTreeMap<Position, State>,
     /// Of each snapshot: the first state it was read at, and the last transaction.
     pub snapshots: Vec<(Position, u64)>,
+    /// All transactions, for segments that are merged later.
+    transactions: BTreeMap<Position, Pending>,
     pending: Vec<Pending>,
     current: State,
     position: Position,
@@ -83,21 +89,25 @@ pub struct Oracle {
 
 impl Oracle {
     pub async fn new(page_size: u32, seed: u64) -> Self {
-        let store: SharedStore = Arc::new(MemoryStore::new());
+        let memory = Arc::new(MemoryStore::new());
+        let store: SharedStore = memory.clone();
         let marker = ReplicaMarker { format: FORMAT_VERSION, replica: "5".repeat(32) };
         store.put(MARKER_KEY, Bytes::from(marker.encode()), PutMode::IfAbsent).await.unwrap();
         Self {
             store,
+            memory,
             page_size,
             numbers: Numbers::new(seed),
             is_noise: false,
             most_pages: 6,
+            least_pages: 1,
             size_limit: (3 * 256 * 1024 / u64::from(page_size)).clamp(8, 150),
             leaves_holes: false,
             knows_fingerprints: true,
             records: BTreeMap::new(),
             states: BTreeMap::new(),
             snapshots: Vec::new(),
+            transactions: BTreeMap::new(),
             pending: Vec::new(),
             current: State { pages: Vec::new(), time_ms: 1_790_000_000_000 },
             position: Position { epoch: 0, txid: 0 },
@@ -130,7 +140,9 @@ impl Oracle {
         self.records.insert(epoch, record);
         let now_ms = self.current.time_ms;
         if let Some(parent) = parent {
-            self.current = State { time_ms: now_ms, ..self.states[&parent].clone() };
+            // An epoch without transactions of its own ends with a state of its parent.
+            let state = self.line(parent.epoch)[&parent.txid].0;
+            self.current = State { time_ms: now_ms, ..self.states[&state].clone() };
         }
         self.position = Position { epoch, txid: first_txid - 1 };
         if !continues {
@@ -160,7 +172,7 @@ impl Oracle {
             1..=3 => (old_size + self.numbers.below(self.most_pages)).min(self.size_limit),
             _ => old_size,
         };
-        let size = size.max(1);
+        let size = size.max(self.least_pages);
         let mut written: BTreeMap<u32, Vec<u8>> =
             (old_size + 1..=size).map(|number| (number as u32, self.page())).collect();
         if self.leaves_holes {
@@ -170,9 +182,9 @@ impl Oracle {
             let number = 1 + self.numbers.below(size);
             written.insert(number as u32, self.page());
         }
-        self.current.pages.resize(size as usize, vec![0; self.page_size as usize]);
+        self.current.pages.resize(size as usize, vec![0; self.page_size as usize].into());
         for (&number, page) in &written {
-            self.current.pages[number as usize - 1].clone_from(page);
+            self.current.pages[number as usize - 1] = page.as_slice().into();
         }
         written
     }
@@ -191,6 +203,7 @@ impl Oracle {
             coalesced: false,
             schema_changed: false,
         };
+        self.transactions.insert(self.position, (info, pages.clone()));
         self.pending.push((info, pages));
     }
 
@@ -230,6 +243,25 @@ impl Oracle {
         key
     }
 
+    /// Stores transactions of an epoch, which are stored already, once more in one segment.
+    pub async fn merge(&mut self, epoch: u32, first_txid: u64, last_txid: u64) -> SegmentKey {
+        let range = Position { epoch, txid: first_txid }..=Position { epoch, txid: last_txid };
+        let transactions: Vec<Pending> = self.transactions.range(range).map(|(_, pending)| pending.clone()).collect();
+        let (key, bytes) = self.segment(epoch, first_txid, &transactions);
+        self.store.put(&key.to_string(), Bytes::from(bytes), PutMode::Overwrite).await.unwrap();
+        key
+    }
+
+    /// Nothing happens for a while. What is put afterwards is stored then.
+    pub fn pass_time(&mut self, ms: u64) {
+        self.current.time_ms += ms;
+        self.memory.set_now_ms(self.current.time_ms);
+    }
+
+    pub fn now_ms(&self) -> u64 {
+        self.current.time_ms
+    }
+
     pub async fn commit_and_cut(&mut self, transactions: usize) -> SegmentKey {
         for _ in 0..transactions {
             self.commit();
@@ -239,6 +271,15 @@ impl Oracle {
 
     /// Stores a snapshot of the current epoch whose extents were read at states from `first_txid` to `last_txid`.
     pub async fn snapshot(&mut self, first_txid: u64, last_txid: u64) -> SnapshotKey {
+        self.snapshot_on(None, first_txid, last_txid).await
+    }
+
+    /// The same; extents that are in the objects of an older snapshot already are not stored again.
+    pub async fn snapshot_on(&mut self, base: Option<SnapshotKey>, first_txid: u64, last_txid: u64) -> SnapshotKey {
+        let base = match base {
+            Some(base) => Some(self.index(base).await),
+            None => None,
+        };
         let at = |txid| Position { txid, ..self.position };
         let last = self.states[&at(last_txid)].clone();
         let key =
@@ -255,7 +296,14 @@ impl Oracle {
             let state = &self.states[&at(txid)];
             let (first_page, count) = extent_pages(index, state.size_pages(), self.page_size);
             let content = state.pages[first_page as usize - 1..][..count as usize].concat();
-            bytes.extend(writer.encode_extent(index, txid, &content).unwrap());
+            let hash = content_hash(index, &content, self.page_size);
+            let known = base.as_ref().and_then(|base| Some((base, base.extents.get(index as usize)?)));
+            match known.filter(|(_, known)| known.content_hash == hash && known.page_count == count) {
+                Some((base, known)) => {
+                    writer.refer_to_extent(index, txid, base.sources[known.source as usize], known).unwrap();
+                }
+                None => bytes.extend(writer.encode_extent(index, txid, &content).unwrap()),
+            }
         }
         let info = SnapshotInfo {
             key,
@@ -269,6 +317,12 @@ impl Oracle {
         self.store.put(&key.to_string(), Bytes::from(bytes), PutMode::IfAbsent).await.unwrap();
         self.snapshots.push((at(first_txid), last_txid));
         key
+    }
+
+    async fn index(&self, key: SnapshotKey) -> SnapshotIndex {
+        let bytes = self.store.get(&key.to_string(), u64::MAX).await.unwrap();
+        let footer = SnapshotFooter::decode(&bytes, bytes.len() as u64).unwrap();
+        footer.decode_index(&bytes[footer.index_offset as usize..bytes.len() - FOOTER_LEN]).unwrap()
     }
 
     /// An epoch that begins with a database as it was found, whose first snapshot is read while transactions go on.

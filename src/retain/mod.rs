@@ -1,0 +1,91 @@
+//! Letting old history go: which objects are kept and why (a plan, which is a value), carrying it out, and marks.
+//!
+//! The plan begins with what must stay and takes the rest; never the other way round. See [`select`] for the rules.
+
+pub mod marks;
+pub mod plan;
+pub mod prune;
+pub mod select;
+pub mod tails;
+
+use crate::restore::RestoreError;
+use crate::store::StoreError;
+
+/// Nothing is let go that was needed so long ago, in milliseconds: a restore that was planned then may still be under way.
+pub const GRACE_MS: u64 = 60 * 60 * 1000;
+/// Every transaction is kept for so long, in milliseconds, unless told otherwise.
+pub const DEFAULT_WINDOW_MS: u64 = 30 * 24 * 60 * 60 * 1000;
+
+/// What is kept of a replica's history.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct RetentionSettings {
+    /// Every state of the last so many milliseconds stays restorable; `None` keeps everything for ever.
+    pub window_ms: Option<u64>,
+    /// Of so many days (UTC) one state each.
+    pub keep_daily: u32,
+    /// Of so many weeks (ISO, UTC) one state each.
+    pub keep_weekly: u32,
+    /// Of so many months (UTC) one state each.
+    pub keep_monthly: u32,
+}
+
+impl Default for RetentionSettings {
+    fn default() -> Self {
+        Self { window_ms: Some(DEFAULT_WINDOW_MS), keep_daily: 0, keep_weekly: 0, keep_monthly: 0 }
+    }
+}
+
+/// Why nothing was deleted, or no mark was set.
+#[derive(Debug, thiserror::Error)]
+pub enum RetainError {
+    /// The history can't be read, or the state can't be restored.
+    #[error(transparent)]
+    Restore(#[from] RestoreError),
+    /// A mark can't be read. What it stands for is not known, so nothing is deleted.
+    #[error("the mark {key} in {location} can't be read: {what}")]
+    UnreadableMark {
+        /// The place.
+        location: String,
+        /// The mark's key.
+        key: String,
+        /// What is wrong.
+        what: String,
+    },
+    /// There is a mark of that name.
+    #[error("there is a mark '{name}' in {location} already, set {created} on transaction {txid}")]
+    MarkExists {
+        /// The place.
+        location: String,
+        /// The name.
+        name: String,
+        /// When it was set, in words.
+        created: String,
+        /// The transaction that it names.
+        txid: u64,
+    },
+    /// There is no mark of that name.
+    #[error("there is no mark '{name}' in {location}")]
+    NoSuchMark {
+        /// The place.
+        location: String,
+        /// The name.
+        name: String,
+    },
+    /// Not a mark's name.
+    #[error("'{0}' can't be a mark's name: 1 to 100 of A-Z, a-z, 0-9, '.', '_' and '-', and no dot at its beginning")]
+    BadName(String),
+    /// The mark is there after it was deleted.
+    #[error("the mark '{name}' in {location} is still there: the store answers deletions and does not delete")]
+    NotDeleted {
+        /// The place.
+        location: String,
+        /// The name.
+        name: String,
+    },
+}
+
+impl From<StoreError> for RetainError {
+    fn from(error: StoreError) -> Self {
+        Self::Restore(error.into())
+    }
+}
