@@ -9,7 +9,7 @@ use serde::{Deserialize, Deserializer};
 
 use super::replica_url::{ReplicaUrl, check_endpoint};
 use super::toml_error::explain;
-use super::units::{parse_duration, parse_size};
+use super::units::{parse_duration, parse_retention, parse_size};
 use super::{Config, ConfigError, DEFAULT_SHUTDOWN_TIMEOUT, DatabaseConfig, LogConfig, LogFormat, LogLevel, identity};
 
 #[derive(Deserialize)]
@@ -41,6 +41,10 @@ struct DatabaseTable {
     spool_limit: Option<SizeText>,
     snapshot_interval: Option<DurationText>,
     merge: Option<Vec<DurationText>>,
+    retention: Option<RetentionText>,
+    keep_daily: Option<u32>,
+    keep_weekly: Option<u32>,
+    keep_monthly: Option<u32>,
 }
 
 /// A URL, or a table with one.
@@ -113,6 +117,15 @@ impl<'de> Deserialize<'de> for SizeText {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
         let text = String::deserialize(deserializer)?;
         parse_size(&text).map(Self).map_err(serde::de::Error::custom)
+    }
+}
+
+struct RetentionText(Option<Duration>);
+
+impl<'de> Deserialize<'de> for RetentionText {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let text = String::deserialize(deserializer)?;
+        parse_retention(&text).map(Self).map_err(serde::de::Error::custom)
     }
 }
 
@@ -189,6 +202,16 @@ impl DatabaseTable {
             if !ascends || database.merge.first().is_some_and(Duration::is_zero) {
                 return Err(format!("database '{shown}': merge is a list of ascending durations: [\"1m\", \"1h\"]"));
             }
+        }
+        let retention = &mut database.retention;
+        if let Some(RetentionText(window)) = self.retention {
+            retention.window_ms = window.map(|window| window.as_millis() as u64);
+        }
+        retention.keep_daily = self.keep_daily.unwrap_or(retention.keep_daily);
+        retention.keep_weekly = self.keep_weekly.unwrap_or(retention.keep_weekly);
+        retention.keep_monthly = self.keep_monthly.unwrap_or(retention.keep_monthly);
+        if retention.window_ms.is_none() && retention.keeps_periods() {
+            return Err(format!("database '{shown}': everything is kept forever; keep-daily and the like say nothing then"));
         }
         Ok(database)
     }
@@ -272,7 +295,9 @@ mod tests {
                 "line 4: unknown key 'sync-intervall'; did you mean 'sync-interval'?",
             ),
             (one.replace("[[database]]", "[[databases]]"), "line 1: unknown key 'databases'; did you mean 'database'?"),
-            (format!("{one}retention = \"30d\"\n"), "line 4: unknown key 'retention'; there are path, replica"),
+            (format!("{one}colour = \"30d\"\n"), "line 4: unknown key 'colour'; there are path, replica"),
+            (format!("{one}retention = \"off\"\n"), "write forever, or a duration"),
+            (format!("{one}retention = \"forever\"\nkeep-daily = 3\n"), "keep-daily"),
             (format!("{one}checkpoint-threshold = \"0B\"\n"), "must not be 0"),
             (format!("colour = 1\n{one}"), "colour"),
             (format!("{one}sync-interval = \"1 parsec\"\n"), "is not a duration"),

@@ -10,6 +10,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use self::replica_url::ReplicaUrl;
+use crate::retain::RetentionSettings;
 
 /// How long a stop may take. Docker kills after 10 seconds.
 pub const DEFAULT_SHUTDOWN_TIMEOUT: Duration = Duration::from_secs(8);
@@ -81,6 +82,8 @@ pub struct DatabaseConfig {
     pub snapshot_interval: Duration,
     /// Segments of windows of these lengths are merged; ascending. Empty: nothing is.
     pub merge: Vec<Duration>,
+    /// What of the history is kept.
+    pub retention: RetentionSettings,
 }
 
 impl DatabaseConfig {
@@ -97,6 +100,7 @@ impl DatabaseConfig {
             spool_limit_bytes: 256 << 20,
             snapshot_interval: Duration::from_secs(24 * 3600),
             merge: vec![Duration::from_secs(60), Duration::from_secs(3600)],
+            retention: RetentionSettings::default(),
         }
     }
 }

@@ -24,6 +24,18 @@ pub fn parse_duration(text: &str) -> Result<Duration, String> {
     Ok(Duration::from_millis(millis))
 }
 
+/// Reads for how long something is kept: a duration, or `forever`, which is `None`.
+///
+/// # Errors
+/// A sentence that says what can be written.
+pub fn parse_retention(text: &str) -> Result<Option<Duration>, String> {
+    match text.trim() {
+        "forever" => Ok(None),
+        "0" | "off" => Err(format!("'{text}' could mean two things; write forever, or a duration: 30d")),
+        other => parse_duration(other).map(Some).map_err(|why| format!("{why}; or forever")),
+    }
+}
+
 /// Reads a size in bytes: a whole number and a unit.
 ///
 /// # Errors
@@ -56,5 +68,8 @@ mod tests {
             assert!(parse_duration(wrong).is_err(), "{wrong}");
         }
         assert!(parse_size("4mib").unwrap_err().contains("4MiB"));
+        assert_eq!(parse_retention("forever"), Ok(None));
+        assert_eq!(parse_retention("30d"), Ok(Some(Duration::from_secs(30 * 86_400))));
+        assert!(parse_retention("off").is_err() && parse_retention("0").is_err() && parse_retention("30").is_err());
     }
 }

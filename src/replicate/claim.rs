@@ -11,6 +11,9 @@ use crate::clock::{Clock, random_bytes};
 use crate::format::key::{EPOCHS_PREFIX, EpochKey, MARKER_KEY, SegmentKey, log_prefix};
 use crate::format::record::{EpochRecord, RECORD_LIMIT, ReplicaMarker};
 use crate::format::{FORMAT_VERSION, FormatError, Position};
+use crate::restore::RestoreError;
+use crate::restore::history::History;
+use crate::restore::plan::{Target, plan};
 use crate::store::{PutMode, SharedStore, StoreError, StoreErrorKind};
 
 /// Claims that were lost to others in a row, before something must be wrong.
@@ -209,7 +212,8 @@ async fn last_known(store: &SharedStore, record: &EpochRecord) -> Result<(Positi
 }
 
 /// Whether this is the replica that the writer left, its epoch is there, and everything it captured has arrived. After a
-/// restore: whether it is the replica that was restored from, and the epoch goes as far.
+/// restore: whether it is the replica that was restored from, and that state can still be restored (what goes on from one that
+/// was let go meanwhile could not).
 async fn is_known(
     store: &SharedStore,
     replica: &OpenReplica,
@@ -224,12 +228,25 @@ async fn is_known(
     if record.writer != continuing.writer {
         return Ok(false);
     }
-    let last_txid = last_known(store, &record).await?.0.txid;
-    let captured_txid = continuing.captured.txid;
-    Ok(match continuing.is_restored {
-        true => (record.start_txid()..=last_txid).contains(&captured_txid),
-        false => captured_txid == last_txid,
-    })
+    match continuing.is_restored {
+        true => is_restorable(store, continuing.captured).await,
+        false => Ok(continuing.captured.txid == last_known(store, &record).await?.0.txid),
+    }
+}
+
+async fn is_restorable(store: &SharedStore, state: Position) -> Result<bool, ClaimError> {
+    let planned = match History::load(store).await {
+        Ok(history) => plan(store, &history, Target::Txid(state.txid), Some(state.epoch)).await,
+        Err(error) => Err(error),
+    };
+    match planned {
+        Ok(plan) => Ok(plan.position == state),
+        Err(RestoreError::Store(error)) => Err(error.into()),
+        Err(error) => {
+            tracing::warn!(%error, %state, "what was restored is not there any more; a new epoch begins");
+            Ok(false)
+        }
+    }
 }
 
 /// Whether the claim holds.

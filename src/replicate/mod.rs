@@ -13,6 +13,7 @@ pub mod handover;
 pub mod ledger;
 pub mod merge;
 pub mod merger;
+pub mod pruner;
 pub mod record;
 pub mod scan;
 pub mod ship;
@@ -35,12 +36,14 @@ use tokio_util::sync::CancellationToken;
 use self::database::{DatabaseError, DatabaseSettings, Surroundings, follow};
 use self::merge::MergeSettings;
 use self::merger::Merger;
+use self::pruner::Pruner;
 use self::ship::{Progress, ShipError, Shipper};
 use self::spool::Spool;
 use self::state::{StateDirectory, StateDirectoryError};
 use self::wake::{Event, Mailbox, WatchHub};
 use crate::clock::Clock;
 use crate::format::Position;
+use crate::retain::RetentionSettings;
 use crate::sqlite::SqliteError;
 use crate::store::SharedStore;
 use crate::store::retry::RetryPolicy;
@@ -50,6 +53,8 @@ const RESTART: RetryPolicy = RetryPolicy { attempts: u32::MAX, base_ms: 1000, ma
 
 /// A merge takes a processor.
 const MERGES_AT_A_TIME: usize = 1;
+/// Old history has time.
+const PRUNES_AT_A_TIME: usize = 1;
 
 /// What all databases of the process share.
 struct Shared {
@@ -57,6 +62,7 @@ struct Shared {
     /// Who wants to know of databases that stand; perhaps nobody.
     standing: mpsc::UnboundedSender<PathBuf>,
     merges: Arc<Semaphore>,
+    prunes: Arc<Semaphore>,
 }
 
 /// One database and where it goes.
@@ -70,6 +76,8 @@ pub struct Job {
     pub store: SharedStore,
     /// What of its segments is merged.
     pub merge: MergeSettings,
+    /// What of its history is kept.
+    pub retention: RetentionSettings,
 }
 
 /// Why replication ended otherwise than it was told to.
@@ -122,8 +130,12 @@ pub async fn run(
     clock: Arc<dyn Clock>,
     standing: mpsc::UnboundedSender<PathBuf>,
 ) -> Vec<ReplicateError> {
-    let shared =
-        Arc::new(Shared { hub: WatchHub::new(), standing, merges: Arc::new(Semaphore::new(MERGES_AT_A_TIME)) });
+    let shared = Arc::new(Shared {
+        hub: WatchHub::new(),
+        standing,
+        merges: Arc::new(Semaphore::new(MERGES_AT_A_TIME)),
+        prunes: Arc::new(Semaphore::new(PRUNES_AT_A_TIME)),
+    });
     let mut running = JoinSet::new();
     for job in databases {
         let (shared, stop, clock) = (shared.clone(), stop.clone(), clock.clone());
@@ -295,9 +307,17 @@ async fn follow_once(
         settings: job.merge.clone(),
         permits: shared.merges.clone(),
     };
-    // What runs in there ends with this function, whatever it is doing: a merge can be done again.
+    let pruner = Pruner {
+        store: job.store.clone(),
+        settings: job.retention,
+        clock: clock.clone(),
+        confirmed: progress.confirmed.subscribe(),
+        permits: shared.prunes.clone(),
+    };
+    // What runs in there ends with this function, whatever it is doing: a merge or a deletion can be done again.
     let mut beside = JoinSet::new();
     beside.spawn(merger.run(confirmed));
+    beside.spawn(pruner.run());
     match control::listen(directory.path()) {
         Ok(listener) => {
             beside.spawn(control::serve(listener, mailbox.clone(), progress.confirmed.subscribe()));

@@ -9,6 +9,7 @@ pub mod select;
 pub mod tails;
 
 use crate::restore::RestoreError;
+use crate::restore::history::{Epoch, History};
 use crate::store::StoreError;
 
 /// Nothing is let go that was needed so long ago, in milliseconds: a restore that was planned then may still be under way.
@@ -32,6 +33,38 @@ pub struct RetentionSettings {
 impl Default for RetentionSettings {
     fn default() -> Self {
         Self { window_ms: Some(DEFAULT_WINDOW_MS), keep_daily: 0, keep_weekly: 0, keep_monthly: 0 }
+    }
+}
+
+impl RetentionSettings {
+    /// Whether anything is kept beyond the window by rule.
+    #[must_use]
+    pub fn keeps_periods(&self) -> bool {
+        self.keep_daily > 0 || self.keep_weekly > 0 || self.keep_monthly > 0
+    }
+}
+
+/// What time it is when history is let go. A clock that runs ahead would let everything go.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Now {
+    /// A person's word, in milliseconds since 1970.
+    Told(u64),
+    /// A clock that nobody watches, in milliseconds since 1970, of somebody who has stored something just now: it is at most
+    /// [`GRACE_MS`] later than the store's clock was when it took its newest object.
+    NotFarBeyondStored(u64),
+}
+
+impl Now {
+    fn resolve(self, history: &History) -> u64 {
+        match self {
+            Self::Told(now_ms) => now_ms,
+            Self::NotFarBeyondStored(now_ms) => {
+                let snapshots = |epoch: &Epoch| epoch.snapshots.iter().map(|stored| stored.stored_ms).max();
+                let segments = |epoch: &Epoch| epoch.segments.iter().map(|stored| stored.stored_ms).max();
+                let newest_ms = history.epochs.values().flat_map(|epoch| [snapshots(epoch), segments(epoch)]).flatten().max();
+                now_ms.min(newest_ms.unwrap_or(0).saturating_add(GRACE_MS))
+            }
+        }
     }
 }
 

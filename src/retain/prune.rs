@@ -6,8 +6,8 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use super::marks::load_marks;
 use super::plan::{Going, ObjectKey, RetentionPlan, plan};
-use super::tails::SourcesCache;
-use super::{RetainError, RetentionSettings};
+use super::tails::TailCache;
+use super::{Now, RetainError, RetentionSettings};
 use crate::format::key::{EPOCHS_PREFIX, log_prefix, snapshot_prefix};
 use crate::restore::history::History;
 use crate::store::{DELETE_MANY_LIMIT, SharedStore, StoreError};
@@ -62,15 +62,15 @@ impl Outcome {
 pub async fn prune(
     store: &SharedStore,
     settings: &RetentionSettings,
-    now_ms: u64,
-    cache: &mut SourcesCache,
+    now: Now,
+    cache: &mut TailCache,
     is_dry_run: bool,
 ) -> Result<Outcome, RetainError> {
     let history = History::load(store).await?;
     let tails = cache.read(store, &history).await?;
     // Last, so that none is overlooked that was set meanwhile.
     let marks = load_marks(store).await?;
-    let plan = plan(&history, &tails, &marks, settings, now_ms)?;
+    let plan = plan(&history, &tails, &marks, settings, now.resolve(&history))?;
     let mut pruning = Pruning::new(store);
     if !is_dry_run {
         pruning.carry_out(&plan).await?;
@@ -181,7 +181,7 @@ impl<'a> Pruning<'a> {
         self.check(&tried, |_| EPOCHS_PREFIX.to_owned()).await
     }
 
-    /// Asks for deletions. After a request that failed as a whole no other is made: it would fail, too.
+    /// Asks for deletions. When the store can't be reached no other request is made: it would fail, too.
     async fn delete(&mut self, batch: &[&Going]) {
         let keys: Vec<String> = batch.iter().map(|going| going.key.to_string()).collect();
         let answer = match (&self.stopped_by, keys.as_slice()) {
@@ -193,7 +193,9 @@ impl<'a> Pruning<'a> {
             Ok(failures) => self.failures.extend(failures),
             Err(error) => {
                 self.failures.extend(keys.into_iter().map(|key| (key, error.clone())));
-                self.stopped_by = Some(error);
+                if error.is_retryable() {
+                    self.stopped_by = Some(error);
+                }
             }
         }
     }

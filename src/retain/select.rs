@@ -162,7 +162,7 @@ impl<'a> Selection<'a> {
     fn keep_periods(&mut self, settings: &RetentionSettings) -> Result<(), RestoreError> {
         let kinds: [(u32, PeriodOf); 3] =
             [(settings.keep_daily, day), (settings.keep_weekly, week), (settings.keep_monthly, month)];
-        if kinds.iter().all(|(count, _)| *count == 0) {
+        if !settings.keeps_periods() {
             return Ok(());
         }
         let line = self.history.line(None)?;

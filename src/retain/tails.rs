@@ -24,11 +24,11 @@ pub enum Tail {
 
 /// What snapshots are of. Objects never change, so whoever keeps this reads each once.
 #[derive(Debug, Clone, Default)]
-pub struct SourcesCache {
+pub struct TailCache {
     known: BTreeMap<SnapshotKey, (u64, SnapshotTail)>,
 }
 
-impl SourcesCache {
+impl TailCache {
     /// The ends of all snapshots of `history`, read where they are not known. Those that are gone are forgotten.
     ///
     /// # Errors

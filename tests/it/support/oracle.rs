@@ -1,7 +1,7 @@
 //! A replica whose every state is known: made with the format's own writers from a database that exists only as pages in
 //! memory. It knows nothing of how a restore plans, so that the two can be held against each other.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use bytes::Bytes;
@@ -370,16 +370,40 @@ impl Oracle {
         })
     }
 
-    /// The state that a restore to a time must give: the last one not later or, where nobody knows what happened, the last
-    /// one that was known before.
+    /// The state that a restore to a time must give: the last one not later or, of a run of which nothing can be restored, the
+    /// last one that was known before it; so, too, while its first snapshot was read. When the run's first snapshot is not the
+    /// one that it began with, nobody knows what was before that.
     pub fn at_time(&self, epoch: u32, asked_ms: u64) -> Option<u64> {
         let line = self.line(epoch);
-        let (&newest, &(_, run)) =
-            line.iter().rev().find(|(_, (position, _))| self.states[position].time_ms <= asked_ms)?;
-        let ends_of_runs = line.iter().rev().filter(|(txid, (_, its_run))| {
-            *its_run < run && line.get(&(**txid + 1)).is_none_or(|(_, next)| next != its_run)
-        });
-        std::iter::once(newest).chain(ends_of_runs.map(|(&txid, _)| txid)).find(|&txid| self.is_restorable(epoch, txid))
+        let runs: BTreeSet<u64> = line.values().map(|(_, run)| *run).collect();
+        for &run in runs.iter().rev() {
+            let of_run = || line.iter().filter(|(_, (_, its_run))| *its_run == run);
+            let first = of_run().next().map(|(_, (position, _))| position.epoch)?;
+            if self.records[&first].claimed_ms > asked_ms {
+                continue;
+            }
+            let not_later = of_run().rev().find(|(_, (position, _))| self.states[position].time_ms <= asked_ms);
+            if let Some((&txid, _)) = not_later
+                && self.is_restorable(epoch, txid)
+            {
+                return Some(txid);
+            }
+            if self.snapshots_of_run(&line, run).map(|(first, _)| first.txid).min().is_some_and(|first| first > run) {
+                return None;
+            }
+        }
+        None
+    }
+
+    fn snapshots_of_run<'a>(
+        &'a self,
+        line: &'a BTreeMap<u64, (Position, u64)>,
+        run: u64,
+    ) -> impl Iterator<Item = &'a (Position, u64)> {
+        self.snapshots.iter().filter(move |(first, last_txid)| {
+            let last = Position { txid: *last_txid, ..*first };
+            line.get(last_txid) == Some(&(last, run)) && first.txid >= run
+        })
     }
 }
 
