@@ -1,6 +1,6 @@
 //! `waltrail sync` and `waltrail snapshot`: asking the daemon that follows a database.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::Args;
@@ -16,8 +16,8 @@ use crate::replicate::control::{Request, State, ask};
 /// Arguments of `sync` and `snapshot`.
 #[derive(Debug, Args)]
 pub struct AskArguments {
-    /// The database
-    database: PathBuf,
+    /// The database [default: the configuration's only one, or the environment's]
+    database: Option<PathBuf>,
     /// Where its daemon keeps local state, if the configuration does not say so [default: .NAME-waltrail beside it]
     #[arg(long, value_name = "DIRECTORY")]
     state_dir: Option<PathBuf>,
@@ -50,19 +50,18 @@ pub async fn snapshot(arguments: AskArguments) -> Result<(), Failure> {
 
 impl AskArguments {
     async fn ask(&self, request: Request) -> Result<State, Failure> {
-        let state_dir = match &self.state_dir {
-            Some(state_dir) => state_dir.clone(),
-            None => state_dir_of(&self.database, &self.config)?,
+        let (database, known_state_dir) = match &self.database {
+            // Its daemon may have been told by arguments alone.
+            Some(path) => {
+                let known = self.config.database(path)?;
+                (path.clone(), known.map_or_else(|| default_state_dir(path), |known| known.state_dir))
+            }
+            None => {
+                let known = self.config.only_database()?;
+                (known.path, known.state_dir)
+            }
         };
-        Ok(ask(&self.database, &state_dir, request, self.timeout).await?)
+        let state_dir = self.state_dir.clone().unwrap_or(known_state_dir);
+        Ok(ask(&database, &state_dir, request, self.timeout).await?)
     }
-}
-
-/// Where the daemon that follows `database` keeps its state.
-///
-/// # Errors
-/// When the configuration is wrong.
-pub(super) fn state_dir_of(database: &Path, config: &ConfigArgument) -> Result<PathBuf, Failure> {
-    let known = config.database(database)?;
-    Ok(known.map_or_else(|| default_state_dir(database), |known| known.state_dir))
 }

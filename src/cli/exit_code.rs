@@ -12,6 +12,7 @@ use crate::replicate::control::ControlError;
 use crate::replicate::ship::ShipError;
 use crate::replicate::state::StateDirectoryError;
 use crate::restore::RestoreError;
+use crate::retain::RetainError;
 use crate::store::{StoreError, StoreErrorKind};
 
 /// Failed, for a reason without a code of its own.
@@ -54,6 +55,14 @@ impl Failure {
     #[must_use]
     pub fn other(message: String) -> Self {
         Self::new(FAILED, message, None)
+    }
+
+    /// The store keeps what it was told to delete.
+    #[must_use]
+    pub fn not_deleted(message: String) -> Self {
+        let hint =
+            "nothing is harmed, and storage grows: check what the key may delete, and whether the bucket has a lock";
+        Self::new(STORAGE, message, Some(hint))
     }
 
     /// Writes it to standard error; gives the exit code.
@@ -126,6 +135,26 @@ impl From<RestoreError> for Failure {
             RestoreError::Io { .. } => (TARGET, "nothing was changed; check space and permissions there"),
         };
         Self::new(code, error, Some(hint))
+    }
+}
+
+impl From<RetainError> for Failure {
+    fn from(error: RetainError) -> Self {
+        let (code, hint) = match error {
+            RetainError::Restore(error) => return error.into(),
+            RetainError::UnreadableMark { .. } => {
+                (DAMAGED, Some("nothing is deleted as long as it is there; `waltrail unmark` takes it away"))
+            }
+            RetainError::MarkExists { .. } => {
+                (FAILED, Some("take another name, or take that one away with `waltrail unmark`"))
+            }
+            RetainError::NoSuchMark { .. } => (NOT_THERE, Some("`waltrail marks` shows those that there are")),
+            RetainError::BadName(_) => (USAGE, None),
+            RetainError::NotDeleted { .. } => {
+                (STORAGE, Some("check what the key may delete, and whether the bucket has a lock"))
+            }
+        };
+        Self::new(code, error, hint)
     }
 }
 

@@ -23,8 +23,8 @@ Examples:
   waltrail log s3://my-bucket/app --transactions
   waltrail log --config /etc/waltrail.toml /data/app.db --format json")]
 pub struct LogArguments {
-    /// A replica URL, or the path of a database of the configuration
-    source: String,
+    /// A replica URL, or the path of a database of the configuration [default: the only one there, or the environment's]
+    source: Option<String>,
     /// One line for each transaction instead of for each object
     #[arg(long)]
     transactions: bool,
@@ -122,7 +122,7 @@ impl Line {
 /// # Errors
 /// See [`crate::restore::RestoreError`].
 pub async fn run(arguments: LogArguments) -> Result<(), Failure> {
-    let source = arguments.config.resolve(&arguments.source)?;
+    let source = arguments.config.resolve(arguments.source.as_deref())?;
     let store = open_patiently(&source.replica).await;
     let history = History::load(&store).await?;
     let mut out = io::BufWriter::new(io::stdout().lock());

@@ -5,7 +5,9 @@ pub mod demo;
 pub mod exit_code;
 mod interrupt;
 pub mod log;
+pub mod mark;
 pub mod moment;
+pub mod prune;
 pub mod replicate;
 pub mod restore;
 pub mod run;
@@ -20,7 +22,7 @@ use tracing_subscriber::EnvFilter;
 
 use self::exit_code::Failure;
 use crate::config::replica_url::ReplicaUrl;
-use crate::config::{Config, DatabaseConfig, LogConfig, LogFormat, LogLevel, file, identity};
+use crate::config::{Config, DatabaseConfig, LogConfig, LogFormat, LogLevel, environment, file, identity};
 use crate::store::SharedStore;
 use crate::store::retry::{RetryPolicy, Retrying};
 
@@ -65,6 +67,14 @@ enum Command {
     Sync(ask::AskArguments),
     /// Have the daemon make a snapshot now, and wait until it is confirmed
     Snapshot(ask::AskArguments),
+    /// Give a state a name; it stays restorable for as long as the name is there
+    Mark(mark::MarkArguments),
+    /// Show all marks
+    Marks(mark::MarksArguments),
+    /// Take a mark away
+    Unmark(mark::UnmarkArguments),
+    /// Let old history go, as the daemon does it every hour
+    Prune(prune::PruneArguments),
     /// Show the main job on a database of its own: replicate, crash, restore, compare
     Demo(demo::DemoArguments),
 }
@@ -95,51 +105,68 @@ impl ConfigArgument {
         }
     }
 
-    /// What the configuration says of the database at `path`; `None` where there is none, or it does not know the database.
+    /// What the configuration or, without one, the environment says of the database at `path`; `None` where it is not known.
     fn database(&self, path: &Path) -> Result<Option<DatabaseConfig>, Failure> {
-        let path =
-            std::path::absolute(path).map_err(|error| Failure::usage(format!("'{}': {error}", path.display())))?;
-        Ok(self.load()?.as_ref().and_then(|config| find(config, &path)).cloned())
+        let path = absolute(path)?;
+        let databases = match self.load()? {
+            Some(config) => config.databases,
+            None => environment_database().into_iter().collect(),
+        };
+        Ok(databases.into_iter().find(|database| identity(&database.path) == identity(&path)))
     }
 
-    /// The replica that `source` names: a replica URL, or the path of a database of the configuration.
-    fn resolve(&self, source: &str) -> Result<Source, Failure> {
+    /// The only database of the configuration or, without one, the environment's.
+    fn only_database(&self) -> Result<DatabaseConfig, Failure> {
+        let Some(mut config) = self.load()? else { return environment_database() };
+        if config.databases.len() == 1 {
+            return Ok(config.databases.remove(0));
+        }
+        let paths: Vec<String> = config.databases.iter().map(|known| known.path.display().to_string()).collect();
+        Err(Failure::usage(format!("which one? The configuration has {}", paths.join(", "))))
+    }
+
+    /// The replica that `source` names: a replica URL, or the path of a known database; without it that of the only database.
+    fn resolve(&self, source: Option<&str>) -> Result<Source, Failure> {
+        let Some(source) = source else { return self.only_database().map(Source::of) };
         if source.contains("://") {
             let replica: ReplicaUrl = source.parse()?;
             self.refuse(&format!("{replica} is the replica already"))?;
-            return Ok(Source { replica, database: None, state_dir: None });
+            return Ok(Source { replica, database: None });
         }
-        let path = std::path::absolute(source).map_err(|error| Failure::usage(format!("'{source}': {error}")))?;
-        let config = self.load()?;
-        match config.as_ref().and_then(|config| find(config, &path)) {
-            Some(database) => Ok(Source {
-                replica: database.replica.clone(),
-                database: Some(database.path.clone()),
-                state_dir: Some(database.state_dir.clone()),
-            }),
-            None if path.is_dir() => {
-                Ok(Source { replica: ReplicaUrl::Directory(path), database: None, state_dir: None })
-            }
-            None => Err(Failure::usage(format!(
-                "'{source}' is not a replica: it is no URL, no directory, and no database of {}",
-                config.map_or("a configuration (there is none)".into(), |_| "the configuration".to_owned())
-            ))),
+        if let Some(database) = self.database(Path::new(source))? {
+            return Ok(Source::of(database));
         }
+        let path = absolute(Path::new(source))?;
+        if path.is_dir() {
+            return Ok(Source { replica: ReplicaUrl::Directory(path), database: None });
+        }
+        Err(Failure::usage(format!(
+            "'{source}' is not a replica: it is no URL, no directory, and no database of the configuration or the environment"
+        )))
     }
 }
 
-/// The database of the configuration whose file is `path`.
-fn find<'a>(config: &'a Config, path: &Path) -> Option<&'a DatabaseConfig> {
-    config.databases.iter().find(|database| identity(&database.path) == identity(path))
+fn absolute(path: &Path) -> Result<PathBuf, Failure> {
+    std::path::absolute(path).map_err(|error| Failure::usage(format!("'{}': {error}", path.display())))
 }
 
-/// What is restored or shown.
+/// The database that the environment names, as containers have it.
+fn environment_database() -> Result<DatabaseConfig, Failure> {
+    let directory = std::env::current_dir().map_err(|error| Failure::other(format!("no directory: {error}")))?;
+    Ok(environment::database(|name| std::env::var(name).ok(), &directory)?)
+}
+
+/// What a command is about.
 struct Source {
     replica: ReplicaUrl,
-    /// The database's path, when it was named by it.
-    database: Option<PathBuf>,
-    /// And its state directory.
-    state_dir: Option<PathBuf>,
+    /// The database, when it is known and not only where it goes.
+    database: Option<DatabaseConfig>,
+}
+
+impl Source {
+    fn of(database: DatabaseConfig) -> Self {
+        Self { replica: database.replica.clone(), database: Some(database) }
+    }
 }
 
 /// Opens a replica for a command that a person or a job waits for.
@@ -197,6 +224,22 @@ fn run(arguments: Arguments) -> Result<u8, Failure> {
         Command::Snapshot(arguments) => {
             start_log(&flags, None, LogLevel::Warn);
             runtime.block_on(ask::snapshot(arguments)).map(|()| 0)
+        }
+        Command::Mark(arguments) => {
+            start_log(&flags, None, LogLevel::Warn);
+            runtime.block_on(mark::mark(arguments)).map(|()| 0)
+        }
+        Command::Marks(arguments) => {
+            start_log(&flags, None, LogLevel::Warn);
+            runtime.block_on(mark::marks(arguments)).map(|()| 0)
+        }
+        Command::Unmark(arguments) => {
+            start_log(&flags, None, LogLevel::Warn);
+            runtime.block_on(mark::unmark(arguments)).map(|()| 0)
+        }
+        Command::Prune(arguments) => {
+            start_log(&flags, None, LogLevel::Warn);
+            runtime.block_on(prune::run(arguments)).map(|()| 0)
         }
         Command::Demo(arguments) => {
             start_log(&flags, None, LogLevel::Warn);

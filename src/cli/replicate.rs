@@ -9,7 +9,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::exit_code::{Failure, NOT_CONFIRMED};
 use super::tell::tell;
-use super::{CONFIG_VARIABLE, ConfigArgument, SYSTEM_CONFIG};
+use super::{CONFIG_VARIABLE, ConfigArgument, SYSTEM_CONFIG, absolute};
 use crate::clock::SystemClock;
 use crate::config::replica_url::ReplicaUrl;
 use crate::config::{Config, DEFAULT_SHUTDOWN_TIMEOUT, DatabaseConfig, LogConfig};
@@ -49,8 +49,7 @@ impl ReplicateArguments {
     pub fn config(&self) -> Result<Config, Failure> {
         if let (Some(database), Some(replica)) = (&self.database, &self.replica) {
             self.config.refuse("a DATABASE and a REPLICA are all there is to replicate")?;
-            let path = std::path::absolute(database)
-                .map_err(|error| Failure::usage(format!("'{}': {error}", database.display())))?;
+            let path = absolute(database)?;
             let replica: ReplicaUrl = replica.parse()?;
             let databases = vec![DatabaseConfig::new(path, replica)];
             return Ok(Config { log: LogConfig::default(), shutdown_timeout: DEFAULT_SHUTDOWN_TIMEOUT, databases });

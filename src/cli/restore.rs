@@ -21,6 +21,7 @@ use crate::restore::execute::execute;
 use crate::restore::history::History;
 use crate::restore::install::Incoming;
 use crate::restore::plan::{Plan, Target, plan};
+use crate::retain::marks::find_mark;
 use crate::store::metered::Metered;
 
 /// Arguments of `restore`.
@@ -37,8 +38,8 @@ Times: 2026-03-01T14:00:00Z, 2026-03-01T16:00:00+02:00, '2026-03-01 14:00' (UTC 
 '2 days ago'. The last transaction that is not later is chosen.
 What is restored is checked against its recorded fingerprint before the file gets its name.")]
 pub struct RestoreArguments {
-    /// A replica URL, or the path of a database of the configuration
-    source: String,
+    /// A replica URL, or the path of a database of the configuration [default: the only one there, or the environment's]
+    source: Option<String>,
     /// Where to write the database; - for standard output [default: the database's path, if that was given]
     #[arg(long, short, value_name = "FILE")]
     output: Option<PathBuf>,
@@ -51,6 +52,9 @@ pub struct RestoreArguments {
     /// Follow the line that ends in this epoch, not the newest one
     #[arg(long)]
     epoch: Option<u32>,
+    /// Restore the state that a mark names
+    #[arg(long, value_name = "NAME", conflicts_with_all = ["at", "txid", "epoch"])]
+    mark: Option<String>,
     /// Show what would be done, and do nothing; needs no --output
     #[arg(long)]
     dry_run: bool,
@@ -77,9 +81,10 @@ pub async fn run(arguments: RestoreArguments) -> Result<(), Failure> {
 
 async fn restore(arguments: RestoreArguments) -> Result<(), Failure> {
     let clock = SystemClock::new();
-    let source = arguments.config.resolve(&arguments.source)?;
-    let output = arguments.output.clone().or(source.database).map(Output::of);
-    let target = match (&arguments.at, arguments.txid) {
+    let source = arguments.config.resolve(arguments.source.as_deref())?;
+    let known_path = source.database.as_ref().map(|database| database.path.clone());
+    let output = arguments.output.clone().or(known_path).map(Output::of);
+    let asked = match (&arguments.at, arguments.txid) {
         (Some(at), _) => Target::Time(parse_moment(at, clock.now_ms()).map_err(Failure::usage)?),
         (None, Some(txid)) => Target::Txid(txid),
         (None, None) => Target::Latest,
@@ -104,9 +109,16 @@ async fn restore(arguments: RestoreArguments) -> Result<(), Failure> {
     let (store, meter) = Metered::new(open_patiently(&source.replica).await);
     let store: crate::store::SharedStore = Arc::new(store);
     let begun = clock.monotonic();
+    let (target, epoch) = match &arguments.mark {
+        Some(name) => {
+            let mark = find_mark(&store, name).await?;
+            (Target::Txid(mark.txid), Some(mark.epoch))
+        }
+        None => (asked, arguments.epoch),
+    };
     let planned = match History::load(&store).await {
         Ok(history) => {
-            let planned = plan(&store, &history, target, arguments.epoch).await;
+            let planned = plan(&store, &history, target, epoch).await;
             planned.map(|plan| (history, plan))
         }
         Err(error) => Err(error),
@@ -140,7 +152,7 @@ async fn restore(arguments: RestoreArguments) -> Result<(), Failure> {
     let notes = match &output {
         Output::Stdout => restore_to_stdout(&store, &plan).await?,
         Output::File(path) => {
-            let configured = source.state_dir.clone().filter(|_| arguments.output.is_none());
+            let configured = source.database.filter(|_| arguments.output.is_none()).map(|database| database.state_dir);
             let state_dir = configured.unwrap_or_else(|| default_state_dir(path));
             restore_to_file(&store, &history, &plan, path, &state_dir, arguments.force).await?
         }

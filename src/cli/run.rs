@@ -13,11 +13,11 @@ use super::exit_code::{Failure, NOT_CONFIRMED};
 use super::replicate::jobs_of;
 use super::restore::restore_to_file;
 use super::tell::tell;
-use super::{ConfigArgument, open_patiently};
+use super::{ConfigArgument, absolute, environment_database, open_patiently};
 use crate::clock::{SystemClock, format_time};
 use crate::config::replica_url::ReplicaUrl;
 use crate::config::units::parse_duration;
-use crate::config::{Config, DEFAULT_SHUTDOWN_TIMEOUT, DatabaseConfig, LogConfig, environment};
+use crate::config::{Config, DEFAULT_SHUTDOWN_TIMEOUT, DatabaseConfig, LogConfig};
 use crate::replicate::run as replicate;
 use crate::restore::RestoreError;
 use crate::restore::history::History;
@@ -74,17 +74,14 @@ impl RunArguments {
         };
         if let (Some(database), Some(replica)) = (&self.database, &self.replica) {
             self.config.refuse("a DATABASE and a REPLICA are all there is to replicate")?;
-            let path = std::path::absolute(database)
-                .map_err(|error| Failure::usage(format!("'{}': {error}", database.display())))?;
+            let path = absolute(database)?;
             let replica: ReplicaUrl = replica.parse()?;
             return Ok(one(DatabaseConfig::new(path, replica)));
         }
         if let Some(config) = self.config.load()? {
             return Ok(config);
         }
-        let directory = std::env::current_dir().map_err(|error| Failure::other(format!("no directory: {error}")))?;
-        let variable = |name: &str| std::env::var(name).ok();
-        Ok(one(environment::database(variable, &directory)?))
+        environment_database().map(one)
     }
 }
 

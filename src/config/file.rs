@@ -211,7 +211,9 @@ impl DatabaseTable {
         retention.keep_weekly = self.keep_weekly.unwrap_or(retention.keep_weekly);
         retention.keep_monthly = self.keep_monthly.unwrap_or(retention.keep_monthly);
         if retention.window_ms.is_none() && retention.keeps_periods() {
-            return Err(format!("database '{shown}': everything is kept forever; keep-daily and the like say nothing then"));
+            return Err(format!(
+                "database '{shown}': everything is kept forever; keep-daily and the like say nothing then"
+            ));
         }
         Ok(database)
     }

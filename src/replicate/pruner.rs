@@ -84,5 +84,6 @@ pub fn complaint_of(outcome: &Outcome) -> Option<String> {
         return Some(format!("the store refuses to delete old history: {}", error.message));
     }
     let is_undeleted = outcome.undeleted.objects > 0;
-    is_undeleted.then(|| "the store answers that it deletes old history, and keeps it (a bucket with a lock?)".to_owned())
+    is_undeleted
+        .then(|| "the store answers that it deletes old history, and keeps it (a bucket with a lock?)".to_owned())
 }

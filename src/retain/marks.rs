@@ -36,7 +36,7 @@ pub async fn find_mark(store: &SharedStore, name: &str) -> Result<MarkRecord, Re
     read_mark(store, &key).await?.ok_or_else(|| no_such_mark(store, name))
 }
 
-/// Gives the state that `target` means a name. It can be restored: that is checked before the mark is put and, because it
+/// Gives the state that `target` means on the line of `epoch` (of the newest one, if not given) a name. It can be restored: that is checked before the mark is put and, because it
 /// may be let go in between, afterwards again.
 ///
 /// # Errors
@@ -45,13 +45,14 @@ pub async fn set_mark(
     store: &SharedStore,
     name: &str,
     target: Target,
+    epoch: Option<u32>,
     now_ms: u64,
 ) -> Result<(MarkRecord, Plan), RetainError> {
     let key = key_of(name)?;
     if let Some(mark) = read_mark(store, &key).await? {
         return Err(exists(store, &mark));
     }
-    let planned = plan(store, &History::load(store).await?, target, None).await?;
+    let planned = plan(store, &History::load(store).await?, target, epoch).await?;
     let mark = MarkRecord {
         format: FORMAT_VERSION,
         name: name.to_owned(),

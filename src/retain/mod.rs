@@ -61,7 +61,8 @@ impl Now {
             Self::NotFarBeyondStored(now_ms) => {
                 let snapshots = |epoch: &Epoch| epoch.snapshots.iter().map(|stored| stored.stored_ms).max();
                 let segments = |epoch: &Epoch| epoch.segments.iter().map(|stored| stored.stored_ms).max();
-                let newest_ms = history.epochs.values().flat_map(|epoch| [snapshots(epoch), segments(epoch)]).flatten().max();
+                let newest_ms =
+                    history.epochs.values().flat_map(|epoch| [snapshots(epoch), segments(epoch)]).flatten().max();
                 now_ms.min(newest_ms.unwrap_or(0).saturating_add(GRACE_MS))
             }
         }

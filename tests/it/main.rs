@@ -5,6 +5,7 @@ mod downtime;
 mod entry_point;
 mod format;
 mod install;
+mod marks;
 mod merging;
 mod objects;
 mod replicate;

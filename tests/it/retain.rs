@@ -413,13 +413,13 @@ async fn a_mark_keeps_its_state() {
     oracle.begin_with_snapshot(None, 0).await;
     a_segment_a_day(&mut oracle, 3, &[0]).await;
     let now_ms = oracle.now_ms();
-    let (mark, _) = set_mark(&oracle.store, "before-2.0", Target::Txid(6), now_ms).await.unwrap();
+    let (mark, _) = set_mark(&oracle.store, "before-2.0", Target::Txid(6), None, now_ms).await.unwrap();
     assert_eq!((mark.epoch, mark.txid), (1, 6));
-    let (newest, _) = set_mark(&oracle.store, "newest", Target::Latest, now_ms).await.unwrap();
+    let (newest, _) = set_mark(&oracle.store, "newest", Target::Latest, None, now_ms).await.unwrap();
     assert_eq!(newest.txid, 7);
-    let taken = set_mark(&oracle.store, "newest", Target::Latest, now_ms).await.unwrap_err();
+    let taken = set_mark(&oracle.store, "newest", Target::Latest, None, now_ms).await.unwrap_err();
     assert!(matches!(taken, RetainError::MarkExists { txid: 7, .. }), "{taken}");
-    let nothing = set_mark(&oracle.store, "x", Target::Txid(999), now_ms).await.unwrap_err();
+    let nothing = set_mark(&oracle.store, "x", Target::Txid(999), None, now_ms).await.unwrap_err();
     assert!(matches!(nothing, RetainError::Restore(RestoreError::OutOfRange { .. })), "{nothing}");
     assert_eq!(load_marks(&oracle.store).await.unwrap().len(), 2);
     // The line is left, found anew, and much later all of it is outside of the window.
@@ -453,7 +453,8 @@ async fn a_mark_that_cannot_be_read_stops_everything() {
     a_segment_a_day(&mut oracle, 5, &[3]).await;
     oracle.store.put("marks/odd", Bytes::from_static(b"{}"), PutMode::Overwrite).await.unwrap();
     let before = keys(&oracle.store).await;
-    let refused = prune(&oracle.store, &window(HOUR_MS), Now::Told(oracle.now_ms()), &mut TailCache::default(), false).await;
+    let refused =
+        prune(&oracle.store, &window(HOUR_MS), Now::Told(oracle.now_ms()), &mut TailCache::default(), false).await;
     assert!(matches!(refused, Err(RetainError::UnreadableMark { .. })), "{refused:?}");
     assert_eq!(keys(&oracle.store).await, before);
     assert_eq!(remove_mark(&oracle.store, "odd").await.unwrap(), None);

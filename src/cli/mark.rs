@@ -1,0 +1,162 @@
+//! `waltrail mark`, `marks` and `unmark`: names for states that stay.
+
+use std::io::{self, Write};
+use std::time::Duration;
+
+use clap::{Args, ValueEnum};
+
+use super::exit_code::Failure;
+use super::moment::{parse_moment, parse_txid};
+use super::tell::tell;
+use super::{ConfigArgument, Source, open_patiently};
+use crate::clock::{Clock, SystemClock, format_time};
+use crate::config::units::parse_duration;
+use crate::format::record::MarkRecord;
+use crate::replicate::control::{Request, State, ask};
+use crate::restore::history::History;
+use crate::restore::plan::Target;
+use crate::retain::marks::{load_marks, remove_mark, set_mark};
+
+/// Arguments of `mark`.
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  waltrail mark before-2.0 /data/app.db && npx prisma migrate deploy
+  waltrail mark before-2.0 s3://my-bucket/app
+  waltrail mark friday s3://my-bucket/app --at '2026-03-06 18:00'
+  waltrail restore s3://my-bucket/app --mark before-2.0 --output app.db
+
+With the path of a database the daemon that follows it is asked first to ship everything that was committed: the mark holds
+that. With a replica URL it holds the newest state that is in storage already. When the command returns, the mark is in
+storage. It keeps its state for as long as it is there, whatever the retention.")]
+pub struct MarkArguments {
+    /// 1 to 100 of A-Z, a-z, 0-9, '.', '_' and '-'
+    name: String,
+    /// The path of a database of the configuration, or a replica URL [default: the only one there, or the environment's]
+    source: Option<String>,
+    /// Mark the state at this time
+    #[arg(long, value_name = "TIME", conflicts_with = "txid")]
+    at: Option<String>,
+    /// Mark the state after this transaction
+    #[arg(long, value_parser = parse_txid)]
+    txid: Option<u64>,
+    /// On the line that ends in this epoch, not the newest one
+    #[arg(long)]
+    epoch: Option<u32>,
+    /// Give up after this long if the daemon does not confirm what was committed
+    #[arg(long, value_name = "DURATION", default_value = "30s", value_parser = parse_duration)]
+    timeout: Duration,
+    #[command(flatten)]
+    config: ConfigArgument,
+}
+
+/// Arguments of `marks`.
+#[derive(Debug, Args)]
+pub struct MarksArguments {
+    /// A replica URL, or the path of a database of the configuration [default: the only one there, or the environment's]
+    source: Option<String>,
+    /// How to write them
+    #[arg(long, value_enum, default_value_t = MarksOutput::Text)]
+    format: MarksOutput,
+    #[command(flatten)]
+    config: ConfigArgument,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum MarksOutput {
+    /// Columns.
+    Text,
+    /// One JSON object a line.
+    Json,
+}
+
+/// Arguments of `unmark`.
+#[derive(Debug, Args)]
+pub struct UnmarkArguments {
+    /// The mark
+    name: String,
+    /// A replica URL, or the path of a database of the configuration [default: the only one there, or the environment's]
+    source: Option<String>,
+    #[command(flatten)]
+    config: ConfigArgument,
+}
+
+impl MarkArguments {
+    /// The state to mark, and the line it is on. Without any wish the newest one, after everything that was committed is shipped.
+    async fn target(&self, source: &Source, now_ms: u64) -> Result<(Target, Option<u32>), Failure> {
+        match (&self.at, self.txid, self.epoch, &source.database) {
+            (Some(at), ..) => Ok((Target::Time(parse_moment(at, now_ms).map_err(Failure::usage)?), self.epoch)),
+            (None, Some(txid), ..) => Ok((Target::Txid(txid), self.epoch)),
+            (None, None, None, Some(database)) => {
+                let State { position, .. } =
+                    ask(&database.path, &database.state_dir, Request::Sync, self.timeout).await?;
+                Ok((Target::Txid(position.txid), Some(position.epoch)))
+            }
+            (None, None, epoch, _) => Ok((Target::Latest, epoch)),
+        }
+    }
+}
+
+/// Gives a state a name.
+///
+/// # Errors
+/// See [`crate::retain::RetainError`] and [`crate::replicate::control::ControlError`].
+pub async fn mark(arguments: MarkArguments) -> Result<(), Failure> {
+    let now_ms = SystemClock::new().now_ms();
+    let source = arguments.config.resolve(arguments.source.as_deref())?;
+    let store = open_patiently(&source.replica).await;
+    let (target, epoch) = arguments.target(&source, now_ms).await?;
+    let (mark, plan) = set_mark(&store, &arguments.name, target, epoch, now_ms).await?;
+    tell(format_args!("marked     {}: {}, {}", mark.name, mark.position(), format_time(mark.time_ms)));
+    for note in plan.notes {
+        tell(format_args!("note: {note}"));
+    }
+    Ok(())
+}
+
+/// Shows all marks.
+///
+/// # Errors
+/// See [`crate::retain::RetainError`].
+pub async fn marks(arguments: MarksArguments) -> Result<(), Failure> {
+    let source = arguments.config.resolve(arguments.source.as_deref())?;
+    let store = open_patiently(&source.replica).await;
+    // That there is no replica is not the same as that it has no marks.
+    History::load(&store).await?;
+    let marks = load_marks(&store).await?;
+    match show(&marks, arguments.format) {
+        Err(error) if error.kind() != io::ErrorKind::BrokenPipe => {
+            Err(Failure::other(format!("can't write to standard output: {error}")))
+        }
+        _ => Ok(()),
+    }
+}
+
+fn show(marks: &[MarkRecord], format: MarksOutput) -> io::Result<()> {
+    let mut out = io::stdout().lock();
+    for mark in marks {
+        match format {
+            MarksOutput::Text => {
+                let (time, created) = (format_time(mark.time_ms), format_time(mark.created_ms));
+                writeln!(out, "{:<32}  {time}  {}  (set {created})", mark.name, mark.position())?;
+            }
+            MarksOutput::Json => writeln!(out, "{}", serde_json::to_string(mark)?)?,
+        }
+    }
+    out.flush()
+}
+
+/// Takes a name away.
+///
+/// # Errors
+/// See [`crate::retain::RetainError`].
+pub async fn unmark(arguments: UnmarkArguments) -> Result<(), Failure> {
+    let source = arguments.config.resolve(arguments.source.as_deref())?;
+    let store = open_patiently(&source.replica).await;
+    let what = match remove_mark(&store, &arguments.name).await? {
+        Some(mark) => format!("{}, {}", mark.position(), format_time(mark.time_ms)),
+        None => "it could not be read".into(),
+    };
+    tell(format_args!("unmarked   {}: {what}", arguments.name));
+    Ok(())
+}
