@@ -7,6 +7,7 @@ mod format;
 mod install;
 mod marks;
 mod merging;
+mod month;
 mod objects;
 mod replicate;
 mod restore;

@@ -1,5 +1,5 @@
 //! Random sequences of everything that happens to a database and its replica: commits, checkpoints, syncs, snapshots, merges,
-//! stops, crashes, restores, lost state, time passing, storage that fails. After each step states are restored and compared
+//! prunes, marks, stops, crashes, restores, lost state, time passing, storage that fails. After each step states are restored and compared
 //! byte for byte with what SQLite had.
 
 use std::sync::Arc;
@@ -7,6 +7,9 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use waltrail::format::Position;
+use waltrail::restore::RestoreError;
+use waltrail::retain::RetainError;
+use waltrail::retain::tails::TailCache;
 use waltrail::store::faults::{Fault, Faulty};
 use waltrail::store::retry::{RetryPolicy, Retrying};
 use waltrail::store::{SharedStore, StoreErrorKind};
@@ -33,6 +36,7 @@ struct Play {
     machine: Machine,
     numbers: Numbers,
     trace: Vec<String>,
+    cache: TailCache,
 }
 
 impl Play {
@@ -43,8 +47,8 @@ impl Play {
         let pragmas = format!("PRAGMA page_size={page_size}; PRAGMA auto_vacuum={auto_vacuum}");
         let mut machine = Machine::new(&pragmas, with_faults(seed));
         machine.merge.kept_limit_bytes = 20_000 << numbers.below(6);
-        let mut play =
-            Self { machine, numbers, trace: vec![format!("seed {seed} page size {page_size} {auto_vacuum}")] };
+        let trace = vec![format!("seed {seed} page size {page_size} {auto_vacuum}")];
+        let mut play = Self { machine, numbers, trace, cache: TailCache::default() };
         play.machine.start();
         play
     }
@@ -72,11 +76,16 @@ impl Play {
     }
 
     fn pass(&self, time: Duration) {
-        self.machine.clock.advance(time);
+        self.machine.pass(time);
     }
 
     fn step(&mut self) {
-        let what = self.numbers.below(30);
+        let what = self.numbers.below(34);
+        match what {
+            30..=32 => return self.prune(),
+            33 => return self.mark(),
+            _ => {}
+        }
         if !self.machine.is_running() {
             match what {
                 0..=2 => {
@@ -141,9 +150,38 @@ impl Play {
     }
 
     fn any_state(&mut self) -> Option<Position> {
-        let count = self.machine.states.len() as u64;
-        let index = self.numbers.below(count) as usize;
-        self.machine.states.keys().nth(index).copied()
+        let kept = self.machine.kept();
+        let index = self.numbers.below(kept.len() as u64) as usize;
+        kept.get(index).copied()
+    }
+
+    /// Whether it comes to its end or not: nothing that is kept may suffer.
+    fn prune(&mut self) {
+        self.trace.push("prune".into());
+        let outcome = match self.machine.prune(&mut self.cache) {
+            Ok(outcome) => {
+                format!("{} deleted, {} refused\n{}", outcome.deleted_objects, outcome.refused.objects, outcome.plan)
+            }
+            Err(RetainError::Restore(RestoreError::Store(error))) => error.to_string(),
+            // Nothing was ever shipped.
+            Err(RetainError::Restore(RestoreError::NoReplica { .. })) if self.machine.states.is_empty() => {
+                "no replica".into()
+            }
+            Err(error) => panic!("{error}"),
+        };
+        self.trace.push(outcome);
+        for position in self.machine.kept() {
+            self.machine.check(position);
+        }
+    }
+
+    fn mark(&mut self) {
+        let Some(position) = self.any_state() else { return };
+        self.trace.push(format!("mark {position}"));
+        let name = self.trace.len().to_string();
+        if let Err(error) = self.machine.mark(&name, position) {
+            assert!(matches!(&error, RetainError::Restore(RestoreError::Store(_))), "{error}");
+        }
     }
 
     fn restore(&mut self) {
@@ -159,7 +197,7 @@ impl Play {
                 self.machine.check(position);
             }
         }
-        if let Some(newest) = self.machine.newest {
+        if let Some(newest) = self.machine.newest.filter(|newest| self.machine.kept().contains(newest)) {
             self.machine.check(newest);
         }
     }

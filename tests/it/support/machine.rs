@@ -1,7 +1,7 @@
 //! A machine under our thumb: real SQLite, the real parts of the daemon, a store in memory, and a clock that only moves when
 //! it is told to. The daemon takes its turns in the test's own thread, so it can be crashed between any two of them.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -13,6 +13,7 @@ use tokio::sync::{Semaphore, mpsc, oneshot, watch};
 use tokio::task::JoinHandle;
 use waltrail::clock::Clock;
 use waltrail::format::Position;
+use waltrail::format::key::SnapshotKey;
 use waltrail::replicate::control::State;
 use waltrail::replicate::database::{DatabaseSettings, Following, Surroundings};
 use waltrail::replicate::handover::{Handover, Restored};
@@ -27,8 +28,13 @@ use waltrail::restore::execute::execute;
 use waltrail::restore::history::History;
 use waltrail::restore::install::Incoming;
 use waltrail::restore::plan::{Plan, Target, plan};
-use waltrail::store::SharedStore;
+use waltrail::restore::tail::read_snapshot_tail;
+use waltrail::retain::marks::set_mark;
+use waltrail::retain::prune::{Outcome, prune};
+use waltrail::retain::tails::TailCache;
+use waltrail::retain::{Now, RetainError, RetentionSettings};
 use waltrail::store::memory::MemoryStore;
+use waltrail::store::{ObjectInfo, SharedStore};
 
 const BEGINNING_MS: u64 = 1_790_000_000_000;
 
@@ -64,8 +70,8 @@ struct Daemon {
 /// One state that was confirmed.
 #[derive(Debug, Clone)]
 pub struct Known {
-    #[allow(dead_code)]
-    pub time_ms: u64,
+    /// When it was committed, by the machine's clock.
+    pub committed_ms: u64,
     pub bytes: Arc<Vec<u8>>,
 }
 
@@ -74,6 +80,7 @@ pub struct Machine {
     pub clock: Arc<ManualClock>,
     /// What the store holds, without faults.
     pub memory: SharedStore,
+    bare: Arc<MemoryStore>,
     /// What the daemon sees of it.
     pub store: SharedStore,
     pub application: Option<Connection>,
@@ -83,15 +90,23 @@ pub struct Machine {
     /// Every state that was confirmed and whose number is known.
     pub states: BTreeMap<Position, Known>,
     pub newest: Option<Position>,
-    /// Images of the commits since the last sync, while the daemon sees each of them.
-    commits: Vec<Vec<u8>>,
+    /// Images and times of the commits since the last sync, while the daemon sees each of them.
+    commits: Vec<Known>,
     sees_all: bool,
+    /// Whether a start may have left the newest state's line.
+    started_since_sync: bool,
+    /// States that have a name in the replica.
+    pub marked: BTreeSet<Position>,
+    /// Objects are pruned to this window.
+    pub window: Duration,
 }
 
 impl Machine {
     pub fn new(pragmas: &str, stack: impl Fn(SharedStore) -> SharedStore) -> Self {
         let directory = tempfile::tempdir().unwrap();
-        let memory: SharedStore = Arc::new(MemoryStore::new());
+        let bare = Arc::new(MemoryStore::new());
+        bare.set_now_ms(BEGINNING_MS);
+        let memory: SharedStore = bare.clone();
         let path = directory.path().join("app.db");
         let settings = DatabaseSettings {
             path,
@@ -105,6 +120,7 @@ impl Machine {
         let mut machine = Self {
             store: stack(memory.clone()),
             memory,
+            bare,
             directory,
             clock: Arc::default(),
             application: None,
@@ -115,6 +131,9 @@ impl Machine {
             newest: None,
             commits: Vec::new(),
             sees_all: false,
+            started_since_sync: false,
+            marked: BTreeSet::new(),
+            window: Duration::from_secs(2 * 86_400),
         };
         machine.open_application();
         let setup =
@@ -161,8 +180,14 @@ impl Machine {
     /// One transaction of the application. It has to change something.
     pub fn commit(&mut self, sql: &str) {
         self.application().execute_batch(sql).unwrap_or_else(|error| panic!("{sql}: {error}"));
-        let image = self.image();
-        self.commits.push(image);
+        let bytes = Arc::new(self.image());
+        self.commits.push(Known { committed_ms: self.clock.now_ms(), bytes });
+    }
+
+    /// Time passes, here and at the store.
+    pub fn pass(&self, time: Duration) {
+        self.clock.advance(time);
+        self.bare.set_now_ms(self.clock.now_ms());
     }
 
     pub fn is_running(&self) -> bool {
@@ -201,6 +226,7 @@ impl Machine {
         drop(guard);
         self.daemon = Some(Daemon { following, mailbox, confirmed, shipping, runtime });
         self.sees_all = false;
+        self.started_since_sync = true;
     }
 
     /// Lets the daemon take so many turns, with storage doing what it can in between.
@@ -237,22 +263,33 @@ impl Machine {
         panic!("waited too long for {what}");
     }
 
-    /// Waits until everything that was committed is confirmed, and notes which state is which.
-    pub fn sync(&mut self) -> Position {
+    /// Waits until everything that was committed is confirmed.
+    pub fn ship(&mut self) -> Position {
         let (reply, mut replied) = oneshot::channel();
         self.daemon.as_ref().unwrap().mailbox.send(Event::SyncWanted(reply));
-        let State { position, time_ms } = self.pump("a sync", |_| replied.try_recv().ok());
+        let State { position, .. } = self.pump("a sync", |_| replied.try_recv().ok());
         self.pump("confirmation", |daemon| (*daemon.confirmed.borrow() >= position.txid).then_some(()));
+        position
+    }
+
+    /// The same, and notes which state is which.
+    pub fn sync(&mut self) -> Position {
+        let position = self.ship();
         let commits = std::mem::take(&mut self.commits);
         // Each commit was seen, so each has its number; otherwise only the last one is known.
         let known = if self.sees_all { commits.len() } else { 0 };
-        for (index, bytes) in commits.into_iter().rev().take(known).enumerate() {
+        let last_ms = commits.last().map_or(0, |known| known.committed_ms);
+        for (index, known) in commits.into_iter().rev().take(known).enumerate() {
             let position = Position { txid: position.txid - index as u64, ..position };
-            self.states.insert(position, Known { time_ms, bytes: Arc::new(bytes) });
+            self.states.insert(position, known);
         }
-        self.states.insert(position, Known { time_ms, bytes: Arc::new(self.image()) });
+        if !self.states.contains_key(&position) {
+            let bytes = Arc::new(self.image());
+            self.states.insert(position, Known { committed_ms: last_ms, bytes });
+        }
         self.newest = Some(position);
         self.sees_all = true;
+        self.started_since_sync = false;
         position
     }
 
@@ -298,8 +335,45 @@ impl Machine {
         plan(store, &history, target, Some(position.epoch)).await.unwrap_or_else(|error| panic!("{position}: {error}"))
     }
 
+    /// The states that must be restorable: those that came in the window, the newest one if it still was the newest in it, and
+    /// those with a mark.
+    pub fn kept(&self) -> Vec<Position> {
+        let start_ms = self.clock.now_ms() - self.window.as_millis() as u64;
+        let is_kept = |(position, known): &(&Position, &Known)| {
+            let is_newest = self.newest == Some(**position) && !self.started_since_sync;
+            let is_newest = is_newest && self.commits.first().is_none_or(|next| next.committed_ms >= start_ms);
+            known.committed_ms >= start_ms || is_newest || self.marked.contains(position)
+        };
+        self.states.iter().filter(is_kept).map(|(position, _)| *position).collect()
+    }
+
+    /// Gives a state a name, or says why not.
+    pub fn mark(&mut self, name: &str, position: Position) -> Result<(), RetainError> {
+        let target = Target::Txid(position.txid);
+        block_on(set_mark(&self.store, name, target, Some(position.epoch), self.clock.now_ms()))?;
+        self.marked.insert(position);
+        Ok(())
+    }
+
+    /// Lets go what is older than the window.
+    pub fn prune(&self, cache: &mut TailCache) -> Result<Outcome, RetainError> {
+        let settings =
+            RetentionSettings { window_ms: Some(self.window.as_millis() as u64), ..RetentionSettings::default() };
+        let now = Now::NotFarBeyondStored(self.clock.now_ms());
+        block_on(prune(&self.store, &settings, now, cache, false))
+    }
+
+    /// What is in the store.
+    pub fn stored(&self) -> Vec<ObjectInfo> {
+        block_on(self.memory.list("", None)).unwrap()
+    }
+
+    /// The snapshot objects that a restore reads from.
+    pub fn sources(&self, plan: &Plan) -> Vec<SnapshotKey> {
+        block_on(read_snapshot_tail(&self.memory, &plan.location, &plan.snapshot)).unwrap().sources
+    }
+
     /// The plan of a restore of a state, on the line of its epoch.
-    #[allow(dead_code)]
     pub fn plan(&self, position: Position) -> Plan {
         block_on(Self::plan_in(&self.memory, position))
     }
@@ -344,6 +418,8 @@ impl Machine {
                 handover.complete(&restored, done.page_hashes, &database).unwrap();
             }
         });
+        // What was committed since the sync may be in storage, too.
+        self.newest = None;
         self.commits.clear();
         self.open_application();
     }

@@ -1,0 +1,74 @@
+//! More than a month of constant writing, in simulated time: what is stored and what a restore reads stay bounded.
+
+use std::time::Duration;
+
+use waltrail::clock::Clock;
+use waltrail::format::key::SegmentKey;
+use waltrail::retain::tails::TailCache;
+
+use crate::support::machine::Machine;
+use crate::support::oracle::Numbers;
+
+const DAYS: u64 = 36;
+const STEP: Duration = Duration::from_secs(300);
+const STEPS_A_DAY: u64 = 86_400 / STEP.as_secs();
+
+/// The same for each `step`.
+fn update(step: u64) -> String {
+    let mut numbers = Numbers::new(step);
+    format!("UPDATE item SET body = randomblob(100), n = {step} WHERE id = {}", 1 + numbers.below(2000))
+}
+
+#[test]
+fn a_replica_of_any_age_is_read_from_few_objects() {
+    let mut machine = Machine::new("PRAGMA page_size=4096", |store| store);
+    machine.window = Duration::from_secs(30 * 86_400);
+    machine.merge.kept_limit_bytes = 16 << 20;
+    machine
+        .application()
+        .execute_batch(
+            "WITH RECURSIVE c(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM c WHERE i < 2000)
+             INSERT INTO item(body) SELECT randomblob(100) FROM c",
+        )
+        .unwrap();
+    machine.start();
+    machine.sync();
+    machine.snapshot();
+    let mut cache = TailCache::default();
+    let (mut most_stored, mut stored_bytes) = (0, Vec::new());
+    for day in 0..DAYS {
+        for step in 0..STEPS_A_DAY {
+            machine.application().execute_batch(&update(day * STEPS_A_DAY + step)).unwrap();
+            machine.pass(STEP);
+            machine.ship();
+            if step % 12 == 0 {
+                assert!(machine.prune(&mut cache).unwrap().is_complete());
+            }
+        }
+        let stored = machine.stored();
+        most_stored = most_stored.max(stored.len());
+        stored_bytes.push(stored.iter().map(|object| object.len_bytes).sum::<u64>());
+    }
+    // The worst moment: at the end of an hour, with a commit in each second of it, just before the day's snapshot.
+    let now_ms = machine.clock.now_ms();
+    machine.pass(Duration::from_millis(3_600_000 - now_ms % 3_600_000));
+    for second in 0..3600 {
+        machine.application().execute_batch(&update(second)).unwrap();
+        machine.ship();
+        machine.pass(Duration::from_secs(1));
+    }
+    let newest = machine.sync();
+    machine.check(newest);
+    let plan = machine.plan(newest);
+    let sources = machine.sources(&plan);
+    let read = plan.segments.len() + sources.len();
+    println!("a restore reads {read} objects; at most {most_stored} are stored; bytes by day: {stored_bytes:?}");
+    assert!((80..200).contains(&read), "{read}: {} segments and {} snapshots", plan.segments.len(), sources.len());
+    // An hour's segments become one: 24 a day, those of the hours that are not over, and the snapshots.
+    assert!(most_stored < 31 * 26 + 100, "{most_stored}");
+    let segments = machine.stored().iter().filter(|object| SegmentKey::parse(&object.key).is_some()).count();
+    assert!(segments >= 30 * 24, "and every state of the window is there: {segments}");
+    // After the window is full, nothing grows any more.
+    let (full, last) = (stored_bytes[31], stored_bytes[DAYS as usize - 1]);
+    assert!(last < full + full / 10, "{stored_bytes:?}");
+}
