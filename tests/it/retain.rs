@@ -683,3 +683,19 @@ async fn a_prune_with_nothing_to_do_is_cheap() {
     assert_eq!(requests(Operation::Get), 1 + oracle.records.len() as u64);
     assert_eq!((requests(Operation::GetRange), requests(Operation::List)), (0, 4));
 }
+
+/// What the daemon goes by: its own clock, but not where that is far from what the store's clock was a moment ago.
+#[tokio::test]
+async fn a_clock_that_runs_ahead_lets_nothing_go() {
+    let mut oracle = Oracle::new(512, 72).await;
+    oracle.begin_with_snapshot(None, 0).await;
+    a_segment_a_day(&mut oracle, 6, &[1, 4]).await;
+    let before = keys(&oracle.store).await;
+    let a_year_later = oracle.now_ms() + 365 * DAY_MS;
+    let prune = async |now: Now| {
+        prune(&oracle.store, &window(10 * DAY_MS), now, &mut TailCache::default(), false).await.unwrap().deleted_objects
+    };
+    assert_eq!(prune(Now::NotFarBeyondStored(a_year_later)).await, 0);
+    assert_eq!(keys(&oracle.store).await, before);
+    assert!(prune(Now::Told(a_year_later)).await > 0, "a person's word counts");
+}
