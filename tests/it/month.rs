@@ -1,10 +1,14 @@
 //! More than a month of constant writing, in simulated time: what is stored and what a restore reads stay bounded.
 
+use std::cell::RefCell;
+use std::sync::Arc;
 use std::time::Duration;
 
 use waltrail::clock::Clock;
 use waltrail::format::key::SegmentKey;
 use waltrail::retain::tails::TailCache;
+use waltrail::store::metered::{Meter, Metered, Traffic};
+use waltrail::store::{Operation, SharedStore};
 
 use crate::support::machine::Machine;
 use crate::support::oracle::Numbers;
@@ -71,4 +75,93 @@ fn a_replica_of_any_age_is_read_from_few_objects() {
     // After the window is full, nothing grows any more.
     let (full, last) = (stored_bytes[31], stored_bytes[DAYS as usize - 1]);
     assert!(last < full + full / 10, "{stored_bytes:?}");
+}
+
+/// A database of 20 MB, and a meter of what its replication asks for from now on.
+fn metered() -> (Machine, Meter) {
+    let meter = RefCell::new(None);
+    let stack = |store| {
+        let (metered, its_meter) = Metered::new(store);
+        *meter.borrow_mut() = Some(its_meter);
+        Arc::new(metered) as SharedStore
+    };
+    let mut machine = Machine::new("PRAGMA page_size=4096", stack);
+    machine.window = Duration::from_secs(30 * 86_400);
+    // As by default.
+    machine.settings.checkpoint_threshold_bytes = 4 << 20;
+    machine.settings.spool_limit_bytes = 256 << 20;
+    machine.merge.kept_limit_bytes = 64 << 20;
+    machine
+        .application()
+        .execute_batch(
+            "WITH RECURSIVE c(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM c WHERE i < 100000)
+             INSERT INTO item(body) SELECT hex(randomblob(80)) FROM c",
+        )
+        .unwrap();
+    machine.start();
+    machine.sync();
+    machine.snapshot();
+    let meter = meter.take().unwrap();
+    (machine, meter)
+}
+
+#[test]
+fn an_idle_month_costs_nothing() {
+    let (mut machine, meter) = metered();
+    let before = meter.traffic();
+    for _ in 0..30 * 24 {
+        machine.pass(Duration::from_secs(3600));
+        machine.turns(2);
+    }
+    assert_eq!(meter.traffic(), before);
+}
+
+/// Writes a month's, or a part of it: `transactions` in each `step`, so many steps. Gives requests by price and bytes.
+fn cost(name: &str, step: Duration, transactions: u64, steps: u64, months: u64) {
+    let (mut machine, meter) = metered();
+    let before = meter.traffic();
+    let mut cache = TailCache::default();
+    let mut pruned = Duration::ZERO;
+    for index in 0..steps {
+        for transaction in 0..transactions {
+            let sql = format!(
+                "UPDATE item SET body = hex(randomblob(80)) WHERE id = {}",
+                1 + Numbers::new(index * transactions + transaction).below(100_000)
+            );
+            machine.application().execute_batch(&sql).unwrap();
+        }
+        machine.ship();
+        machine.pass(step);
+        let now = machine.clock.monotonic();
+        if now - pruned >= Duration::from_secs(3600) {
+            pruned = now;
+            machine.prune(&mut cache).unwrap();
+        }
+    }
+    let after = meter.traffic();
+    let requests = |kinds: &[Operation]| {
+        let of = |traffic: &Traffic, kind| traffic.by_operation.get(kind).copied().unwrap_or(0);
+        let counted: u64 = kinds.iter().map(|kind| of(&after, kind) - of(&before, kind)).sum();
+        counted * months
+    };
+    use Operation::{CompleteMultipart, CreateMultipart, Delete, DeleteMany, Get, GetRange, List, Put, PutPart};
+    let puts = requests(&[Put, CreateMultipart, PutPart, CompleteMultipart]);
+    let (lists, gets) = (requests(&[List]), requests(&[Get, GetRange]));
+    let deletes = requests(&[Delete, DeleteMany]);
+    let sent_mb = (after.sent_bytes - before.sent_bytes) * months / 1_000_000;
+    let stored: u64 = machine.stored().iter().map(|object| object.len_bytes).sum();
+    let objects = machine.stored().len();
+    println!(
+        "{name}: {puts} puts, {lists} lists, {gets} gets, {deletes} deletes, {sent_mb} MB sent; {objects} objects, {} MB \
+         stored at the end",
+        stored / 1_000_000
+    );
+}
+
+#[test]
+#[ignore = "takes minutes; prints what the table in docs/OPERATIONS.md says"]
+fn what_a_month_costs() {
+    cost("quiet: a transaction every 10 minutes, a month", Duration::from_secs(600), 1, 30 * 144, 1);
+    // A day, and thirty times its traffic; what is stored is the day's.
+    cost("busy: 5 transactions each second, a day times 30", Duration::from_secs(1), 5, 86_400, 30);
 }
