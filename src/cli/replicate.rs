@@ -10,12 +10,13 @@ use tokio_util::sync::CancellationToken;
 use super::exit_code::{Failure, NOT_CONFIRMED};
 use super::tell::tell;
 use super::{CONFIG_VARIABLE, ConfigArgument, SYSTEM_CONFIG, absolute};
-use crate::clock::SystemClock;
+use crate::clock::{Clock, SystemClock};
 use crate::config::replica_url::ReplicaUrl;
 use crate::config::{Config, DEFAULT_SHUTDOWN_TIMEOUT, DatabaseConfig, LogConfig};
 use crate::replicate::database::DatabaseSettings;
 use crate::replicate::database::KEPT_SHARE;
 use crate::replicate::merge::MergeSettings;
+use crate::replicate::status::Board;
 use crate::replicate::{Job, run as replicate};
 use crate::store::retry::{RetryPolicy, Retrying};
 
@@ -97,8 +98,9 @@ pub(super) async fn jobs_of(databases: Vec<DatabaseConfig>) -> Vec<Job> {
         };
         let kept_limit_bytes = settings.spool_limit_bytes / KEPT_SHARE;
         let merge = MergeSettings { windows: database.merge, kept_limit_bytes };
-        let retention = database.retention;
-        jobs.push(Job { settings, state_dir: database.state_dir, store, merge, retention });
+        let board = Board::new(settings.path.clone(), database.replica.to_string(), SystemClock::new().now_ms());
+        let (board, retention) = (Arc::new(board), database.retention);
+        jobs.push(Job { settings, state_dir: database.state_dir, store, merge, retention, board });
     }
     jobs
 }

@@ -11,14 +11,15 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
 use tokio::net::{UnixListener, UnixStream};
-use tokio::sync::{oneshot, watch};
+use tokio::sync::oneshot;
 use tokio::task::JoinSet;
 
-use super::wake::{Event, Mailbox};
+use super::status::{Board, Link, Status};
+use super::wake::Event;
 use crate::format::Position;
 
 /// No request or answer is longer, in bytes.
-const LINE_LIMIT: u64 = 4096;
+const LINE_LIMIT: u64 = 64 * 1024;
 /// So many requests are answered at a time.
 const REQUESTS_AT_A_TIME: usize = 32;
 
@@ -30,6 +31,8 @@ pub enum Request {
     Sync,
     /// Make a snapshot now; answered when it is confirmed.
     Snapshot,
+    /// Answered at once.
+    Status,
 }
 
 /// What is answered.
@@ -40,6 +43,8 @@ pub enum Answer {
     Synced(State),
     /// A snapshot that serves this state is confirmed.
     SnapshotStored(State),
+    /// What is known of the database's replication.
+    Status(Box<Status>),
     /// It could not be done; why, in a sentence.
     Failed(String),
 }
@@ -106,13 +111,13 @@ pub fn listen(state_dir: &Path) -> io::Result<UnixListener> {
 }
 
 /// Answers requests about one database, until it is dropped.
-pub async fn serve(listener: UnixListener, mailbox: Arc<Mailbox>, confirmed: watch::Receiver<u64>) {
+pub async fn serve(listener: UnixListener, board: Arc<Board>) {
     let mut answering = JoinSet::new();
     loop {
         tokio::select! {
             accepted = listener.accept() => match accepted {
                 Ok((stream, _)) if answering.len() < REQUESTS_AT_A_TIME => {
-                    answering.spawn(answer(stream, mailbox.clone(), confirmed.clone()));
+                    answering.spawn(answer(stream, board.clone()));
                 }
                 Ok(_) => tracing::warn!("too many requests at the control socket; one was turned away"),
                 Err(error) => {
@@ -125,14 +130,18 @@ pub async fn serve(listener: UnixListener, mailbox: Arc<Mailbox>, confirmed: wat
     }
 }
 
-async fn answer(stream: UnixStream, mailbox: Arc<Mailbox>, confirmed: watch::Receiver<u64>) {
+async fn answer(stream: UnixStream, board: Arc<Board>) {
     let mut stream = BufReader::new(stream);
     let mut line = String::new();
     if (&mut stream).take(LINE_LIMIT).read_line(&mut line).await.is_err() {
         return;
     }
     let answer = match serde_json::from_str(&line) {
-        Ok(request) => carry_out(request, &mailbox, confirmed).await,
+        Ok(Request::Status) => Answer::Status(Box::new(board.status())),
+        Ok(request) => match board.link() {
+            Some(link) => carry_out(request, link).await,
+            None => Answer::Failed(not_followed(&board)),
+        },
         Err(error) => Answer::Failed(format!("the request can't be read: {error}")),
     };
     let mut line = serde_json::to_vec(&answer).unwrap_or_default();
@@ -141,38 +150,71 @@ async fn answer(stream: UnixStream, mailbox: Arc<Mailbox>, confirmed: watch::Rec
     stream.get_mut().write_all(&line).await.ok();
 }
 
-async fn carry_out(request: Request, mailbox: &Mailbox, mut confirmed: watch::Receiver<u64>) -> Answer {
+fn not_followed(board: &Board) -> String {
+    let why = board.status().error.map_or(String::new(), |error| format!(": {error}"));
+    format!("the database is not followed just now{why}")
+}
+
+async fn carry_out(request: Request, link: Link) -> Answer {
+    let Link { mailbox, mut confirmed } = link;
     let (reply, replied) = oneshot::channel();
-    mailbox.send(match request {
-        Request::Sync => Event::SyncWanted(reply),
-        Request::Snapshot => Event::SnapshotWanted(reply),
-    });
+    let is_snapshot = request == Request::Snapshot;
+    mailbox.send(if is_snapshot { Event::SnapshotWanted(reply) } else { Event::SyncWanted(reply) });
     let Ok(state) = replied.await else {
-        return Answer::Failed(match request {
-            Request::Sync => "the database can't be followed just now; its log says why".into(),
-            Request::Snapshot => "the snapshot was not stored; the log says why, and it is tried again".into(),
+        return Answer::Failed(match is_snapshot {
+            false => "the database can't be followed just now; its log says why".into(),
+            true => "the snapshot was not stored; the log says why, and it is tried again".into(),
         });
     };
-    match request {
-        Request::Snapshot => Answer::SnapshotStored(state),
-        Request::Sync => match confirmed.wait_for(|&txid| txid >= state.position.txid).await {
+    match is_snapshot {
+        true => Answer::SnapshotStored(state),
+        false => match confirmed.wait_for(|&txid| txid >= state.position.txid).await {
             Ok(_) => Answer::Synced(state),
             Err(_) => Answer::Failed("it stopped before everything was confirmed".into()),
         },
     }
 }
 
-/// Asks the daemon that follows `database` and waits for its answer.
+/// Asks the daemon that follows `database` for a state, and waits for its answer.
 ///
 /// # Errors
 /// See [`ControlError`].
 pub async fn ask(database: &Path, state_dir: &Path, request: Request, limit: Duration) -> Result<State, ControlError> {
+    match ask_anything(database, state_dir, request, limit).await? {
+        Answer::Synced(state) | Answer::SnapshotStored(state) => Ok(state),
+        other => Err(unexpected(database, &other)),
+    }
+}
+
+/// Asks the daemon that follows `database` how it is.
+///
+/// # Errors
+/// See [`ControlError`].
+pub async fn ask_status(database: &Path, state_dir: &Path, limit: Duration) -> Result<Status, ControlError> {
+    match ask_anything(database, state_dir, Request::Status, limit).await? {
+        Answer::Status(status) => Ok(*status),
+        other => Err(unexpected(database, &other)),
+    }
+}
+
+fn unexpected(database: &Path, answer: &Answer) -> ControlError {
     let database = database.to_owned();
-    let asked = tokio::time::timeout(limit, exchange(state_dir, request)).await;
-    match asked {
+    match answer {
+        Answer::Failed(why) => ControlError::Failed { database, why: why.clone() },
+        _ => ControlError::Broken { database, source: io::ErrorKind::InvalidData.into() },
+    }
+}
+
+async fn ask_anything(
+    database: &Path,
+    state_dir: &Path,
+    request: Request,
+    limit: Duration,
+) -> Result<Answer, ControlError> {
+    let database = database.to_owned();
+    match tokio::time::timeout(limit, exchange(state_dir, request)).await {
         Err(_) => Err(ControlError::TimedOut { database, limit }),
-        Ok(Ok(Answer::Synced(state) | Answer::SnapshotStored(state))) => Ok(state),
-        Ok(Ok(Answer::Failed(why))) => Err(ControlError::Failed { database, why }),
+        Ok(Ok(answer)) => Ok(answer),
         Ok(Err(error)) if matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused) => {
             Err(ControlError::NoDaemon { database, state_dir: state_dir.to_owned() })
         }

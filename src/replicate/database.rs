@@ -192,6 +192,7 @@ impl Following {
             barrier_retry: FIRST_BARRIER_RETRY,
             barrier_due: now,
         };
+        following.around.progress.board.note_opened(following.around.clock.now_ms());
         let leftovers = following.spool.waiting()?;
         following.send(Job::Claim { continuing, leftovers });
         Ok(following)
@@ -285,7 +286,16 @@ impl Following {
         Ok(())
     }
 
+    /// The last state that is captured, if an epoch was claimed.
+    fn captured(&self) -> Option<State> {
+        let Start { position, time_ms, .. } = self.claimed.as_ref().and(self.recorder.as_ref()).map(Recorder::last)?;
+        Some(State { position, time_ms })
+    }
+
     fn note_commits(&mut self) {
+        if let Some(state) = self.captured() {
+            self.around.progress.board.note_captured(state, self.around.clock.now_ms());
+        }
         self.last_commit = self.now();
         self.quiet_checkpoint_due = Some(self.last_commit + QUIET_AFTER);
     }
@@ -308,7 +318,10 @@ impl Following {
     /// Takes an event in; tells whether it is time to stop.
     fn handle(&mut self, event: Event) -> Result<bool, DatabaseError> {
         match event {
-            Event::Claimed(claimed) => self.take_epoch(*claimed)?,
+            Event::Claimed(claimed) => {
+                self.take_epoch(*claimed)?;
+                self.note_claimed();
+            }
             Event::BaseFound(base) => {
                 let Some(recorder) = &self.recorder else { return Ok(false) };
                 let (now_ms, is_first) = (self.around.clock.now_ms(), self.snapshots.confirmed().is_none());
@@ -320,6 +333,9 @@ impl Following {
             }
             Event::SnapshotStored(state) => {
                 self.snapshots.note_stored(state);
+                if let Some(note) = self.snapshots.confirmed() {
+                    self.around.progress.board.note_snapshot(note.begun_ms);
+                }
                 // Not durably: a power failure costs another snapshot, an fsync here can hold up the application's checkpoint.
                 self.save_state(false)?;
             }
@@ -346,10 +362,10 @@ impl Following {
             return Ok(());
         }
         self.cut()?;
-        let Some(Start { position, time_ms, .. }) = self.recorder.as_ref().map(Recorder::last) else { return Ok(()) };
+        let Some(state) = self.captured() else { return Ok(()) };
         for reply in self.syncs_wanted.drain(..) {
             // Who asked may have left.
-            reply.send(State { position, time_ms }).ok();
+            reply.send(state).ok();
         }
         Ok(())
     }
@@ -387,6 +403,13 @@ impl Following {
         self.recorder = Some(Recorder::new(self.spool.clone(), clock, ledger, page_size, start));
         self.claimed = Some(claimed);
         Ok(())
+    }
+
+    fn note_claimed(&self) {
+        if let Some(state) = self.captured() {
+            let snapshot_ms = self.snapshots.confirmed().map(|note| note.begun_ms);
+            self.around.progress.board.note_claimed(state, snapshot_ms, self.around.clock.now_ms());
+        }
     }
 
     fn start_at(&self, claimed: &Claimed) -> Result<Start, DatabaseError> {
@@ -462,6 +485,7 @@ impl Following {
         self.save_state(false)?;
         let waiting = &self.around.progress.waiting_bytes;
         let waiting_bytes = waiting.fetch_add(spooled.len_bytes, Ordering::Relaxed) + spooled.len_bytes;
+        self.around.progress.board.note_waiting(waiting_bytes);
         // One segment alone may be larger: a single transaction can be.
         let limit_bytes = self.around.settings.spool_limit_bytes;
         if waiting_bytes > (limit_bytes - limit_bytes / KEPT_SHARE).max(spooled.len_bytes) {

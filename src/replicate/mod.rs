@@ -21,6 +21,7 @@ pub mod snapshots;
 pub mod spool;
 pub mod start;
 pub mod state;
+pub mod status;
 pub mod wake;
 
 use std::io;
@@ -40,6 +41,7 @@ use self::pruner::Pruner;
 use self::ship::{Progress, ShipError, Shipper};
 use self::spool::Spool;
 use self::state::{StateDirectory, StateDirectoryError};
+use self::status::{Board, Link, Phase};
 use self::wake::{Event, Mailbox, WatchHub};
 use crate::clock::Clock;
 use crate::format::Position;
@@ -78,6 +80,8 @@ pub struct Job {
     pub merge: MergeSettings,
     /// What of its history is kept.
     pub retention: RetentionSettings,
+    /// Where it is written down how replication is.
+    pub board: Arc<Board>,
 }
 
 /// Why replication ended otherwise than it was told to.
@@ -141,10 +145,13 @@ pub async fn run(
         let (shared, stop, clock) = (shared.clone(), stop.clone(), clock.clone());
         running.spawn(async move {
             let database = job.settings.path.clone();
-            let ended = supervise(job, &shared, stop, shutdown_timeout, clock).await;
+            let board = job.board.clone();
+            let ended = supervise(job, &shared, stop, shutdown_timeout, clock.clone()).await;
             if let Err(error) = &ended {
                 tracing::error!(%error, database = %database.display(), "not replicated any more");
             }
+            board.set_link(None);
+            board.enter(Phase::Stopped, ended.as_ref().err().map(ToString::to_string), clock.now_ms());
             ended
         });
     }
@@ -171,6 +178,14 @@ async fn supervise(
 ) -> Result<(), ReplicateError> {
     let directory = Arc::new(open_state_directory(&job, &stop, &clock).await?);
     let database = job.settings.path.display().to_string();
+    // It ends with this function.
+    let mut beside = JoinSet::new();
+    match control::listen(directory.path()) {
+        Ok(listener) => drop(beside.spawn(control::serve(listener, job.board.clone()))),
+        Err(error) => {
+            tracing::warn!(%error, "the control socket can't be made: `sync`, `status` and the like can't ask");
+        }
+    }
     let mut failures = 0;
     let mut is_waiting = false;
     loop {
@@ -182,6 +197,7 @@ async fn supervise(
                 if !is_waiting {
                     tracing::info!(database, "not there yet; waiting for the application to make it");
                 }
+                job.board.enter(Phase::Waiting, None, clock.now_ms());
                 shared.standing.send(job.settings.path.clone()).ok();
                 is_waiting = true;
                 failures = 0;
@@ -199,6 +215,7 @@ async fn supervise(
                 let wait = RESTART.wait(failures).max(Duration::from_secs(1));
                 failures += 1;
                 report(&database, &error, wait);
+                job.board.enter(Phase::Failing, Some(error.to_string()), clock.now_ms());
                 if error.disproves_state() {
                     forget(&directory, &error);
                 }
@@ -294,7 +311,7 @@ async fn follow_once(
     let mut settings = job.settings.clone();
     settings.path = std::fs::canonicalize(&database).unwrap_or(settings.path);
     let mailbox = Arc::new(Mailbox::default());
-    let progress = Arc::new(Progress::default());
+    let progress = Arc::new(Progress { board: job.board.clone(), ..Progress::default() });
     shared.hub.watch(&settings.path, &mailbox);
     let (jobs, queue) = mpsc::unbounded_channel();
     let around =
@@ -318,14 +335,7 @@ async fn follow_once(
     let mut beside = JoinSet::new();
     beside.spawn(merger.run(confirmed));
     beside.spawn(pruner.run());
-    match control::listen(directory.path()) {
-        Ok(listener) => {
-            beside.spawn(control::serve(listener, mailbox.clone(), progress.confirmed.subscribe()));
-        }
-        Err(error) => {
-            tracing::warn!(%error, "the control socket can't be made: `sync`, `snapshot` and `mark` can't ask")
-        }
-    }
+    job.board.set_link(Some(Link { mailbox: mailbox.clone(), confirmed: progress.confirmed.subscribe() }));
     let shipper = Shipper {
         store: job.store.clone(),
         mailbox: mailbox.clone(),
@@ -369,6 +379,7 @@ async fn follow_once(
         shipped = in_time.ok().transpose().map_err(panicked)?;
     }
     shipping.abort();
+    job.board.set_link(None);
     match shipped {
         Some(Err(ShipError::Spool(what))) => return Ok(Some(DatabaseError::Local(io::Error::other(what)))),
         Some(Err(source)) => return Err(ReplicateError::Ship { database, source }),

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use tokio::sync::{Semaphore, watch};
 
-use crate::clock::{Clock, random_bytes};
+use crate::clock::{Clock, jitter_below};
 use crate::retain::prune::{Outcome, prune};
 use crate::retain::tails::TailCache;
 use crate::retain::{Now, RetentionSettings};
@@ -37,7 +37,8 @@ impl Pruner {
     pub async fn run(mut self) {
         let mut cache = TailCache::default();
         let mut complaint = None;
-        let mut wait = FIRST_AFTER + jitter(FIRST_AFTER);
+        // So that many databases that were started together do not look together.
+        let mut wait = FIRST_AFTER + Duration::from_millis(jitter_below(FIRST_AFTER.as_millis() as u64));
         while self.confirmed.changed().await.is_ok() {
             tokio::time::sleep(wait).await;
             wait = INTERVAL;
@@ -60,11 +61,6 @@ impl Pruner {
             complaint = found;
         }
     }
-}
-
-/// So that many databases that were started together do not look together.
-fn jitter(most: Duration) -> Duration {
-    random_bytes::<1>().map_or(Duration::ZERO, |[byte]| most * u32::from(byte) / 256)
 }
 
 fn report(outcome: &Outcome) {

@@ -12,10 +12,11 @@ use super::claim::{ClaimError, Claimed, Continuing, claim, list_epochs, open_rep
 use super::control::State;
 use super::scan::Finished;
 use super::spool::{self, Spool, Spooled};
+use super::status::Board;
 use super::wake::{Event, Mailbox};
 use crate::clock::Clock;
 use crate::format::Position;
-use crate::format::key::SnapshotKey;
+use crate::format::key::{SnapshotKey, Span};
 use crate::store::retry::RetryPolicy;
 use crate::store::upload::{Upload, put_file};
 use crate::store::{PutMode, SharedStore, StoreError, StoreErrorKind};
@@ -70,6 +71,8 @@ pub struct Progress {
     pub confirmed: watch::Sender<u64>,
     /// Whether the first snapshot, without which nothing of the epoch can be restored, is not stored.
     pub snapshot_is_missing: AtomicBool,
+    /// Where it is written down for others.
+    pub board: Arc<Board>,
 }
 
 impl Default for Progress {
@@ -78,6 +81,7 @@ impl Default for Progress {
             waiting_bytes: AtomicU64::new(0),
             confirmed: watch::Sender::new(0),
             snapshot_is_missing: AtomicBool::new(false),
+            board: Arc::default(),
         }
     }
 }
@@ -154,7 +158,7 @@ impl Shipper {
                         self.check_successor(claimed.as_ref()).await?;
                     }
                     self.ship(&spooled, claimed.as_ref()).await?;
-                    self.progress.confirmed.send_replace(spooled.key.0.last_txid);
+                    self.note_confirmed(&spooled);
                 }
                 Job::FindBase => {
                     let (store, mailbox) = (self.store.clone(), self.mailbox.clone());
@@ -197,7 +201,7 @@ impl Shipper {
         continuing: Option<&Continuing>,
         leftovers: &[Spooled],
     ) -> Result<Claimed, ShipError> {
-        let mut complaint = Complaint::new(self.clock.clone());
+        let mut complaint = self.complaint();
         for attempt in 0.. {
             match self.try_claim(continuing, leftovers).await {
                 Err(ShipError::Claim(ClaimError::Store(error))) => complaint.hear(&error),
@@ -232,7 +236,7 @@ impl Shipper {
         let key = spooled.key.to_string();
         let is_conditional = claimed.is_none_or(|claimed| claimed.has_conditional_puts);
         let mode = if is_conditional { PutMode::IfAbsent } else { PutMode::Overwrite };
-        let mut complaint = Complaint::new(self.clock.clone());
+        let mut complaint = self.complaint();
         for attempt in 0.. {
             match put_file(&self.store, &key, &spooled.path, mode).await {
                 Ok(_) => break,
@@ -279,6 +283,18 @@ impl Shipper {
     fn note_gone(&self, spooled: &Spooled) {
         let less = |waiting: u64| Some(waiting.saturating_sub(spooled.len_bytes));
         self.progress.waiting_bytes.fetch_update(Ordering::Relaxed, Ordering::Relaxed, less).ok();
+        self.progress.board.note_waiting(self.progress.waiting_bytes.load(Ordering::Relaxed));
+    }
+
+    fn note_confirmed(&self, spooled: &Spooled) {
+        let Span { epoch, last_txid, time_ms, .. } = spooled.key.0;
+        let state = State { position: Position { epoch, txid: last_txid }, time_ms };
+        self.progress.board.note_confirmed(state, spooled.len_bytes);
+        self.progress.confirmed.send_replace(last_txid);
+    }
+
+    fn complaint(&self) -> Complaint {
+        Complaint { clock: self.clock.clone(), board: self.progress.board.clone(), last: None }
     }
 
     async fn check_successor(&self, claimed: Option<&Claimed>) -> Result<(), ShipError> {
@@ -350,15 +366,13 @@ async fn store_snapshot(
 /// Says that the store fails, at once and then at a decent pace.
 struct Complaint {
     clock: Arc<dyn Clock>,
+    board: Arc<Board>,
     last: Option<Duration>,
 }
 
 impl Complaint {
-    fn new(clock: Arc<dyn Clock>) -> Self {
-        Self { clock, last: None }
-    }
-
     fn hear(&mut self, error: &StoreError) {
+        self.board.note_error(error.to_string());
         let now = self.clock.monotonic();
         if self.last.is_none_or(|last| now.saturating_sub(last) >= COMPLAINT_INTERVAL) {
             self.last = Some(now);

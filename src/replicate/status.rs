@@ -1,0 +1,259 @@
+//! What is known of a database's replication, for whoever asks: `waltrail status`, the health check, the metrics.
+
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+use tokio::sync::watch;
+
+use super::control::State;
+use super::wake::Mailbox;
+
+/// How far a database's replication is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Phase {
+    /// The database is looked at, and an epoch is claimed.
+    #[default]
+    Starting,
+    /// The database is not there yet.
+    Waiting,
+    /// Everything that is committed is captured.
+    Following,
+    /// The database can't be followed; it is tried again.
+    Failing,
+    /// It is not replicated any more: by a stop, or by an error that trying again does not mend.
+    Stopped,
+}
+
+/// One database's replication at one moment.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct Status {
+    /// The database.
+    pub database: PathBuf,
+    /// Where it goes, without secrets.
+    pub replica: String,
+    /// How far it is.
+    pub phase: Phase,
+    /// When the phase was entered, in milliseconds since 1970.
+    pub phase_since_ms: u64,
+    /// The last state that was captured.
+    pub captured: Option<State>,
+    /// The last state that is confirmed in storage.
+    pub confirmed: Option<State>,
+    /// Since when there is something that is captured and not confirmed, in milliseconds since 1970.
+    pub unconfirmed_since_ms: Option<u64>,
+    /// When the last confirmed snapshot was begun, in milliseconds since 1970. Without one nothing of this epoch can be
+    /// restored.
+    pub snapshot_ms: Option<u64>,
+    /// Bytes of segments that wait to be shipped.
+    pub waiting_bytes: u64,
+    /// Transactions that were captured since the process started.
+    pub transactions: u64,
+    /// Segments that were confirmed since the process started.
+    pub segments: u64,
+    /// Their bytes.
+    pub segments_len_bytes: u64,
+    /// Snapshots that were confirmed since the process started.
+    pub snapshots: u64,
+    /// What is wrong just now, in a sentence.
+    pub error: Option<String>,
+}
+
+impl Status {
+    /// For how long something that is captured has not been confirmed.
+    #[must_use]
+    pub fn lag(&self, now_ms: u64) -> Duration {
+        Duration::from_millis(self.unconfirmed_since_ms.map_or(0, |since_ms| now_ms.saturating_sub(since_ms)))
+    }
+
+    /// Why a person should look: a sentence; `None` when all is well or has not been otherwise for longer than `limit`.
+    #[must_use]
+    pub fn trouble(&self, now_ms: u64, limit: Duration) -> Option<String> {
+        let because = || self.error.as_ref().map_or(String::new(), |error| format!(": {error}"));
+        let in_phase = Duration::from_millis(now_ms.saturating_sub(self.phase_since_ms));
+        match self.phase {
+            Phase::Stopped => Some(format!("it is not replicated any more{}", because())),
+            Phase::Failing | Phase::Starting if in_phase > limit => {
+                Some(format!("it has not been followed for {} s{}", in_phase.as_secs(), because()))
+            }
+            Phase::Following if self.lag(now_ms) > limit => {
+                Some(format!("what was committed {} s ago is not confirmed{}", self.lag(now_ms).as_secs(), because()))
+            }
+            Phase::Following if self.snapshot_ms.is_none() && in_phase > limit => {
+                Some(format!("there has been no snapshot for {} s{}", in_phase.as_secs(), because()))
+            }
+            _ => None,
+        }
+    }
+}
+
+/// How to reach a database's thread while it is followed.
+#[derive(Debug, Clone)]
+pub struct Link {
+    /// Its mailbox.
+    pub mailbox: Arc<Mailbox>,
+    /// The last transaction of the epoch that is confirmed.
+    pub confirmed: watch::Receiver<u64>,
+}
+
+/// Where a database's status is written down: by its thread, by what ships for it, and by what watches over both.
+#[derive(Debug, Default)]
+pub struct Board {
+    status: Mutex<Status>,
+    link: Mutex<Option<Link>>,
+}
+
+fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Board {
+    /// For a database and where it goes.
+    #[must_use]
+    pub fn new(database: PathBuf, replica: String, now_ms: u64) -> Self {
+        let status = Status { database, replica, phase_since_ms: now_ms, ..Status::default() };
+        Self { status: Mutex::new(status), link: Mutex::new(None) }
+    }
+
+    /// What is known now.
+    #[must_use]
+    pub fn status(&self) -> Status {
+        locked(&self.status).clone()
+    }
+
+    /// How to reach the database's thread, if there is one.
+    #[must_use]
+    pub fn link(&self) -> Option<Link> {
+        locked(&self.link).clone()
+    }
+
+    /// The database's thread begins or ends.
+    pub fn set_link(&self, link: Option<Link>) {
+        *locked(&self.link) = link;
+    }
+
+    /// Another phase, and what is wrong, if anything.
+    pub fn enter(&self, phase: Phase, error: Option<String>, now_ms: u64) {
+        let mut status = locked(&self.status);
+        if status.phase != phase {
+            (status.phase, status.phase_since_ms) = (phase, now_ms);
+        }
+        status.error = error;
+    }
+
+    /// The database that was waited for is there. One that failed counts as failing until its epoch is claimed.
+    pub fn note_opened(&self, now_ms: u64) {
+        if self.status().phase == Phase::Waiting {
+            self.enter(Phase::Starting, None, now_ms);
+        }
+    }
+
+    /// An epoch was claimed: its state is what is captured and confirmed.
+    pub fn note_claimed(&self, state: State, snapshot_ms: Option<u64>, now_ms: u64) {
+        self.enter(Phase::Following, None, now_ms);
+        let mut status = locked(&self.status);
+        (status.captured, status.confirmed) = (Some(state), Some(state));
+        status.unconfirmed_since_ms = None;
+        status.snapshot_ms = snapshot_ms;
+    }
+
+    /// Transactions were captured, up to this state.
+    pub fn note_captured(&self, state: State, now_ms: u64) {
+        let mut status = locked(&self.status);
+        let before_txid = status.captured.map_or(0, |before| before.position.txid);
+        status.transactions += state.position.txid.saturating_sub(before_txid);
+        status.captured = Some(state);
+        if status.confirmed.is_none_or(|confirmed| confirmed.position.txid < state.position.txid) {
+            status.unconfirmed_since_ms.get_or_insert(now_ms);
+        }
+    }
+
+    /// A segment is confirmed; what it holds ends with this state.
+    pub fn note_confirmed(&self, state: State, len_bytes: u64) {
+        let mut status = locked(&self.status);
+        status.segments += 1;
+        status.segments_len_bytes += len_bytes;
+        // What an earlier run left is shipped before this run's epoch is claimed.
+        if status.phase != Phase::Following {
+            return;
+        }
+        status.error = None;
+        status.confirmed = Some(state);
+        let is_all = status.captured.is_none_or(|captured| captured.position.txid <= state.position.txid);
+        // What is left was committed after this.
+        let since_ms = status.unconfirmed_since_ms.map(|since_ms| since_ms.max(state.time_ms));
+        status.unconfirmed_since_ms = since_ms.filter(|_| !is_all);
+    }
+
+    /// A snapshot is confirmed that was begun at this time, in milliseconds since 1970.
+    pub fn note_snapshot(&self, begun_ms: u64) {
+        let mut status = locked(&self.status);
+        status.snapshots += 1;
+        status.snapshot_ms = Some(begun_ms);
+    }
+
+    /// Bytes that wait to be shipped.
+    pub fn note_waiting(&self, waiting_bytes: u64) {
+        locked(&self.status).waiting_bytes = waiting_bytes;
+    }
+
+    /// Something does not work, and is tried again.
+    pub fn note_error(&self, error: String) {
+        locked(&self.status).error = Some(error);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::format::Position;
+
+    const LIMIT: Duration = Duration::from_secs(60);
+
+    fn state(txid: u64, time_ms: u64) -> State {
+        State { position: Position { epoch: 1, txid }, time_ms }
+    }
+
+    fn following() -> Board {
+        let board = Board::new("/app.db".into(), "s3://b/app".into(), 0);
+        board.note_claimed(state(5, 1000), Some(500), 1000);
+        board
+    }
+
+    #[test]
+    fn what_is_not_confirmed_for_long_is_trouble() {
+        let board = following();
+        assert_eq!((board.status().lag(900_000), board.status().trouble(900_000, LIMIT)), (Duration::ZERO, None));
+        board.note_captured(state(7, 900_000), 900_000);
+        board.note_captured(state(9, 930_000), 930_000);
+        assert_eq!(board.status().trouble(960_000, LIMIT), None);
+        board.note_error("the store fails".into());
+        let trouble = board.status().trouble(960_001, LIMIT).unwrap();
+        assert_eq!(trouble, "what was committed 60 s ago is not confirmed: the store fails");
+        // The first of two segments: what is left is younger.
+        board.note_confirmed(state(7, 900_500), 10);
+        assert_eq!(board.status().lag(960_500), LIMIT);
+        board.note_confirmed(state(9, 930_000), 10);
+        assert_eq!(board.status().lag(990_000), Duration::ZERO);
+        assert_eq!((board.status().transactions, board.status().segments), (4, 2));
+    }
+
+    #[test]
+    fn what_is_not_followed_is_trouble() {
+        let board = following();
+        board.enter(Phase::Failing, Some("locked".into()), 5000);
+        board.enter(Phase::Failing, Some("locked again".into()), 6000);
+        assert_eq!(board.status().trouble(65_000, LIMIT), None);
+        let trouble = board.status().trouble(65_001, LIMIT).unwrap();
+        assert_eq!(trouble, "it has not been followed for 60 s: locked again");
+        board.enter(Phase::Waiting, None, 70_000);
+        assert_eq!(board.status().trouble(900_000, LIMIT), None, "nothing is there to be lost");
+        board.enter(Phase::Stopped, Some("replaced".into()), 70_000);
+        assert!(board.status().trouble(70_000, LIMIT).unwrap().contains("replaced"));
+        let young = Board::new("/app.db".into(), "s3://b/app".into(), 0);
+        young.note_claimed(state(1, 0), None, 0);
+        assert!(young.status().trouble(61_000, LIMIT).unwrap().contains("no snapshot"));
+    }
+}
