@@ -20,6 +20,7 @@
 pub mod clock;
 pub mod config;
 pub mod format;
+pub mod health;
 pub mod replicate;
 pub mod restore;
 pub mod retain;

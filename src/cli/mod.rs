@@ -11,6 +11,7 @@ pub mod prune;
 pub mod replicate;
 pub mod restore;
 pub mod run;
+pub mod status;
 mod tell;
 
 use std::path::{Path, PathBuf};
@@ -65,6 +66,8 @@ enum Command {
     Log(log::LogArguments),
     /// Wait until everything that was committed to a database is confirmed in storage
     Sync(ask::AskArguments),
+    /// Show how replication is: what is captured, what is confirmed, what is wrong
+    Status(status::StatusArguments),
     /// Have the daemon make a snapshot now, and wait until it is confirmed
     Snapshot(ask::AskArguments),
     /// Give a state a name; it stays restorable for as long as the name is there
@@ -113,6 +116,23 @@ impl ConfigArgument {
             None => environment_database().into_iter().collect(),
         };
         Ok(databases.into_iter().find(|database| identity(&database.path) == identity(&path)))
+    }
+
+    /// These databases as they are known, or as they are by default; none: all of the configuration, or the environment's.
+    fn databases(&self, paths: &[PathBuf]) -> Result<Vec<DatabaseConfig>, Failure> {
+        if paths.is_empty() {
+            return match self.load()? {
+                Some(config) => Ok(config.databases),
+                None => environment_database().map(|database| vec![database]),
+            };
+        }
+        let known = |path: &PathBuf| -> Result<DatabaseConfig, Failure> {
+            let by_default = || -> Result<DatabaseConfig, Failure> {
+                Ok(DatabaseConfig::new(absolute(path)?, ReplicaUrl::Directory(PathBuf::new())))
+            };
+            self.database(path)?.map_or_else(by_default, Ok)
+        };
+        paths.iter().map(known).collect()
     }
 
     /// The only database of the configuration or, without one, the environment's.
@@ -224,6 +244,10 @@ fn run(arguments: Arguments) -> Result<u8, Failure> {
         Command::Snapshot(arguments) => {
             start_log(&flags, None, LogLevel::Warn);
             runtime.block_on(ask::snapshot(arguments)).map(|()| 0)
+        }
+        Command::Status(arguments) => {
+            start_log(&flags, None, LogLevel::Warn);
+            runtime.block_on(status::run(arguments)).map(|()| 0)
         }
         Command::Mark(arguments) => {
             start_log(&flags, None, LogLevel::Warn);

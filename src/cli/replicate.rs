@@ -1,18 +1,23 @@
 //! `waltrail replicate`
 
+use std::net::SocketAddr;
 use std::sync::Arc;
 
 use clap::Args;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::mpsc;
+use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
 use super::exit_code::{Failure, NOT_CONFIRMED};
 use super::tell::tell;
 use super::{CONFIG_VARIABLE, ConfigArgument, SYSTEM_CONFIG, absolute};
-use crate::clock::{Clock, SystemClock};
-use crate::config::replica_url::ReplicaUrl;
-use crate::config::{Config, DEFAULT_SHUTDOWN_TIMEOUT, DatabaseConfig, LogConfig};
+use crate::clock::SystemClock;
+use crate::config::units::parse_address;
+use crate::config::{Config, DatabaseConfig};
+use crate::health::heartbeat::beat;
+use crate::health::server::HealthServer;
+use crate::health::{Boards, systemd};
 use crate::replicate::database::DatabaseSettings;
 use crate::replicate::database::KEPT_SHARE;
 use crate::replicate::merge::MergeSettings;
@@ -33,13 +38,41 @@ Examples:
 
 The database may not be there yet: then it is waited for. One that is not in WAL mode is switched to it.")]
 pub struct ReplicateArguments {
+    #[command(flatten)]
+    what: WhatArguments,
+}
+
+/// What to replicate, and how others see it: arguments that `replicate` and `run` share.
+#[derive(Debug, Args)]
+pub struct WhatArguments {
     /// The database to follow
     #[arg(requires = "replica")]
     database: Option<std::path::PathBuf>,
     /// Where it goes: s3://bucket/prefix, file:///directory or a directory's path
     replica: Option<String>,
+    /// Serve /healthz, /readyz and /metrics there: 127.0.0.1:9180, or 0.0.0.0:9180 for every network
+    #[arg(long, value_name = "ADDRESS", value_parser = parse_address)]
+    listen: Option<SocketAddr>,
     #[command(flatten)]
     config: ConfigArgument,
+}
+
+impl WhatArguments {
+    /// The configuration that the arguments mean, or `otherwise`, when they and the usual places name none.
+    ///
+    /// # Errors
+    /// When it is wrong.
+    pub fn config(&self, otherwise: impl FnOnce() -> Result<Config, Failure>) -> Result<Config, Failure> {
+        let mut config = match (&self.database, &self.replica) {
+            (Some(database), Some(replica)) => {
+                self.config.refuse("a DATABASE and a REPLICA are all there is to replicate")?;
+                Config::new(vec![DatabaseConfig::new(absolute(database)?, replica.parse()?)])
+            }
+            _ => self.config.load()?.map_or_else(otherwise, Ok)?,
+        };
+        config.listen = self.listen.or(config.listen);
+        Ok(config)
+    }
 }
 
 impl ReplicateArguments {
@@ -48,17 +81,10 @@ impl ReplicateArguments {
     /// # Errors
     /// When there is none, or it is wrong.
     pub fn config(&self) -> Result<Config, Failure> {
-        if let (Some(database), Some(replica)) = (&self.database, &self.replica) {
-            self.config.refuse("a DATABASE and a REPLICA are all there is to replicate")?;
-            let path = absolute(database)?;
-            let replica: ReplicaUrl = replica.parse()?;
-            let databases = vec![DatabaseConfig::new(path, replica)];
-            return Ok(Config { log: LogConfig::default(), shutdown_timeout: DEFAULT_SHUTDOWN_TIMEOUT, databases });
-        }
-        self.config.load()?.ok_or_else(|| {
-            Failure::usage(format!(
+        self.what.config(|| {
+            Err(Failure::usage(format!(
                 "nothing to replicate: name a database and a replica, or a --config ({CONFIG_VARIABLE} is not set, and there is no {SYSTEM_CONFIG})"
-            ))
+            )))
         })
     }
 }
@@ -70,9 +96,10 @@ impl ReplicateArguments {
 pub async fn run(config: Config) -> Result<(), Failure> {
     let stop = CancellationToken::new();
     watch_signals(stop.clone())?;
-    let jobs = jobs_of(config.databases).await;
+    let shutdown_timeout = config.shutdown_timeout;
+    let (jobs, _telling) = jobs_of(config).await?;
     let (standing, _) = mpsc::unbounded_channel();
-    let mut failed = replicate(jobs, stop, config.shutdown_timeout, SystemClock::shared(), standing).await;
+    let mut failed = replicate(jobs, stop, shutdown_timeout, SystemClock::shared(), standing).await;
     match failed.is_empty() {
         true => {
             tracing::info!("stopped; everything is confirmed");
@@ -82,27 +109,48 @@ pub async fn run(config: Config) -> Result<(), Failure> {
     }
 }
 
-/// What is to be replicated, with its stores open.
-pub(super) async fn jobs_of(databases: Vec<DatabaseConfig>) -> Vec<Job> {
+/// What is to be replicated, with its stores open; and the tasks that tell others how it is, for as long as they are kept.
+///
+/// # Errors
+/// When the address to listen at is taken, or is not ours.
+pub(super) async fn jobs_of(config: Config) -> Result<(Vec<Job>, JoinSet<()>), Failure> {
+    let (clock, mut telling) = (SystemClock::shared(), JoinSet::new());
     let mut jobs = Vec::new();
-    for database in databases {
-        let store = Arc::new(Retrying::new(database.replica.open().await, QUICK));
-        tracing::info!(database = %database.path.display(), replica = %database.replica, "replicating");
-        let settings = DatabaseSettings {
-            path: database.path,
-            sync_interval: database.sync_interval,
-            poll_interval: database.poll_interval,
-            checkpoint_threshold_bytes: database.checkpoint_threshold_bytes,
-            spool_limit_bytes: database.spool_limit_bytes,
-            snapshot_interval: database.snapshot_interval,
-        };
-        let kept_limit_bytes = settings.spool_limit_bytes / KEPT_SHARE;
-        let merge = MergeSettings { windows: database.merge, kept_limit_bytes };
-        let board = Board::new(settings.path.clone(), database.replica.to_string(), SystemClock::new().now_ms());
-        let (board, retention) = (Arc::new(board), database.retention);
-        jobs.push(Job { settings, state_dir: database.state_dir, store, merge, retention, board });
+    for database in config.databases {
+        let heartbeat = database.heartbeat.clone();
+        let job = job_of(database, clock.now_ms()).await;
+        if let Some(url) = heartbeat {
+            telling.spawn(beat(url, job.board.clone(), clock.clone()));
+        }
+        jobs.push(job);
     }
-    jobs
+    let boards: Boards = jobs.iter().map(|job| job.board.clone()).collect();
+    if let Some(address) = config.listen {
+        let failed = |error: std::io::Error| Failure::other(format!("can't listen at {address}: {error}"));
+        let server = HealthServer::bind(address, boards.clone(), config.healthy_lag, clock.clone()).await;
+        let server = server.map_err(failed)?;
+        tracing::info!(address = %server.address().map_err(failed)?, "serving /healthz, /readyz and /metrics");
+        telling.spawn(server.serve());
+    }
+    telling.spawn(systemd::notify(boards, clock));
+    Ok((jobs, telling))
+}
+
+async fn job_of(database: DatabaseConfig, now_ms: u64) -> Job {
+    let store = Arc::new(Retrying::new(database.replica.open().await, QUICK));
+    tracing::info!(database = %database.path.display(), replica = %database.replica, "replicating");
+    let board = Arc::new(Board::new(database.path.clone(), database.replica.to_string(), now_ms));
+    let settings = DatabaseSettings {
+        path: database.path,
+        sync_interval: database.sync_interval,
+        poll_interval: database.poll_interval,
+        checkpoint_threshold_bytes: database.checkpoint_threshold_bytes,
+        spool_limit_bytes: database.spool_limit_bytes,
+        snapshot_interval: database.snapshot_interval,
+    };
+    let kept_limit_bytes = settings.spool_limit_bytes / KEPT_SHARE;
+    let merge = MergeSettings { windows: database.merge, kept_limit_bytes };
+    Job { settings, state_dir: database.state_dir, store, merge, retention: database.retention, board }
 }
 
 /// The first SIGTERM or SIGINT asks for a stop, the second one makes it happen at once.
@@ -120,6 +168,7 @@ fn watch_signals(stop: CancellationToken) -> Result<(), Failure> {
                 tell("stopped at once; what was not confirmed is shipped by the next start");
                 std::process::exit(i32::from(NOT_CONFIRMED));
             }
+            systemd::stopping();
             tracing::info!("stopping: capturing and shipping what is left");
             stop.cancel();
         }

@@ -10,14 +10,13 @@ use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 
 use super::exit_code::{Failure, NOT_CONFIRMED};
-use super::replicate::jobs_of;
+use super::replicate::{WhatArguments, jobs_of};
 use super::restore::restore_to_file;
 use super::tell::tell;
-use super::{ConfigArgument, absolute, environment_database, open_patiently};
+use super::{environment_database, open_patiently};
 use crate::clock::{SystemClock, format_time};
-use crate::config::replica_url::ReplicaUrl;
 use crate::config::units::parse_duration;
-use crate::config::{Config, DEFAULT_SHUTDOWN_TIMEOUT, DatabaseConfig, LogConfig};
+use crate::config::{Config, DatabaseConfig};
 use crate::replicate::run as replicate;
 use crate::restore::RestoreError;
 use crate::restore::history::History;
@@ -40,11 +39,8 @@ restore fails, the application is not started.
 The exit code is the command's own (128 and the signal's number, if one ended it); 15 if the command ended with 0 and not
 everything is confirmed; 127 or 126 if it can't be started; of waltrail's own codes, if it did not come to that.")]
 pub struct RunArguments {
-    /// The database to follow
-    #[arg(requires = "replica")]
-    database: Option<PathBuf>,
-    /// Where it goes: s3://bucket/prefix, file:///directory or a directory's path
-    replica: Option<String>,
+    #[command(flatten)]
+    what: WhatArguments,
     /// Fail if a restore takes longer than this [default: no limit]
     #[arg(long, value_name = "DURATION", value_parser = parse_duration)]
     restore_timeout: Option<Duration>,
@@ -54,8 +50,6 @@ pub struct RunArguments {
     /// Make this file when replication stands and the command is started
     #[arg(long, value_name = "FILE")]
     ready_file: Option<PathBuf>,
-    #[command(flatten)]
-    config: ConfigArgument,
     /// The command to run, with its arguments
     #[arg(last = true, required = true)]
     command: Vec<OsString>,
@@ -67,21 +61,7 @@ impl RunArguments {
     /// # Errors
     /// When there is none, or it is wrong.
     pub fn config(&self) -> Result<Config, Failure> {
-        let one = |database| Config {
-            log: LogConfig::default(),
-            shutdown_timeout: DEFAULT_SHUTDOWN_TIMEOUT,
-            databases: vec![database],
-        };
-        if let (Some(database), Some(replica)) = (&self.database, &self.replica) {
-            self.config.refuse("a DATABASE and a REPLICA are all there is to replicate")?;
-            let path = absolute(database)?;
-            let replica: ReplicaUrl = replica.parse()?;
-            return Ok(one(DatabaseConfig::new(path, replica)));
-        }
-        if let Some(config) = self.config.load()? {
-            return Ok(config);
-        }
-        environment_database().map(one)
+        self.what.config(|| environment_database().map(|database| Config::new(vec![database])))
     }
 }
 
@@ -103,7 +83,7 @@ pub async fn run(arguments: RunArguments, config: Config) -> Result<u8, Failure>
     let shutdown_timeout = config.shutdown_timeout;
     let stop = CancellationToken::new();
     let (standing, mut stands) = mpsc::unbounded_channel();
-    let jobs = jobs_of(config.databases).await;
+    let (jobs, _telling) = jobs_of(config).await?;
     let mut replicating =
         tokio::spawn(replicate(jobs, stop.clone(), shutdown_timeout, SystemClock::shared(), standing));
     tokio::select! {

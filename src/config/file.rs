@@ -2,21 +2,26 @@
 
 use std::collections::HashSet;
 use std::fs;
+use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use hyper::Uri;
 use serde::{Deserialize, Deserializer};
 
 use super::replica_url::{ReplicaUrl, check_endpoint};
 use super::toml_error::explain;
-use super::units::{parse_duration, parse_retention, parse_size};
+use super::units::{parse_address, parse_duration, parse_retention, parse_size};
 use super::{Config, ConfigError, DEFAULT_SHUTDOWN_TIMEOUT, DatabaseConfig, LogConfig, LogFormat, LogLevel, identity};
+use crate::health::DEFAULT_HEALTHY_LAG;
 
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields, rename_all = "kebab-case")]
 struct ConfigFile {
     #[serde(default)]
     log: LogTable,
+    #[serde(default)]
+    http: HttpTable,
     shutdown_timeout: Option<DurationText>,
     #[serde(default)]
     database: Vec<DatabaseTable>,
@@ -27,6 +32,13 @@ struct ConfigFile {
 struct LogTable {
     level: Option<LogLevel>,
     format: Option<LogFormat>,
+}
+
+#[derive(Deserialize, Default)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case")]
+struct HttpTable {
+    listen: Option<AddressText>,
+    healthy_lag: Option<DurationText>,
 }
 
 #[derive(Deserialize)]
@@ -45,6 +57,7 @@ struct DatabaseTable {
     keep_daily: Option<u32>,
     keep_weekly: Option<u32>,
     keep_monthly: Option<u32>,
+    heartbeat_url: Option<UrlText>,
 }
 
 /// A URL, or a table with one.
@@ -73,7 +86,7 @@ impl<'de> Deserialize<'de> for SecretText {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
         match toml::Value::deserialize(deserializer)? {
             toml::Value::String(text) => Ok(Self(text)),
-            _ => Err(serde::de::Error::custom("a key is a text in quotes")),
+            _ => Err(serde::de::Error::custom("it is a text in quotes")),
         }
     }
 }
@@ -117,6 +130,27 @@ impl<'de> Deserialize<'de> for SizeText {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
         let text = String::deserialize(deserializer)?;
         parse_size(&text).map(Self).map_err(serde::de::Error::custom)
+    }
+}
+
+struct AddressText(SocketAddr);
+
+impl<'de> Deserialize<'de> for AddressText {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let text = String::deserialize(deserializer)?;
+        parse_address(&text).map(Self).map_err(serde::de::Error::custom)
+    }
+}
+
+/// The path of such a URL may be a secret, so no error shows it.
+struct UrlText(Uri);
+
+impl<'de> Deserialize<'de> for UrlText {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let SecretText(text) = SecretText::deserialize(deserializer)?;
+        let is_web = |uri: &Uri| matches!(uri.scheme_str(), Some("http" | "https")) && uri.host().is_some();
+        let wrong = || serde::de::Error::custom("a heartbeat-url begins with https:// or http:// and names a host");
+        text.parse().ok().filter(is_web).map(Self).ok_or_else(wrong)
     }
 }
 
@@ -203,6 +237,7 @@ impl DatabaseTable {
                 return Err(format!("database '{shown}': merge is a list of ascending durations: [\"1m\", \"1h\"]"));
             }
         }
+        database.heartbeat = self.heartbeat_url.map(|UrlText(url)| url);
         let retention = &mut database.retention;
         if let Some(RetentionText(window)) = self.retention {
             retention.window_ms = window.map(|window| window.as_millis() as u64);
@@ -241,6 +276,8 @@ pub fn parse(text: &str) -> Result<Config, String> {
     check_apart(&databases)?;
     Ok(Config {
         log: LogConfig { level: file.log.level, format: file.log.format },
+        listen: file.http.listen.map(|AddressText(address)| address),
+        healthy_lag: file.http.healthy_lag.map_or(DEFAULT_HEALTHY_LAG, |DurationText(lag)| lag),
         shutdown_timeout: file.shutdown_timeout.map_or(DEFAULT_SHUTDOWN_TIMEOUT, |DurationText(timeout)| timeout),
         databases,
     })
@@ -297,6 +334,8 @@ mod tests {
                 "line 4: unknown key 'sync-intervall'; did you mean 'sync-interval'?",
             ),
             (one.replace("[[database]]", "[[databases]]"), "line 1: unknown key 'databases'; did you mean 'database'?"),
+            (format!("[http]\nlisten = \"everywhere\"\n{one}"), "127.0.0.1:9180"),
+            (format!("{one}heartbeat-url = \"hc.example.com/secret\"\n"), "https://"),
             (format!("{one}colour = \"30d\"\n"), "line 4: unknown key 'colour'; there are path, replica"),
             (format!("{one}retention = \"off\"\n"), "write forever, or a duration"),
             (format!("{one}retention = \"forever\"\nkeep-daily = 3\n"), "keep-daily"),

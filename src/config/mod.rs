@@ -6,10 +6,14 @@ pub mod replica_url;
 mod toml_error;
 pub mod units;
 
+use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use hyper::Uri;
+
 use self::replica_url::ReplicaUrl;
+use crate::health::DEFAULT_HEALTHY_LAG;
 use crate::retain::RetentionSettings;
 
 /// How long a stop may take. Docker kills after 10 seconds.
@@ -20,10 +24,28 @@ pub const DEFAULT_SHUTDOWN_TIMEOUT: Duration = Duration::from_secs(8);
 pub struct Config {
     /// Logging.
     pub log: LogConfig,
+    /// Where health and metrics are served; `None`: nowhere.
+    pub listen: Option<SocketAddr>,
+    /// What is confirmed later than this after its capture is reported as unhealthy.
+    pub healthy_lag: Duration,
     /// At a stop, shipping what is left may take so long.
     pub shutdown_timeout: Duration,
     /// The databases; at least one.
     pub databases: Vec<DatabaseConfig>,
+}
+
+impl Config {
+    /// These databases, and everything else as it is by default.
+    #[must_use]
+    pub fn new(databases: Vec<DatabaseConfig>) -> Self {
+        Self {
+            log: LogConfig::default(),
+            listen: None,
+            healthy_lag: DEFAULT_HEALTHY_LAG,
+            shutdown_timeout: DEFAULT_SHUTDOWN_TIMEOUT,
+            databases,
+        }
+    }
 }
 
 /// Logging.
@@ -84,6 +106,8 @@ pub struct DatabaseConfig {
     pub merge: Vec<Duration>,
     /// What of the history is kept.
     pub retention: RetentionSettings,
+    /// Asked once a minute as long as all is well. May hold a secret.
+    pub heartbeat: Option<Uri>,
 }
 
 impl DatabaseConfig {
@@ -101,6 +125,7 @@ impl DatabaseConfig {
             snapshot_interval: Duration::from_secs(24 * 3600),
             merge: vec![Duration::from_secs(60), Duration::from_secs(3600)],
             retention: RetentionSettings::default(),
+            heartbeat: None,
         }
     }
 }

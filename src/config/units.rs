@@ -1,5 +1,6 @@
 //! Durations and sizes as people write them: `500ms`, `8s`, `24h`; `4MiB`, `256MB`.
 
+use std::net::SocketAddr;
 use std::time::Duration;
 
 const DURATION_UNITS: [(&str, u64); 5] = [("ms", 1), ("s", 1000), ("m", 60_000), ("h", 3_600_000), ("d", 86_400_000)];
@@ -22,6 +23,20 @@ pub fn parse_duration(text: &str) -> Result<Duration, String> {
         format!("'{text}' is not a duration; write a whole number and one of ms, s, m, h, d: 500ms, 8s, 24h")
     })?;
     Ok(Duration::from_millis(millis))
+}
+
+/// Reads where to listen: an address and a port, or a port of this machine's loopback alone.
+///
+/// # Errors
+/// A sentence that says what can be written.
+pub fn parse_address(text: &str) -> Result<SocketAddr, String> {
+    let text = text.trim();
+    let address = match text.strip_prefix(':').unwrap_or(text).parse::<u16>() {
+        Ok(port) => Some(SocketAddr::from(([127, 0, 0, 1], port))),
+        Err(_) => text.parse().ok(),
+    };
+    address
+        .ok_or_else(|| format!("'{text}' is not an address; write 127.0.0.1:9180, or 0.0.0.0:9180 for every network"))
 }
 
 /// Reads for how long something is kept: a duration, or `forever`, which is `None`.
@@ -68,6 +83,9 @@ mod tests {
             assert!(parse_duration(wrong).is_err(), "{wrong}");
         }
         assert!(parse_size("4mib").unwrap_err().contains("4MiB"));
+        assert_eq!(parse_address(":9180").unwrap().to_string(), "127.0.0.1:9180");
+        assert_eq!(parse_address("[::]:9180").unwrap().to_string(), "[::]:9180");
+        assert!(parse_address("localhost").is_err());
         assert_eq!(parse_retention("forever"), Ok(None));
         assert_eq!(parse_retention("30d"), Ok(Some(Duration::from_secs(30 * 86_400))));
         assert!(parse_retention("off").is_err() && parse_retention("0").is_err() && parse_retention("30").is_err());

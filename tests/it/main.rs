@@ -4,6 +4,7 @@ mod cli;
 mod downtime;
 mod entry_point;
 mod format;
+mod health;
 mod install;
 mod marks;
 mod merging;

@@ -1,0 +1,158 @@
+//! `waltrail status`: asking the daemons of all databases how they are.
+
+use std::io::{self, Write};
+use std::time::Duration;
+
+use clap::{Args, ValueEnum};
+use serde::Serialize;
+
+use super::ConfigArgument;
+use super::exit_code::Failure;
+use crate::clock::{Clock, SystemClock, format_time};
+use crate::config::DatabaseConfig;
+use crate::config::units::parse_duration;
+use crate::health::DEFAULT_HEALTHY_LAG;
+use crate::replicate::control::ask_status;
+use crate::replicate::status::{Phase, Status};
+
+/// A daemon answers at once, or not.
+const PATIENCE: Duration = Duration::from_secs(3);
+
+/// Arguments of `status`.
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  waltrail status
+  waltrail status /data/app.db --format json
+  waltrail status --config /etc/waltrail.toml --watch
+
+Exit code 1 when a database has no daemon, can't be followed, or has been waiting for its confirmation for longer than --max-lag.")]
+pub struct StatusArguments {
+    /// Databases [default: all of the configuration, or the environment's]
+    databases: Vec<std::path::PathBuf>,
+    /// How to write it
+    #[arg(long, value_enum, default_value_t = StatusOutput::Text)]
+    format: StatusOutput,
+    /// Show it again every second, until interrupted
+    #[arg(long)]
+    watch: bool,
+    /// What is confirmed later than this after its capture is trouble
+    #[arg(long, value_name = "DURATION", value_parser = parse_duration)]
+    max_lag: Option<Duration>,
+    #[command(flatten)]
+    config: ConfigArgument,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum StatusOutput {
+    /// A table.
+    Text,
+    /// One JSON object a line.
+    Json,
+}
+
+/// A database, and what its daemon says; or why there is nothing to say.
+#[derive(Debug, Serialize)]
+struct Row {
+    #[serde(flatten)]
+    status: Status,
+    /// Why a person should look.
+    trouble: Option<String>,
+}
+
+/// Shows how replication is.
+///
+/// # Errors
+/// When one of them is in trouble.
+pub async fn run(arguments: StatusArguments) -> Result<(), Failure> {
+    let databases = arguments.config.databases(&arguments.databases)?;
+    loop {
+        let rows = rows(&databases, arguments.max_lag.unwrap_or(DEFAULT_HEALTHY_LAG)).await;
+        if let Err(error) = show(&rows, &arguments) {
+            return match error.kind() {
+                io::ErrorKind::BrokenPipe => Ok(()),
+                _ => Err(Failure::other(format!("can't write to standard output: {error}"))),
+            };
+        }
+        if arguments.watch {
+            tokio::time::sleep(Duration::from_secs(1)).await;
+            continue;
+        }
+        let troubled: Vec<String> = rows
+            .iter()
+            .filter_map(|row| Some(format!("{}: {}", row.status.database.display(), row.trouble.as_ref()?)))
+            .collect();
+        return if troubled.is_empty() { Ok(()) } else { Err(Failure::other(troubled.join("\n"))) };
+    }
+}
+
+async fn rows(databases: &[DatabaseConfig], max_lag: Duration) -> Vec<Row> {
+    let now_ms = SystemClock::new().now_ms();
+    let row = |database: &DatabaseConfig| {
+        let (path, state_dir) = (database.path.clone(), database.state_dir.clone());
+        let replica = database.replica.to_string();
+        async move {
+            match ask_status(&path, &state_dir, PATIENCE).await {
+                Ok(status) => Row { trouble: status.trouble(now_ms, max_lag), status },
+                Err(error) => {
+                    let status = Status { database: path, replica, phase: Phase::Stopped, ..Status::default() };
+                    Row { status, trouble: Some(error.to_string()) }
+                }
+            }
+        }
+    };
+    futures_util::future::join_all(databases.iter().map(row)).await
+}
+
+fn show(rows: &[Row], arguments: &StatusArguments) -> io::Result<()> {
+    let mut out = io::stdout().lock();
+    match arguments.format {
+        StatusOutput::Json => {
+            for row in rows {
+                writeln!(out, "{}", serde_json::to_string(row)?)?;
+            }
+        }
+        StatusOutput::Text => write!(out, "{}", table(rows, SystemClock::new().now_ms()))?,
+    }
+    out.flush()
+}
+
+fn table(rows: &[Row], now_ms: u64) -> String {
+    let mut lines =
+        vec![["DATABASE", "STATE", "CAPTURED", "CONFIRMED", "LAG", "SNAPSHOT", "WAITING"].map(str::to_owned)];
+    lines.extend(rows.iter().map(|row| cells(&row.status, now_ms)));
+    let width = |column: usize| lines.iter().map(|cells| cells[column].chars().count()).max().unwrap_or(0);
+    let widths: Vec<usize> = (0..lines[0].len()).map(width).collect();
+    let mut text = String::new();
+    for (index, cells) in lines.iter().enumerate() {
+        let padded: Vec<String> = cells.iter().zip(&widths).map(|(cell, &width)| format!("{cell:<width$}")).collect();
+        text.push_str(padded.join("  ").trim_end());
+        text.push('\n');
+        let row = index.checked_sub(1).and_then(|index| rows.get(index));
+        let error = row.and_then(|row| row.trouble.as_ref().or(row.status.error.as_ref()));
+        if let Some(error) = error {
+            text.push_str(&format!("  {error}\n"));
+        }
+    }
+    text
+}
+
+fn cells(status: &Status, now_ms: u64) -> [String; 7] {
+    let none = || "-".to_owned();
+    let phase = match status.phase {
+        Phase::Starting => "starting",
+        Phase::Waiting => "not there yet",
+        Phase::Following => "following",
+        Phase::Failing => "failing",
+        Phase::Stopped => "not running",
+    };
+    [
+        status.database.display().to_string(),
+        phase.to_owned(),
+        status.captured.map_or_else(none, |state| format!("{} ({})", state.position.txid, format_time(state.time_ms))),
+        status.confirmed.map_or_else(none, |state| state.position.txid.to_string()),
+        format!("{:.1} s", status.lag(now_ms).as_secs_f64()),
+        status.snapshot_ms.map_or_else(none, format_time),
+        format!("{} bytes", status.waiting_bytes),
+    ]
+}

@@ -1,0 +1,52 @@
+//! Telling others how replication is: over HTTP, to systemd, and to whoever misses a heartbeat.
+
+pub mod heartbeat;
+pub mod metrics;
+pub mod server;
+pub mod systemd;
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use crate::replicate::status::{Board, Phase, Status};
+
+/// What is confirmed later than this after its capture is reported as unhealthy, unless told otherwise.
+pub const DEFAULT_HEALTHY_LAG: Duration = Duration::from_secs(300);
+
+/// All databases of the process.
+pub type Boards = Vec<Arc<Board>>;
+
+fn all(boards: &Boards) -> Vec<Status> {
+    boards.iter().map(|board| board.status()).collect()
+}
+
+/// Whether everything that is written to any of the databases from now on is captured.
+#[must_use]
+pub fn is_ready(statuses: &[Status]) -> bool {
+    statuses.iter().all(|status| matches!(status.phase, Phase::Following | Phase::Waiting))
+}
+
+/// What a person should look at, a line each.
+#[must_use]
+pub fn troubles(statuses: &[Status], now_ms: u64, limit: Duration) -> Vec<String> {
+    let trouble = |status: &Status| Some(format!("{}: {}", status.database.display(), status.trouble(now_ms, limit)?));
+    statuses.iter().filter_map(trouble).collect()
+}
+
+/// All databases in a sentence.
+#[must_use]
+pub fn summary(statuses: &[Status], now_ms: u64) -> String {
+    let count = |phase| statuses.iter().filter(|status| status.phase == phase).count();
+    let lag = statuses.iter().map(|status| status.lag(now_ms)).max().unwrap_or_default();
+    let mut text = format!("{} of {} databases followed", count(Phase::Following), statuses.len());
+    for (phase, word) in [(Phase::Waiting, "not there yet"), (Phase::Failing, "failing"), (Phase::Stopped, "stopped")] {
+        if count(phase) > 0 {
+            text.push_str(&format!(", {} {word}", count(phase)));
+        }
+    }
+    match lag.as_secs() {
+        0 => text.push_str("; all is confirmed"),
+        seconds => text.push_str(&format!("; up to {seconds} s not confirmed")),
+    }
+    text
+}

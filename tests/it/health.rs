@@ -1,0 +1,172 @@
+//! What others are told: status, health, metrics, systemd, heartbeats.
+
+use std::io::{Read, Write};
+use std::net::{TcpListener, TcpStream};
+use std::os::unix::net::UnixDatagram;
+use std::process::Stdio;
+use std::time::Duration;
+
+use crate::support::scene::Scene;
+use crate::support::{count_up, create_database, run, stderr, wait_for, waltrail};
+
+/// Nobody listens there.
+const NOBODY: &str = "s3://nobody/app?endpoint=http://127.0.0.1:1&region=us-east-1";
+
+/// Where the daemon says that it serves.
+fn address(scene: &Scene) -> String {
+    wait_for("the address", || {
+        let log = std::fs::read_to_string(scene.path("daemon.log")).ok()?;
+        let line = log.lines().find(|line| line.contains("serving /healthz"))?.to_owned();
+        Some(line.split("address=").nth(1)?.split_whitespace().next()?.to_owned())
+    })
+}
+
+/// Status and body.
+fn get(address: &str, path: &str) -> (u16, String) {
+    let mut stream = TcpStream::connect(address).unwrap();
+    stream.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
+    write!(stream, "GET {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n").unwrap();
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer).unwrap();
+    let (head, body) = answer.split_once("\r\n\r\n").unwrap();
+    (head.split(' ').nth(1).unwrap().parse().unwrap(), body.to_owned())
+}
+
+fn metric(text: &str, name: &str) -> f64 {
+    let line = text.lines().find(|line| line.starts_with(&format!("{name}{{"))).unwrap_or_else(|| panic!("{name}"));
+    line.rsplit(' ').next().unwrap().parse().unwrap()
+}
+
+#[test]
+fn a_healthy_daemon_says_so() {
+    let scene = Scene::new();
+    let application = create_database(&scene.database(), 50, "");
+    let database = scene.database().display().to_string();
+    let daemon = scene.start_with(&[&database, &scene.replica(), "--listen", "127.0.0.1:0"]);
+    let address = address(&scene);
+    wait_for("readiness", || (get(&address, "/readyz").0 == 200).then_some(()));
+    wait_for("the snapshot", || (!scene.objects("snap").is_empty()).then_some(()));
+    for _ in 0..7 {
+        count_up(&application);
+    }
+    assert!(run(["sync", &database]).status.success());
+    assert_eq!(get(&address, "/healthz"), (200, "ok\n".into()));
+    assert_eq!(get(&address, "/other").0, 404);
+    let (code, metrics) = get(&address, "/metrics");
+    assert_eq!(code, 200);
+    assert_eq!(metric(&metrics, "waltrail_following"), 1.0);
+    assert_eq!(metric(&metrics, "waltrail_transactions_total"), 7.0);
+    assert_eq!(metric(&metrics, "waltrail_confirmed_transaction"), 8.0);
+    assert_eq!(metric(&metrics, "waltrail_lag_seconds"), 0.0);
+    assert_eq!(metric(&metrics, "waltrail_waiting_bytes"), 0.0);
+    assert_eq!(metric(&metrics, "waltrail_snapshots_total"), 1.0);
+    assert!(metric(&metrics, "waltrail_snapshot_timestamp_seconds") > 1e9);
+
+    let status = run(["status", &database]);
+    let table = String::from_utf8(status.stdout.clone()).unwrap();
+    assert!(status.status.success(), "{}", stderr(&status));
+    assert!(table.starts_with("DATABASE") && table.contains("following") && table.contains("8 ("), "{table}");
+    let status = run(["status", &database, "--format", "json"]);
+    let json: serde_json::Value = serde_json::from_slice(&status.stdout).unwrap();
+    assert_eq!((&json["phase"], &json["trouble"]), (&"following".into(), &serde_json::Value::Null));
+    assert_eq!(json["confirmed"]["position"]["txid"], 8);
+
+    assert_eq!(daemon.terminate(), Some(0), "{}", scene.log());
+    let gone = run(["status", &database]);
+    assert_eq!(gone.status.code(), Some(1));
+    assert!(stderr(&gone).contains("no daemon follows"), "{}", stderr(&gone));
+}
+
+#[test]
+fn storage_that_is_away_is_unhealthy() {
+    let scene = Scene::new();
+    let _application = create_database(&scene.database(), 50, "");
+    let config = scene.path("waltrail.toml");
+    let text = format!(
+        "[http]\nlisten = \"127.0.0.1:0\"\nhealthy-lag = \"1s\"\n[[database]]\npath = \"{}\"\nreplica = \"{NOBODY}\"\n",
+        scene.database().display()
+    );
+    std::fs::write(&config, text).unwrap();
+    let config = config.to_str().unwrap();
+    let daemon = scene.start_with(&["--config", config]);
+    let address = address(&scene);
+    assert_eq!(get(&address, "/readyz").0, 503);
+    let told = wait_for("trouble", || Some(get(&address, "/healthz")).filter(|(code, _)| *code == 503)).1;
+    assert!(told.contains("has not been followed for") && told.contains("app.db"), "{told}");
+    let told = wait_for("the reason", || Some(get(&address, "/healthz").1).filter(|told| told.contains("s3://nobody/app")));
+    assert!(told.lines().count() == 1, "{told}");
+    let status = run(["status", "--config", config, "--max-lag", "1s"]);
+    assert_eq!(status.status.code(), Some(1), "{}", stderr(&status));
+    let sync = run(["sync", "--config", config, "--timeout", "1s"]);
+    assert_eq!(sync.status.code(), Some(15), "{}", stderr(&sync));
+    drop(daemon);
+}
+
+#[test]
+fn an_address_that_is_taken_is_an_error_at_once() {
+    let scene = Scene::new();
+    let taken = TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = taken.local_addr().unwrap().to_string();
+    let done = run(["replicate", scene.database().to_str().unwrap(), &scene.replica(), "--listen", &address]);
+    assert_eq!(done.status.code(), Some(1));
+    assert!(stderr(&done).contains(&format!("can't listen at {address}")), "{}", stderr(&done));
+}
+
+#[test]
+fn systemd_is_told() {
+    let scene = Scene::new();
+    let _application = create_database(&scene.database(), 50, "");
+    let socket = UnixDatagram::bind(scene.path("notify")).unwrap();
+    socket.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
+    let mut child = waltrail()
+        .args(["replicate", scene.database().to_str().unwrap(), &scene.replica()])
+        .env("NOTIFY_SOCKET", scene.path("notify"))
+        .env("WATCHDOG_USEC", "400000")
+        .stderr(Stdio::null())
+        .spawn()
+        .unwrap();
+    let mut told = String::new();
+    let (mut buffer, mut watchdogs) = ([0; 4096], 0);
+    while watchdogs < 3 || !told.contains("READY=1") {
+        let len = socket.recv(&mut buffer).unwrap();
+        let text = String::from_utf8_lossy(&buffer[..len]).into_owned();
+        watchdogs += usize::from(text.contains("WATCHDOG=1"));
+        told.push_str(&text);
+    }
+    assert!(told.contains("STATUS=1 of 1 databases followed; all is confirmed"), "{told}");
+    // SAFETY: sends a signal to a child that has not been waited for.
+    assert_eq!(unsafe { libc::kill(child.id() as libc::pid_t, libc::SIGTERM) }, 0);
+    assert!(child.wait().unwrap().success());
+    let mut rest = String::new();
+    socket.set_nonblocking(true).unwrap();
+    while let Ok(len) = socket.recv(&mut buffer) {
+        rest.push_str(&String::from_utf8_lossy(&buffer[..len]));
+    }
+    assert!(rest.contains("STOPPING=1"), "{rest}");
+}
+
+#[test]
+fn a_heartbeat_arrives_while_all_is_well() {
+    let scene = Scene::new();
+    let _application = create_database(&scene.database(), 50, "");
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = listener.local_addr().unwrap();
+    let config = scene.path("waltrail.toml");
+    let text = format!(
+        "[[database]]\npath = \"{}\"\nreplica = \"{}\"\nheartbeat-url = \"http://{address}/ping/secret-name\"\n",
+        scene.database().display(),
+        scene.replica()
+    );
+    std::fs::write(&config, text).unwrap();
+    let daemon = scene.start_with(&["--config", config.to_str().unwrap(), "--log-level", "trace"]);
+    let (mut stream, _) = listener.accept().unwrap();
+    assert!(!scene.objects("snap").is_empty(), "not before there is something to restore");
+    let mut request = [0; 1024];
+    let len = stream.read(&mut request).unwrap();
+    let request = String::from_utf8_lossy(&request[..len]);
+    assert!(request.starts_with("GET /ping/secret-name HTTP/1.1"), "{request}");
+    stream.write_all(b"HTTP/1.1 500 no\r\nContent-Length: 0\r\n\r\n").unwrap();
+    wait_for("the complaint", || scene.log().contains("the heartbeat was refused").then_some(()));
+    assert!(!scene.log().contains("secret-name"), "{}", scene.log());
+    assert_eq!(daemon.terminate(), Some(0), "{}", scene.log());
+}
