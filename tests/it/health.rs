@@ -93,7 +93,8 @@ fn storage_that_is_away_is_unhealthy() {
     assert_eq!(get(&address, "/readyz").0, 503);
     let told = wait_for("trouble", || Some(get(&address, "/healthz")).filter(|(code, _)| *code == 503)).1;
     assert!(told.contains("has not been followed for") && told.contains("app.db"), "{told}");
-    let told = wait_for("the reason", || Some(get(&address, "/healthz").1).filter(|told| told.contains("s3://nobody/app")));
+    let told =
+        wait_for("the reason", || Some(get(&address, "/healthz").1).filter(|told| told.contains("s3://nobody/app")));
     assert!(told.lines().count() == 1, "{told}");
     let status = run(["status", "--config", config, "--max-lag", "1s"]);
     assert_eq!(status.status.code(), Some(1), "{}", stderr(&status));

@@ -1,7 +1,13 @@
 //! Starts that cost what changed.
 
 use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
+use waltrail::store::faults::{Fault, Faulty};
+use waltrail::store::{Operation, SharedStore, StoreErrorKind};
+
+use crate::support::machine::Machine;
 use crate::support::scene::{COUNTER, Scene, now_ms};
 use crate::support::{content, count_up, create_database, insert, number, open, run, stderr, wait_for};
 
@@ -66,6 +72,69 @@ fn a_lost_state_directory_costs_an_index() {
     // Two extents or three hold what changed; the database has a dozen.
     assert!(len_bytes(&new) * 3 < len_bytes(&before), "{} of {}", len_bytes(&new), len_bytes(&before));
     assert_eq!(content(&scene.database()), scene.restored_content(&[]));
+}
+
+/// Somebody deleted the first snapshot, which the second one has extents in, and the local state is lost, too: what is gone is
+/// not referred to again.
+#[test]
+fn a_snapshot_does_not_rely_on_what_is_gone() {
+    let (scene, application) = replicated();
+    let first = scene.objects("snap").remove(0);
+    let daemon = scene.start();
+    count_up(&application);
+    let database = scene.database().display().to_string();
+    wait_for("a snapshot", || run(["snapshot", &database]).status.success().then_some(()));
+    assert_eq!(daemon.terminate(), Some(0), "{}", scene.log());
+    std::fs::remove_file(&first).unwrap();
+    let done = run(["restore", &scene.replica(), "--output", scene.path("x.db").to_str().unwrap()]);
+    assert_eq!(done.status.code(), Some(13), "{}", stderr(&done));
+    assert!(stderr(&done).contains("is missing"), "{}", stderr(&done));
+    std::fs::remove_dir_all(scene.path(".app.db-waltrail")).unwrap();
+    count_up(&application);
+    let daemon = scene.start();
+    scene.wait_for(3);
+    assert_eq!(daemon.terminate(), Some(0), "{}", scene.log());
+    assert_eq!(content(&scene.database()), scene.restored_content(&[]));
+}
+
+/// Segments are not taken by the store: a snapshot that needs them is not there either.
+#[test]
+fn a_snapshot_is_not_there_before_what_it_needs() {
+    let is_away = Arc::new(AtomicBool::new(false));
+    let seen = is_away.clone();
+    let stack = move |store: SharedStore| -> SharedStore {
+        let seen = seen.clone();
+        Arc::new(Faulty::new(store, move |request| {
+            let is_segment = request.operation == Operation::Put && request.key.starts_with("log/");
+            match is_segment && seen.load(Ordering::SeqCst) {
+                true => Fault::Before(StoreErrorKind::Unavailable),
+                false => Fault::None,
+            }
+        }))
+    };
+    let mut machine = Machine::new("PRAGMA page_size=4096", stack);
+    machine.start();
+    machine.sync();
+    let snapshots =
+        |machine: &Machine| machine.stored().iter().filter(|object| object.key.starts_with("snap/")).count();
+    let before = snapshots(&machine);
+    is_away.store(true, Ordering::SeqCst);
+    machine.commit("INSERT INTO item(body) VALUES(randomblob(100))");
+    let mut replied = machine.ask_snapshot();
+    for _ in 0..50 {
+        machine.turns(10);
+        std::thread::sleep(std::time::Duration::from_millis(2));
+    }
+    assert_eq!(snapshots(&machine), before);
+    assert!(replied.try_recv().is_err());
+    is_away.store(false, Ordering::SeqCst);
+    let newest = machine.sync();
+    wait_for("the snapshot", || {
+        machine.turns(1);
+        replied.try_recv().ok()
+    });
+    assert_eq!(snapshots(&machine), before + 1);
+    machine.check(newest);
 }
 
 /// After a restore the next start forks an epoch at the restored transaction, and uploads its record alone. What was undone

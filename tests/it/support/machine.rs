@@ -295,13 +295,18 @@ impl Machine {
 
     /// Has a snapshot made, to its confirmation.
     pub fn snapshot(&mut self) {
-        let (reply, mut replied) = oneshot::channel();
-        self.daemon.as_ref().unwrap().mailbox.send(Event::SnapshotWanted(reply));
+        let mut replied = self.ask_snapshot();
         self.pump("a snapshot", |_| match replied.try_recv() {
             Ok(_) => Some(()),
             Err(oneshot::error::TryRecvError::Closed) => Some(()),
             Err(oneshot::error::TryRecvError::Empty) => None,
         });
+    }
+
+    pub fn ask_snapshot(&self) -> oneshot::Receiver<State> {
+        let (reply, replied) = oneshot::channel();
+        self.daemon.as_ref().unwrap().mailbox.send(Event::SnapshotWanted(reply));
+        replied
     }
 
     /// As SIGTERM does it.
