@@ -132,6 +132,7 @@ impl From<RestoreError> for Failure {
                 (TARGET, "--force replaces it, --if-missing leaves it and exits 0, --output names another place")
             }
             RestoreError::TargetInUse(_) => (TARGET, "stop what uses it, or restore beside it with --output"),
+            RestoreError::Internal(_) => return Self::new(FAILED, error, None),
             RestoreError::Io { .. } => (TARGET, "nothing was changed; check space and permissions there"),
         };
         Self::new(code, error, Some(hint))

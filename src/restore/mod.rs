@@ -1,10 +1,14 @@
 //! Getting a database back: the history of a replica, the plan of a restore (a value), and its execution.
 
 pub mod execute;
+mod extents;
 pub mod history;
+mod image;
 pub mod install;
 pub mod plan;
+pub mod progress;
 pub mod run;
+mod segments;
 pub mod tail;
 
 use std::io;
@@ -103,6 +107,9 @@ pub enum RestoreError {
     /// Somebody uses the target.
     #[error("{} is open in another process", .0.display())]
     TargetInUse(PathBuf),
+    /// A mistake in this program.
+    #[error("an internal error ended the restore: {0}")]
+    Internal(String),
     /// The store failed.
     #[error(transparent)]
     Store(#[from] StoreError),

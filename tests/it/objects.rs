@@ -224,7 +224,7 @@ async fn the_lock_page_is_left_out() {
     assert!(matches!(footer.decode_table(table), Err(FormatError::Inconsistent(_))));
 }
 
-/// A large segment costs one request a block; one that no page is needed from costs its table alone.
+/// A large segment costs its table and a request for each 4 MiB; one that no page is needed from costs its table alone.
 #[tokio::test]
 async fn no_more_is_fetched_than_is_needed() {
     let (inner, page_size, size_pages) = (replica().await, 65_536_u32, 200_u32);
@@ -241,25 +241,25 @@ async fn no_more_is_fetched_than_is_needed() {
     let info = snapshot_info(1, size_pages, fingerprint(&found));
     bytes.extend(writer.finish(&info).unwrap());
     put(&inner, &info.key, bytes).await;
-    let (mut len_of_newest, mut blocks_of_newest) = (0, 0);
+    let (mut len_of_newest, mut pieces_of_newest) = (0, 0);
     for txid in [2, 3] {
         let pages = noise();
         let all: Vec<(u32, &[u8])> = (1..).zip(pages.iter().map(Vec::as_slice)).collect();
         let (key, bytes) = segment(page_size, txid, size_pages, fingerprint(&pages), &all);
         len_of_newest = bytes.len() as u64;
         let footer = SegmentFooter::decode(&bytes, len_of_newest).unwrap();
-        blocks_of_newest = u64::from(footer.page_block_count);
+        pieces_of_newest = footer.pages_len.div_ceil(4 << 20);
         put(&inner, &key, bytes).await;
     }
-    assert_eq!(blocks_of_newest, 4);
+    assert_eq!(pieces_of_newest, 4);
     let (metered, meter) = Metered::new(inner);
     let store: SharedStore = Arc::new(metered);
     let plan = plan(&store, &History::load(&store).await.unwrap(), Target::Latest, None).await.unwrap();
     let before = meter.traffic();
     execute(&store, &plan, tempfile::tempfile().unwrap(), Path::new("scratch")).await.unwrap();
     let after = meter.traffic();
-    // The newest: table, first block's header, blocks. The one before: its table. The snapshot: header and index, no extent.
-    assert_eq!(after.requests - before.requests, 1 + 1 + blocks_of_newest + 1 + 2);
+    // The newest: table and pieces. The one before: its table. The snapshot: header and index, no extent.
+    assert_eq!(after.requests - before.requests, 1 + pieces_of_newest + 1 + 2);
     assert!(after.received_bytes - before.received_bytes < len_of_newest + 100_000);
 }
 

@@ -508,6 +508,64 @@ struct KeyByKey {
     lies: bool,
 }
 
+/// Deletes objects in the moment that a mark is put.
+#[derive(Debug)]
+struct GoneWithTheMark {
+    inner: SharedStore,
+    doomed: Vec<String>,
+}
+
+#[async_trait]
+impl ObjectStore for GoneWithTheMark {
+    fn location(&self) -> String {
+        self.inner.location()
+    }
+
+    async fn put(&self, key: &str, body: Bytes, mode: PutMode) -> Result<(), StoreError> {
+        self.inner.put(key, body, mode).await?;
+        self.inner.delete_many(&self.doomed).await.map(drop)
+    }
+
+    async fn get(&self, key: &str, limit_bytes: u64) -> Result<Bytes, StoreError> {
+        self.inner.get(key, limit_bytes).await
+    }
+
+    async fn get_range(&self, key: &str, offset: u64, len_bytes: u64) -> Result<Bytes, StoreError> {
+        self.inner.get_range(key, offset, len_bytes).await
+    }
+
+    async fn list(&self, prefix: &str, start_after: Option<&str>) -> Result<Vec<ObjectInfo>, StoreError> {
+        self.inner.list(prefix, start_after).await
+    }
+
+    async fn delete(&self, key: &str) -> Result<(), StoreError> {
+        self.inner.delete(key).await
+    }
+
+    async fn create_multipart(&self, key: &str) -> Result<String, StoreError> {
+        self.inner.create_multipart(key).await
+    }
+
+    async fn put_part(
+        &self,
+        key: &str,
+        id: &str,
+        number: u32,
+        offset: u64,
+        body: Bytes,
+    ) -> Result<PartTag, StoreError> {
+        self.inner.put_part(key, id, number, offset, body).await
+    }
+
+    async fn complete_multipart(&self, key: &str, upload_id: &str, parts: &[PartTag]) -> Result<(), StoreError> {
+        self.inner.complete_multipart(key, upload_id, parts).await
+    }
+
+    async fn abort_multipart(&self, key: &str, upload_id: &str) -> Result<(), StoreError> {
+        self.inner.abort_multipart(key, upload_id).await
+    }
+}
+
 #[async_trait]
 impl ObjectStore for KeyByKey {
     fn location(&self) -> String {
@@ -698,4 +756,23 @@ async fn a_clock_that_runs_ahead_lets_nothing_go() {
     assert_eq!(prune(Now::NotFarBeyondStored(a_year_later)).await, 0);
     assert_eq!(keys(&oracle.store).await, before);
     assert!(prune(Now::Told(a_year_later)).await > 0, "a person's word counts");
+}
+
+/// Prunes as soon as a mark is put: the worst moment.
+#[tokio::test]
+async fn a_mark_on_a_state_that_goes_in_the_same_moment_is_refused() {
+    let mut oracle = Oracle::new(512, 73).await;
+    oracle.begin_with_snapshot(None, 0).await;
+    a_segment_a_day(&mut oracle, 10, &[3, 7]).await;
+    let inner = oracle.store.clone();
+    let now_ms = oracle.now_ms();
+    // The hook can't wait; the deletions of that moment are those of a prune that was planned before.
+    let settings = window(DAY_MS);
+    let planned = prune(&inner, &settings, Now::Told(now_ms), &mut TailCache::default(), true).await.unwrap().plan;
+    let doomed: Vec<String> = planned.going.iter().map(|going| going.key.to_string()).collect();
+    assert!(!doomed.is_empty());
+    let store: SharedStore = Arc::new(GoneWithTheMark { inner: inner.clone(), doomed });
+    let refused = set_mark(&store, "late", Target::Txid(4), None, now_ms).await.unwrap_err();
+    assert!(matches!(refused, RetainError::Restore(RestoreError::OutOfRange { .. })), "{refused}");
+    assert_eq!(load_marks(&inner).await.unwrap(), [], "no mark stands for what is gone");
 }

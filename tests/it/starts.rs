@@ -137,6 +137,33 @@ fn a_snapshot_is_not_there_before_what_it_needs() {
     machine.check(newest);
 }
 
+/// A restore, days go by, and what was restored is let go before the next start: what would go on from it could not be restored.
+#[test]
+fn a_restored_state_that_was_let_go_is_nothing_to_go_on_from() {
+    let mut machine = Machine::new("PRAGMA page_size=4096", |store| store);
+    let a_day = std::time::Duration::from_secs(86_400);
+    machine.start();
+    machine.commit("INSERT INTO item(body) VALUES(randomblob(100))");
+    let old = machine.sync();
+    for _ in 0..3 {
+        machine.pass(a_day);
+        machine.commit("INSERT INTO item(body) VALUES(randomblob(100))");
+        machine.snapshot();
+    }
+    machine.sync();
+    machine.stop();
+    machine.restore(old, true);
+    machine.pass(4 * a_day);
+    let outcome = machine.prune(&mut Default::default()).unwrap();
+    assert!(outcome.deleted_objects > 0);
+    machine.start();
+    let newest = machine.sync();
+    machine.check(newest);
+    machine.commit("INSERT INTO item(body) VALUES(randomblob(100))");
+    let newest = machine.sync();
+    machine.check(newest);
+}
+
 /// After a restore the next start forks an epoch at the restored transaction, and uploads its record alone. What was undone
 /// stays.
 #[test]
