@@ -1,5 +1,6 @@
 //! The one place that turns errors into text, a hint and an exit code.
 
+use std::fmt;
 use std::process::ExitCode;
 
 use super::tell::tell;
@@ -73,6 +74,12 @@ impl Failure {
             tell(format_args!("hint: {hint}"));
         }
         ExitCode::from(self.code)
+    }
+}
+
+impl fmt::Display for Failure {
+    fn fmt(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
+        out.write_str(&self.message)
     }
 }
 

@@ -4,6 +4,7 @@ use std::io::{self, Write};
 use std::time::Duration;
 
 use clap::{Args, ValueEnum};
+use jiff::tz::TimeZone;
 
 use super::exit_code::Failure;
 use super::moment::{parse_moment, parse_txid};
@@ -85,7 +86,9 @@ impl MarkArguments {
     /// The state to mark, and the line it is on. Without any wish the newest one, after everything that was committed is shipped.
     async fn target(&self, source: &Source, now_ms: u64) -> Result<(Target, Option<u32>), Failure> {
         match (&self.at, self.txid, self.epoch, &source.database) {
-            (Some(at), ..) => Ok((Target::Time(parse_moment(at, now_ms).map_err(Failure::usage)?), self.epoch)),
+            (Some(at), ..) => {
+                Ok((Target::Time(parse_moment(at, now_ms, &TimeZone::UTC).map_err(Failure::usage)?), self.epoch))
+            }
             (None, Some(txid), ..) => Ok((Target::Txid(txid), self.epoch)),
             (None, None, None, Some(database)) => {
                 let State { position, .. } =

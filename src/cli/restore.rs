@@ -1,7 +1,7 @@
 //! `waltrail restore`
 
 use std::fmt;
-use std::io::{self, IsTerminal, Write};
+use std::io::{self, IsTerminal};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -9,20 +9,21 @@ use clap::Args;
 
 use super::exit_code::Failure;
 use super::interrupt::unless_interrupted;
-use super::moment::{parse_moment, parse_txid};
+use super::moment::{parse_moment, parse_txid, parse_zone};
+use super::recover::{Recovered, Recovery, to_stdout};
+use super::report::{Cost, Reporter, RestoreOutput};
 use super::tell::tell;
-use super::{ConfigArgument, open_patiently};
-use crate::clock::{Clock, SystemClock, format_time};
+use super::{ConfigArgument, Source, open_patiently};
+use crate::clock::{Clock, SystemClock};
 use crate::config::default_state_dir;
-use crate::replicate::handover::{Handover, Restored};
-use crate::replicate::snapshots::SnapshotNote;
 use crate::restore::RestoreError;
-use crate::restore::execute::execute;
 use crate::restore::history::History;
-use crate::restore::install::Incoming;
+use crate::restore::install::{Manner, partial_path};
 use crate::restore::plan::{Plan, Target, plan};
+use crate::restore::progress::Progress;
 use crate::retain::marks::find_mark;
-use crate::store::metered::Metered;
+use crate::store::SharedStore;
+use crate::store::metered::{Meter, Metered};
 
 /// Arguments of `restore`.
 #[derive(Debug, Args)]
@@ -32,10 +33,12 @@ Examples:
   waltrail restore s3://my-bucket/app --output app.db --at '10 minutes ago'
   waltrail restore s3://my-bucket/app --output app.db --txid 1234 --dry-run
   waltrail restore --config /etc/waltrail.toml /data/app.db --if-missing --if-replica-exists
+  waltrail restore s3://my-bucket/app --output app.db --before-schema-change
   waltrail restore s3://my-bucket/app --output - | gzip > app.db.gz
+  waltrail restore --all --output-dir /tmp/check --at 'yesterday 14:00' --tz Europe/Berlin
 
-Times: 2026-03-01T14:00:00Z, 2026-03-01T16:00:00+02:00, '2026-03-01 14:00' (UTC unless it has an offset), '10 minutes ago',
-'2 days ago'. The last transaction that is not later is chosen.
+Times: 2026-03-01T14:00:00Z, 2026-03-01T16:00:00+02:00, '2026-03-01 14:00' and 'yesterday 14:00' (UTC, or as --tz says), '10 minutes
+ago', '2 days ago'. The last transaction that is not later is chosen.
 What is restored is checked against its recorded fingerprint before the file gets its name.")]
 pub struct RestoreArguments {
     /// A replica URL, or the path of a database of the configuration [default: the only one there, or the environment's]
@@ -52,9 +55,15 @@ pub struct RestoreArguments {
     /// Follow the line that ends in this epoch, not the newest one
     #[arg(long)]
     epoch: Option<u32>,
+    /// The time zone of --at, if it names none: Europe/Berlin, local [default: UTC]
+    #[arg(long, value_name = "ZONE", value_parser = parse_zone, requires = "at")]
+    tz: Option<jiff::tz::TimeZone>,
     /// Restore the state that a mark names
     #[arg(long, value_name = "NAME", conflicts_with_all = ["at", "txid", "epoch"])]
     mark: Option<String>,
+    /// Restore the state that the last migration found: before the last transaction that changed the schema
+    #[arg(long, conflicts_with_all = ["at", "txid", "mark"])]
+    before_schema_change: bool,
     /// Show what would be done, and do nothing; needs no --output
     #[arg(long)]
     dry_run: bool,
@@ -67,105 +76,195 @@ pub struct RestoreArguments {
     /// Do nothing, successfully, if there is no backup yet
     #[arg(long)]
     if_replica_exists: bool,
+    /// With --force: keep what is there beside it, as FILE.before-restore
+    #[arg(long, requires = "force")]
+    keep_old: bool,
+    /// Go on from what an earlier restore with --resume left, and leave what this one has if it does not come to its end
+    #[arg(long)]
+    resume: bool,
+    /// Restore every database of the configuration
+    #[arg(long, requires = "output_dir", conflicts_with_all = ["source", "output", "txid", "epoch"])]
+    all: bool,
+    /// With --all: where the databases go, under their own names
+    #[arg(long, value_name = "DIRECTORY", requires = "all")]
+    output_dir: Option<PathBuf>,
+    /// Tell nothing but errors, and of success one line
+    #[arg(long, short)]
+    quiet: bool,
+    /// How to tell: text on standard error, or JSON events on standard output
+    #[arg(long, value_enum, default_value_t = RestoreOutput::Text)]
+    format: RestoreOutput,
     #[command(flatten)]
     config: ConfigArgument,
 }
 
-/// Restores, unless interrupted: then the file that was being written is removed on the way out.
+/// Restores, unless interrupted: then the file that was being written is removed on the way out, or kept to be resumed.
 ///
 /// # Errors
 /// See [`RestoreError`].
 pub async fn run(arguments: RestoreArguments) -> Result<(), Failure> {
-    unless_interrupted(restore(arguments), "interrupted; nothing was changed").await
+    let what = match arguments.resume {
+        true => "interrupted; nothing was changed, and the same command goes on from here",
+        false => "interrupted; nothing was changed",
+    };
+    unless_interrupted(restore(arguments), what).await
 }
 
 async fn restore(arguments: RestoreArguments) -> Result<(), Failure> {
-    let clock = SystemClock::new();
+    if let Some(directory) = &arguments.output_dir {
+        return restore_all(&arguments, directory).await;
+    }
     let source = arguments.config.resolve(arguments.source.as_deref())?;
     let known_path = source.database.as_ref().map(|database| database.path.clone());
-    let output = arguments.output.clone().or(known_path).map(Output::of);
-    let asked = match (&arguments.at, arguments.txid) {
-        (Some(at), _) => Target::Time(parse_moment(at, clock.now_ms()).map_err(Failure::usage)?),
-        (None, Some(txid)) => Target::Txid(txid),
-        (None, None) => Target::Latest,
-    };
     // A plan needs no target; all else does.
-    let output = match output {
+    let output = match arguments.output.clone().or(known_path).map(Output::of) {
         None if arguments.dry_run => None,
         None => return Err(Failure::usage("where to? Name a file with --output".into())),
         Some(output) => Some(output.check(&arguments)?),
     };
+    restore_one(&arguments, &source, output).await
+}
+
+/// One after another; all are tried, and the first failure is the one that is told.
+async fn restore_all(arguments: &RestoreArguments, directory: &Path) -> Result<(), Failure> {
+    let databases = arguments.config.databases(&[])?;
+    let mut outputs: Vec<PathBuf> = Vec::new();
+    for database in &databases {
+        let output = directory.join(database.path.file_name().unwrap_or_default());
+        if outputs.contains(&output) {
+            let shown = output.display();
+            return Err(Failure::usage(format!("two databases would go to {shown}; restore them one by one")));
+        }
+        outputs.push(output);
+    }
+    std::fs::create_dir_all(directory)
+        .map_err(|error| Failure::other(format!("{} can't be made: {error}", directory.display())))?;
+    let mut failures = Vec::new();
+    for (database, output) in databases.into_iter().zip(outputs) {
+        let source = Source { replica: database.replica.clone(), database: None };
+        if let Err(failure) = restore_one(arguments, &source, Some(Output::File(output))).await {
+            tell(format_args!("{}: {failure}", database.path.display()));
+            failures.push(failure);
+        }
+    }
+    failures.into_iter().next().map_or(Ok(()), Err)
+}
+
+impl RestoreArguments {
+    fn manner(&self) -> Manner {
+        Manner { forces: self.force, keeps_old: self.keep_old, resumes: self.resume }
+    }
+
+    /// What to restore, and the line it is on.
+    async fn target(&self, store: &SharedStore) -> Result<(Target, Option<u32>), Failure> {
+        let zone = self.tz.clone().unwrap_or(jiff::tz::TimeZone::UTC);
+        Ok(match (&self.at, self.txid, &self.mark) {
+            (Some(at), ..) => {
+                let asked_ms = parse_moment(at, SystemClock::new().now_ms(), &zone).map_err(Failure::usage)?;
+                (Target::Time(asked_ms), self.epoch)
+            }
+            (None, Some(txid), _) => (Target::Txid(txid), self.epoch),
+            (None, None, Some(name)) => {
+                let mark = find_mark(store, name).await?;
+                (Target::Txid(mark.txid), Some(mark.epoch))
+            }
+            (None, None, None) if self.before_schema_change => (Target::BeforeSchemaChange, self.epoch),
+            (None, None, None) => (Target::Latest, self.epoch),
+        })
+    }
+}
+
+async fn restore_one(arguments: &RestoreArguments, source: &Source, output: Option<Output>) -> Result<(), Failure> {
     let is_there = match &output {
         Some(Output::File(path)) => is_there(path)?,
         Some(Output::Stdout) | None => false,
     };
+    let reporter = Reporter::new(arguments.format, arguments.quiet);
     if let Some(output) = &output
         && arguments.if_missing
         && is_there
     {
-        tell(format_args!("{output} is there; nothing to do"));
-        return Ok(());
+        return reporter.note(&format!("{output} is there; nothing to do"));
     }
-    let (store, meter) = Metered::new(open_patiently(&source.replica).await);
-    let store: crate::store::SharedStore = Arc::new(store);
+    let clock = SystemClock::new();
     let begun = clock.monotonic();
-    let (target, epoch) = match &arguments.mark {
-        Some(name) => {
-            let mark = find_mark(&store, name).await?;
-            (Target::Txid(mark.txid), Some(mark.epoch))
-        }
-        None => (asked, arguments.epoch),
-    };
+    let (store, meter) = Metered::new(open_patiently(&source.replica).await);
+    let store: SharedStore = Arc::new(store);
+    let (target, epoch) = arguments.target(&store).await?;
     let planned = match History::load(&store).await {
-        Ok(history) => {
-            let planned = plan(&store, &history, target, epoch).await;
-            planned.map(|plan| (history, plan))
-        }
+        Ok(history) => plan(&store, &history, target, epoch).await.map(|plan| (history, plan)),
         Err(error) => Err(error),
     };
     let (history, plan) = match planned {
         Err(error @ (RestoreError::NoReplica { .. } | RestoreError::NothingYet { .. }))
             if arguments.if_replica_exists =>
         {
-            tell(format_args!("{error}; nothing to do"));
-            return Ok(());
+            return reporter.note(&format!("{error}; nothing to do"));
         }
         other => other?,
     };
-    tell(&plan);
-    if let Target::Time(asked_ms) = target {
-        tell(format_args!("asked      {}", format_time(asked_ms)));
-    }
-    tell(format_args!("time       {}", format_time(plan.time_ms)));
+    let asked_ms = if let Target::Time(asked_ms) = target { Some(asked_ms) } else { None };
+    reporter.planned(&plan, asked_ms)?;
     for note in &plan.notes {
-        tell(format_args!("note: {note}"));
+        reporter.note(note)?;
     }
     let output = match output {
         Some(output) if !arguments.dry_run => output,
         planned => {
-            if let (Some(output), true, false) = (planned, is_there, arguments.force) {
-                tell(format_args!("note: {output} is there: without --force, the restore is refused"));
-            }
-            return Ok(());
+            return match planned {
+                Some(output) if is_there && !arguments.force => {
+                    reporter.note(&format!("{output} is there: without --force, the restore is refused"))
+                }
+                _ => Ok(()),
+            };
         }
     };
-    let notes = match &output {
-        Output::Stdout => restore_to_stdout(&store, &plan).await?,
-        Output::File(path) => {
-            let configured = source.database.filter(|_| arguments.output.is_none()).map(|database| database.state_dir);
-            let state_dir = configured.unwrap_or_else(|| default_state_dir(path));
-            restore_to_file(&store, &history, &plan, path, &state_dir, arguments.force).await?
+    let reused_bytes = carry_out(arguments, source, &store, &history, &plan, &output, reporter).await?;
+    let seconds = (clock.monotonic() - begun).as_secs_f64();
+    reporter.restored(&plan, &output.to_string(), cost(&meter, reused_bytes, seconds))
+}
+
+fn cost(meter: &Meter, reused_bytes: u64, seconds: f64) -> Cost {
+    let traffic = meter.traffic();
+    Cost { reused_bytes, received_bytes: traffic.received_bytes, requests: traffic.requests, seconds }
+}
+
+/// Gives the bytes that were on the local disk already.
+async fn carry_out(
+    arguments: &RestoreArguments,
+    source: &Source,
+    store: &SharedStore,
+    history: &History,
+    plan: &Plan,
+    output: &Output,
+    reporter: Reporter,
+) -> Result<u64, Failure> {
+    let progress = Arc::new(Progress::default());
+    let mut watching = reporter.watch(&progress, plan.database_len_bytes());
+    let Output::File(path) = output else {
+        to_stdout(store, plan, progress).await?;
+        return Ok(0);
+    };
+    let configured = source.database.as_ref().filter(|_| arguments.output.is_none());
+    let state_dir = configured.map_or_else(|| default_state_dir(path), |database| database.state_dir.clone());
+    let manner = arguments.manner();
+    let recovery = Recovery { store, history, plan, output: path, state_dir: &state_dir, manner, progress };
+    let recovered = recovery.carry_out().await;
+    watching.shutdown().await;
+    let Recovered { notes, reused_bytes } = match recovered {
+        Err(error) if manner.resumes && partial_path(path).exists() => {
+            reporter.note(&format!(
+                "what was written is kept as {}; the same command goes on from there",
+                partial_path(path).display()
+            ))?;
+            return Err(error.into());
         }
+        other => other?,
     };
     for note in notes {
-        tell(format_args!("note: {note}"));
+        reporter.note(&note)?;
     }
-    let (seconds, traffic) = ((clock.monotonic() - begun).as_secs_f64(), meter.traffic());
-    tell(format_args!(
-        "restored   {output} in {seconds:.2} s; {} requests, {} bytes read; fingerprint checked",
-        traffic.requests, traffic.received_bytes
-    ));
-    Ok(())
+    Ok(reused_bytes)
 }
 
 /// Where the database goes.
@@ -182,8 +281,11 @@ impl Output {
     /// Refuses what makes no sense for standard output.
     fn check(self, arguments: &RestoreArguments) -> Result<Self, Failure> {
         match self {
-            Self::Stdout if arguments.force || arguments.if_missing => {
-                Err(Failure::usage("--force and --if-missing are about a file, not standard output".into()))
+            Self::Stdout if arguments.force || arguments.if_missing || arguments.resume => {
+                Err(Failure::usage("--force, --if-missing and --resume are about a file, not standard output".into()))
+            }
+            Self::Stdout if arguments.format == RestoreOutput::Json => {
+                Err(Failure::usage("standard output is the database; --format json needs a file as --output".into()))
             }
             Self::Stdout if io::stdout().is_terminal() && !arguments.dry_run => {
                 Err(Failure::usage("standard output is a terminal, and a database is no text; redirect it".into()))
@@ -212,68 +314,4 @@ fn is_there(path: &Path) -> Result<bool, RestoreError> {
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
         Err(error) => Err(failed(error)),
     }
-}
-
-/// Restores beside `output` and puts the file in its place; gives what the user should know.
-///
-/// # Errors
-/// See [`RestoreError`]; what was there is still there then.
-pub(super) async fn restore_to_file(
-    store: &crate::store::SharedStore,
-    history: &History,
-    plan: &Plan,
-    output: &Path,
-    state_dir: &Path,
-    force: bool,
-) -> Result<Vec<String>, Failure> {
-    let incoming = Incoming::create(output, force)?;
-    let done = execute(store, plan, incoming.handle()?, incoming.path()).await?;
-    // What the old database's state says must not outlive it.
-    let handover = Handover::begin(state_dir);
-    let mut notes = incoming.install(force)?;
-    let writer = history.epochs.get(&plan.position.epoch).map(|epoch| epoch.record.writer.clone());
-    let restored = Restored {
-        replica: history.replica.clone(),
-        writer: writer.unwrap_or_default(),
-        position: plan.position,
-        time_ms: plan.time_ms,
-        page_size: plan.page_size,
-        size_pages: plan.size_pages,
-        fingerprint: plan.fingerprint,
-        snapshot: SnapshotNote {
-            begun_ms: plan.snapshot.key.time_ms,
-            extents_len_bytes: done.extents_len_bytes,
-            log_len_bytes: plan.segments_len_bytes(),
-        },
-    };
-    let left = match handover {
-        Ok(handover) => handover.complete(&restored, done.page_hashes, output).map_err(|error| error.to_string()),
-        Err(error) => Err(error.to_string()),
-    };
-    notes.push(match left {
-        Ok(()) => format!("{} is what the next `waltrail replicate` of it goes on from", state_dir.display()),
-        Err(error) => format!("the next `waltrail replicate` of it takes it as it is then ({error})"),
-    });
-    Ok(notes)
-}
-
-/// Through a file without a name: pages come newest first, and nothing may be written before all of it is checked.
-async fn restore_to_stdout(store: &crate::store::SharedStore, plan: &Plan) -> Result<Vec<String>, Failure> {
-    let failed = |error: io::Error| Failure::other(format!("can't write to standard output: {error}"));
-    let made = tempfile::tempfile().and_then(|file| Ok((file.try_clone()?, file)));
-    let (handle, mut file) = made.map_err(|source| RestoreError::Io {
-        path: std::env::temp_dir(),
-        doing: "make a temporary file in (TMPDIR names another place)",
-        source,
-    })?;
-    execute(store, plan, handle, Path::new("the temporary file in TMPDIR")).await?;
-    let copy = move || {
-        io::Seek::rewind(&mut file)?;
-        let mut out = io::stdout().lock();
-        io::copy(&mut file, &mut out)?;
-        out.flush()
-    };
-    let copied = tokio::task::spawn_blocking(copy).await;
-    copied.map_err(|error| Failure::other(error.to_string()))?.map_err(failed)?;
-    Ok(Vec::new())
 }

@@ -3,6 +3,7 @@
 use std::ffi::OsString;
 use std::io;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Duration;
 
 use clap::Args;
@@ -10,8 +11,9 @@ use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 
 use super::exit_code::{Failure, NOT_CONFIRMED};
+use super::recover::Recovery;
 use super::replicate::{WhatArguments, jobs_of};
-use super::restore::restore_to_file;
+use super::report::{Reporter, RestoreOutput};
 use super::tell::tell;
 use super::{environment_database, open_patiently};
 use crate::clock::{SystemClock, format_time};
@@ -20,7 +22,9 @@ use crate::config::{Config, DatabaseConfig};
 use crate::replicate::run as replicate;
 use crate::restore::RestoreError;
 use crate::restore::history::History;
+use crate::restore::install::Manner;
 use crate::restore::plan::{Target, plan};
+use crate::restore::progress::Progress;
 use crate::run::child::{Child, Signals, exit_code};
 use crate::run::place::{VOLUME_VARIABLE, loss};
 
@@ -200,8 +204,13 @@ async fn restore(database: &DatabaseConfig) -> Result<(), Failure> {
         std::fs::create_dir_all(directory)
             .map_err(|error| Failure::other(format!("{} can't be made: {error}", directory.display())))?;
     }
-    let notes = restore_to_file(&store, &history, &plan, path, &database.state_dir, path.exists()).await?;
-    for note in notes {
+    // An empty file is what opening a database that is not there leaves. A container that is ended in the middle goes on.
+    let manner = Manner { forces: path.exists(), keeps_old: false, resumes: true };
+    let (state_dir, progress) = (database.state_dir.as_path(), Arc::new(Progress::default()));
+    let _watching = Reporter::new(RestoreOutput::Text, false).watch(&progress, plan.database_len_bytes());
+    let recovery =
+        Recovery { store: &store, history: &history, plan: &plan, output: path, state_dir, manner, progress };
+    for note in recovery.carry_out().await?.notes {
         tracing::info!("{note}");
     }
     tracing::info!(database = shown, state = %plan.position, time = format_time(plan.time_ms), "restored");

@@ -1,14 +1,14 @@
 //! Giving a restored database its name: never over something that is in use, never half, and what was there is whole until
 //! the moment that the new file takes its place.
 
-use std::fs::{self, File, Metadata, Permissions};
+use std::fs::{self, File, Metadata, Permissions, TryLockError};
 use std::io;
 use std::os::fd::AsRawFd;
-use std::os::unix::fs::{MetadataExt, PermissionsExt, chown};
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt, PermissionsExt, chown};
 use std::path::{Path, PathBuf};
 
 use rusqlite::{Connection, OpenFlags};
-use tempfile::NamedTempFile;
+use tempfile::{NamedTempFile, TempPath};
 
 use super::RestoreError;
 use crate::sqlite::sidecar;
@@ -17,11 +17,24 @@ use crate::sqlite::sidecar;
 const PENDING_BYTE: i64 = 0x4000_0000;
 const LOCK_BYTES_LEN: i64 = 512;
 
-/// A file beside the target that a database is restored into. Removed when it is dropped before it is installed.
+/// How a restore treats what is there.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Manner {
+    /// A target that is there is replaced.
+    pub forces: bool,
+    /// And kept under another name.
+    pub keeps_old: bool,
+    /// What an earlier attempt left is gone on from, and what this one leaves is kept.
+    pub resumes: bool,
+}
+
+/// A file beside the target that a database is restored into. Removed when it is dropped before it is installed, unless it is to
+/// be resumed.
 #[derive(Debug)]
 pub struct Incoming {
     file: NamedTempFile,
     target: PathBuf,
+    manner: Manner,
 }
 
 impl Incoming {
@@ -29,26 +42,30 @@ impl Incoming {
     /// for the file it leads to, as it does for SQLite.
     ///
     /// # Errors
-    /// [`RestoreError::TargetExists`] unless `force`; [`RestoreError::TargetInUse`].
-    pub fn create(target: &Path, force: bool) -> Result<Self, RestoreError> {
+    /// [`RestoreError::TargetExists`] unless it is forced; [`RestoreError::TargetInUse`].
+    pub fn create(target: &Path, manner: Manner) -> Result<Self, RestoreError> {
         let mut target = target.to_owned();
         // The file gets no more rights than what is there now has; where nothing is, those that SQLite gives, less the umask.
         let mut mode = 0o644;
         if target.exists() {
-            if !force {
+            if !manner.forces {
                 return Err(RestoreError::TargetExists(target));
             }
             target = fs::canonicalize(&target).map_err(RestoreError::io(&target, "follow"))?;
             check_unused(&target)?;
             mode = 0o600;
         }
-        let name = target.file_name().unwrap_or_default().to_string_lossy().into_owned();
-        let file = tempfile::Builder::new()
-            .prefix(&format!(".{name}.waltrail-restore-"))
-            .permissions(Permissions::from_mode(mode))
-            .tempfile_in(directory_of(&target))
-            .map_err(RestoreError::io(&target, "make a file beside"))?;
-        Ok(Self { file, target })
+        let made =
+            if manner.resumes { open_partial(&partial_path(&target), mode) } else { make_partial(&target, mode) };
+        let file = made.map_err(RestoreError::io(&target, "make a file beside"))?;
+        Ok(Self { file, target, manner })
+    }
+
+    /// What the target holds now, if it is to be replaced: much of it may be right. Nobody has it open, so there are no locks to
+    /// lose when this is closed.
+    #[must_use]
+    pub fn old(&self) -> Option<File> {
+        File::open(&self.target).ok().filter(|_| self.manner.forces)
     }
 
     /// The file's path.
@@ -69,20 +86,23 @@ impl Incoming {
     ///
     /// # Errors
     /// As at [`Incoming::create`]; then the target holds what it held.
-    pub fn install(self, force: bool) -> Result<Vec<String>, RestoreError> {
-        let Self { file, target } = self;
+    pub fn install(self) -> Result<Vec<String>, RestoreError> {
+        let Self { file, target, manner } = self;
         let mut notes = Vec::new();
         let old = fs::metadata(&target).ok();
         if let Some(old) = &old {
-            if !force {
+            if !manner.forces {
                 return Err(RestoreError::TargetExists(target));
             }
             check_unused(&target)?;
             notes.extend(take_over_rights(&file, old, &target)?);
         }
         // SQLite takes the WAL beside an empty file for a leftover and deletes it.
-        let kept = settle_old(&target, old.is_some_and(|old| old.len() > 0))?;
-        let replaced = replace(file, &target, force);
+        let kept = settle_old(&target, old.as_ref().is_some_and(|old| old.len() > 0))?;
+        if manner.keeps_old && old.is_some() {
+            notes.push(format!("what was there is kept as {}", keep_old(&target)?.display()));
+        }
+        let replaced = replace(file, &target, manner.forces);
         if let Some(kept) = kept {
             let wal = sidecar(&target, "-wal");
             match &replaced {
@@ -96,6 +116,44 @@ impl Incoming {
         }
         replaced.map(|()| notes)
     }
+}
+
+/// What a restore that can be resumed leaves behind.
+#[must_use]
+pub fn partial_path(target: &Path) -> PathBuf {
+    let name = target.file_name().unwrap_or_default().to_string_lossy();
+    target.with_file_name(format!(".{name}.waltrail-restore-partial"))
+}
+
+fn make_partial(target: &Path, mode: u32) -> io::Result<NamedTempFile> {
+    let name = target.file_name().unwrap_or_default().to_string_lossy();
+    tempfile::Builder::new()
+        .prefix(&format!(".{name}.waltrail-restore-"))
+        .permissions(Permissions::from_mode(mode))
+        .tempfile_in(directory_of(target))
+}
+
+/// Opens what an earlier attempt left, or makes it; for this process alone.
+fn open_partial(path: &Path, mode: u32) -> io::Result<NamedTempFile> {
+    let file = File::options().read(true).write(true).create(true).truncate(false).mode(mode).open(path)?;
+    file.try_lock().map_err(|error| match error {
+        TryLockError::WouldBlock => {
+            io::Error::new(io::ErrorKind::ResourceBusy, format!("another restore writes to {}", path.display()))
+        }
+        TryLockError::Error(error) => error,
+    })?;
+    let mut file = NamedTempFile::from_parts(file, TempPath::try_from_path(path)?);
+    file.disable_cleanup(true);
+    Ok(file)
+}
+
+/// A second name for what is there, so that there is no moment without it.
+fn keep_old(target: &Path) -> Result<PathBuf, RestoreError> {
+    let kept = free_name(target, "")?;
+    let failed = RestoreError::io(target, "keep");
+    // Not every file system has second names.
+    fs::hard_link(target, &kept).or_else(|_| fs::copy(target, &kept).map(drop)).map_err(failed)?;
+    Ok(kept)
 }
 
 /// Gives the file the mode and owner of what it replaces.
@@ -177,17 +235,17 @@ fn settle_old(target: &Path, has_main: bool) -> Result<Option<PathBuf>, RestoreE
     if (has_main && settle().unwrap_or(false)) || !has_content(&wal) {
         return Ok(None);
     }
-    let kept = free_name(target)?;
+    let kept = free_name(target, "-wal")?;
     fs::rename(&wal, &kept).map_err(RestoreError::io(&wal, "keep"))?;
     Ok(Some(kept))
 }
 
 /// What an earlier restore kept is not written over.
-fn free_name(target: &Path) -> Result<PathBuf, RestoreError> {
+fn free_name(target: &Path, suffix: &str) -> Result<PathBuf, RestoreError> {
     let names = (0..1000).map(|number| match number {
-        0 => sidecar(target, "-wal.before-restore"),
-        _ => sidecar(target, &format!("-wal.before-restore-{number}")),
+        0 => sidecar(target, &format!("{suffix}.before-restore")),
+        _ => sidecar(target, &format!("{suffix}.before-restore-{number}")),
     });
-    let taken = || RestoreError::io(target, "keep the WAL of")(io::ErrorKind::AlreadyExists.into());
+    let taken = || RestoreError::io(target, "keep")(io::ErrorKind::AlreadyExists.into());
     names.into_iter().find(|name| !name.exists()).ok_or_else(taken)
 }

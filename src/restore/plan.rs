@@ -22,6 +22,8 @@ pub enum Target {
     Time(u64),
     /// The state after a transaction.
     Txid(u64),
+    /// The state that the last transaction found that changed the schema.
+    BeforeSchemaChange,
 }
 
 /// What a restore will do.
@@ -148,6 +150,7 @@ impl Planner<'_> {
         match target {
             Target::Latest => Ok(Some(run.last_txid)),
             Target::Txid(txid) => Ok((run.first_txid..=run.last_txid).contains(&txid).then_some(txid)),
+            Target::BeforeSchemaChange => self.before_schema_change(run).await,
             Target::Time(asked_ms) => {
                 let known = match self.last_transaction_at(run, asked_ms).await? {
                     None => self
@@ -162,6 +165,19 @@ impl Planner<'_> {
                 Ok(follows.map(|gap| gap.first_txid).or(known))
             }
         }
+    }
+
+    /// The state that the last transaction of `run` that changed the schema found.
+    async fn before_schema_change(&self, run: &Run<'_>) -> Result<Option<u64>, RestoreError> {
+        for planned in run.segments.iter().rev() {
+            let transactions = self.table(&planned.stored).await?;
+            let changes =
+                |transaction: &&Transaction| transaction.txid <= planned.last_txid && transaction.info.schema_changed;
+            if let Some(found) = transactions.iter().rev().find(changes) {
+                return Ok(Some(found.txid - 1));
+            }
+        }
+        Ok(None)
     }
 
     /// The last transaction in a segment of `run` that is not later.
@@ -290,7 +306,8 @@ impl Planner<'_> {
     async fn notes(&self, index: usize, target: Target, plan: &Plan) -> Result<Vec<String>, RestoreError> {
         let mut notes = Vec::new();
         let is_end_of_run = self.runs.get(index).is_some_and(|run| run.last_txid == plan.position.txid);
-        if is_end_of_run && !matches!(target, Target::Txid(_)) {
+        let is_asked_for = matches!(target, Target::Txid(_) | Target::BeforeSchemaChange);
+        if is_end_of_run && !is_asked_for {
             // A time is before the start of all but the next run, or the newest of them would have served it.
             let newer =
                 if target == Target::Latest { &self.runs[..index] } else { &self.runs[index.saturating_sub(1)..index] };
@@ -299,7 +316,7 @@ impl Planner<'_> {
             }
         }
         let is_newest_line = self.history.epochs.keys().next_back() == Some(&self.line);
-        if is_end_of_run && index == 0 && !is_newest_line && !matches!(target, Target::Txid(_)) {
+        if is_end_of_run && index == 0 && !is_newest_line && !is_asked_for {
             notes.push(format!("the line of epoch {} was left; this is its end as far as it is kept", self.line));
         }
         if let Target::Time(asked_ms) = target {
@@ -351,6 +368,7 @@ impl Planner<'_> {
     async fn out_of_range(&self, target: Target) -> Result<RestoreError, RestoreError> {
         let asked = match target {
             Target::Latest => return Ok(RestoreError::NothingYet { location: self.location.to_owned() }),
+            Target::BeforeSchemaChange => "a state before a change of the schema".to_owned(),
             Target::Time(asked_ms) => format!("the time {}", format_time(asked_ms)),
             Target::Txid(txid) => format!("transaction {txid}"),
         };

@@ -10,7 +10,7 @@ use waltrail::format::segment::{Segment, SegmentWriter};
 use waltrail::restore::RestoreError;
 use waltrail::restore::execute::execute;
 use waltrail::restore::history::History;
-use waltrail::restore::install::Incoming;
+use waltrail::restore::install::{Incoming, Manner};
 use waltrail::restore::plan::{Target, plan};
 use waltrail::store::PutMode;
 
@@ -19,12 +19,14 @@ use crate::support::{Daemon, create_database, insert, number, open, wait_for_res
 
 /// Restores a newest state over `target`, as the command does.
 async fn restore_to(oracle: &Oracle, target: &Path, force: bool) -> Result<Vec<String>, RestoreError> {
-    let incoming = Incoming::create(target, force)?;
+    let incoming = Incoming::create(target, Manner { forces: force, ..Manner::default() })?;
     let history = History::load(&oracle.store).await?;
     let plan = plan(&oracle.store, &history, Target::Latest, None).await?;
     execute(&oracle.store, &plan, incoming.handle()?, incoming.path()).await?;
-    incoming.install(force)
+    incoming.install()
 }
+
+const FORCED: Manner = Manner { forces: true, keeps_old: false, resumes: false };
 
 fn names(directory: &Path) -> Vec<String> {
     let mut names: Vec<String> =
@@ -114,9 +116,9 @@ async fn a_target_in_use_is_left_alone() {
         drop(held);
     }
     // Taken into use while the restore was under way.
-    let incoming = Incoming::create(&target, true).unwrap();
+    let incoming = Incoming::create(&target, FORCED).unwrap();
     let held = HeldLock::new(&target, 0x4000_0002);
-    let error = incoming.install(true).unwrap_err();
+    let error = incoming.install().unwrap_err();
     assert!(matches!(error, RestoreError::TargetInUse(_)), "{error}");
     drop(held);
     assert!(std::fs::read(&target).unwrap() == before);
@@ -178,7 +180,7 @@ async fn what_the_old_database_holds_in_its_wal_outlives_a_failure() {
     let target = crashed(directory.path(), 20);
     // The journal can't be removed, so the restore fails after the old database was settled.
     std::fs::create_dir_all(directory.path().join("app.db-journal/in-the-way")).unwrap();
-    Incoming::create(&target, true).unwrap().install(true).unwrap_err();
+    Incoming::create(&target, FORCED).unwrap().install().unwrap_err();
     std::fs::remove_dir_all(directory.path().join("app.db-journal")).unwrap();
     assert_eq!(number(&open(&target), "SELECT count(*) FROM item"), 20);
     assert!(!names(directory.path()).iter().any(|name| name.contains("restore")), "{:?}", names(directory.path()));
@@ -197,7 +199,7 @@ async fn what_the_old_database_holds_in_its_journal_outlives_a_failure() {
     }
     std::fs::create_dir_all(directory.path().join("app.db-shm/in-the-way")).unwrap();
     let target = directory.path().join("app.db");
-    Incoming::create(&target, true).unwrap().install(true).unwrap_err();
+    Incoming::create(&target, FORCED).unwrap().install().unwrap_err();
     std::fs::remove_dir_all(directory.path().join("app.db-shm")).unwrap();
     // No journal any more: what it held is in the main file.
     assert_eq!(names(directory.path()), ["app.db"]);

@@ -10,6 +10,7 @@ mod marks;
 mod merging;
 mod month;
 mod objects;
+mod recover;
 mod replicate;
 mod restore;
 mod retain;

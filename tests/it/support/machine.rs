@@ -26,7 +26,7 @@ use waltrail::replicate::state::StateDirectory;
 use waltrail::replicate::wake::{Event, Mailbox};
 use waltrail::restore::execute::execute;
 use waltrail::restore::history::History;
-use waltrail::restore::install::Incoming;
+use waltrail::restore::install::{Incoming, Manner};
 use waltrail::restore::plan::{Plan, Target, plan};
 use waltrail::restore::tail::read_snapshot_tail;
 use waltrail::retain::marks::set_mark;
@@ -303,7 +303,7 @@ impl Machine {
         });
     }
 
-    pub fn ask_snapshot(&self) -> oneshot::Receiver<State> {
+    fn ask_snapshot(&self) -> oneshot::Receiver<State> {
         let (reply, replied) = oneshot::channel();
         self.daemon.as_ref().unwrap().mailbox.send(Event::SnapshotWanted(reply));
         replied
@@ -405,10 +405,10 @@ impl Machine {
             let history = History::load(&self.memory).await.unwrap();
             let target = Target::Txid(position.txid);
             let plan = plan(&self.memory, &history, target, Some(position.epoch)).await.unwrap();
-            let incoming = Incoming::create(&database, true).unwrap();
+            let incoming = Incoming::create(&database, Manner { forces: true, ..Manner::default() }).unwrap();
             let done = execute(&self.memory, &plan, incoming.handle().unwrap(), incoming.path()).await.unwrap();
             let handover = Handover::begin(&self.state_dir()).unwrap();
-            incoming.install(true).unwrap();
+            incoming.install().unwrap();
             if leaves_state {
                 let restored = Restored {
                     replica: history.replica.clone(),
