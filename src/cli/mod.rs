@@ -2,6 +2,7 @@
 
 pub mod ask;
 pub mod demo;
+pub mod doctor;
 pub mod exit_code;
 mod interrupt;
 pub mod log;
@@ -80,6 +81,8 @@ enum Command {
     Unmark(mark::UnmarkArguments),
     /// Let old history go, as the daemon does it every hour
     Prune(prune::PruneArguments),
+    /// Look at a database's place and at the store: what could go wrong
+    Doctor(doctor::DoctorArguments),
     /// Show the main job on a database of its own: replicate, crash, restore, compare
     Demo(demo::DemoArguments),
 }
@@ -262,6 +265,10 @@ fn run(arguments: Arguments) -> Result<u8, Failure> {
         Command::Unmark(arguments) => {
             start_log(&flags, None, LogLevel::Warn);
             runtime.block_on(mark::unmark(arguments)).map(|()| 0)
+        }
+        Command::Doctor(arguments) => {
+            start_log(&flags, None, LogLevel::Warn);
+            runtime.block_on(doctor::run(arguments)).map(|()| 0)
         }
         Command::Prune(arguments) => {
             start_log(&flags, None, LogLevel::Warn);

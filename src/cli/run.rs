@@ -26,7 +26,7 @@ use crate::restore::install::Manner;
 use crate::restore::plan::{Target, plan};
 use crate::restore::progress::Progress;
 use crate::run::child::{Child, Signals, exit_code};
-use crate::run::place::{VOLUME_VARIABLE, loss};
+use crate::run::place::loss_here;
 
 /// Arguments of `run`.
 #[derive(Debug, Args)]
@@ -77,7 +77,10 @@ pub async fn run(arguments: RunArguments, config: Config) -> Result<u8, Failure>
     let failed = |error: io::Error| Failure::other(format!("can't listen for signals: {error}"));
     let mut signals = Signals::listen().map_err(failed)?;
     for database in &config.databases {
-        warn_of_loss(&database.path);
+        // The commonest loss there is: a database that goes with its container.
+        if let Some(why) = loss_here(&database.path) {
+            tracing::error!("DANGER: {why}");
+        }
     }
     tokio::select! {
         restored = restore_missing(&config, arguments.restore_timeout) => restored?,
@@ -141,16 +144,6 @@ async fn all_stand(stands: &mut mpsc::UnboundedReceiver<PathBuf>, databases: usi
             // Replication has ended; what it says is looked at beside this.
             None => return std::future::pending().await,
         };
-    }
-}
-
-/// The commonest loss there is: a database that goes with its container.
-fn warn_of_loss(database: &Path) {
-    let mounts = std::fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
-    let volume = std::env::var_os(VOLUME_VARIABLE).filter(|path| !path.is_empty()).map(PathBuf::from);
-    let is_on_railway = std::env::var_os("RAILWAY_ENVIRONMENT_ID").is_some();
-    if let Some(why) = loss(database, &mounts, volume.as_deref(), is_on_railway) {
-        tracing::error!("DANGER: {why}");
     }
 }
 

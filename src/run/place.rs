@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 /// Railway's name for where the volume is mounted.
-pub const VOLUME_VARIABLE: &str = "RAILWAY_VOLUME_MOUNT_PATH";
+const VOLUME_VARIABLE: &str = "RAILWAY_VOLUME_MOUNT_PATH";
 
 /// Why a database would be lost with its container, in a sentence; `None` when nothing speaks for that. `mounts` is the content of
 /// `/proc/self/mountinfo`, `volume` what [`VOLUME_VARIABLE`] holds.
@@ -33,6 +33,15 @@ pub fn loss(database: &Path, mounts: &str, volume: Option<&Path>, is_on_railway:
             point.display()
         )
     })
+}
+
+/// The same, by what this process sees: its mounts and its environment.
+#[must_use]
+pub fn loss_here(database: &Path) -> Option<String> {
+    let mounts = std::fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
+    let volume = std::env::var_os(VOLUME_VARIABLE).filter(|path| !path.is_empty()).map(PathBuf::from);
+    let is_on_railway = std::env::var_os("RAILWAY_ENVIRONMENT_ID").is_some();
+    loss(database, &mounts, volume.as_deref(), is_on_railway)
 }
 
 /// The mount that a path is on, and its file system's type (proc(5), `/proc/pid/mountinfo`).

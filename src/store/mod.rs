@@ -6,6 +6,7 @@ pub mod directory;
 pub mod faults;
 pub mod memory;
 pub mod metered;
+pub mod probe;
 pub mod retry;
 pub mod s3;
 pub mod upload;

@@ -1,6 +1,7 @@
 //! Tests of the built program and the library, in one binary: linking the storage SDK takes long.
 
 mod cli;
+mod doctor;
 mod downtime;
 mod entry_point;
 mod format;

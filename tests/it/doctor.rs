@@ -1,0 +1,85 @@
+//! What `doctor` finds, on stores that keep their promises and on those that do not.
+
+use std::sync::Arc;
+
+use waltrail::clock::SystemClock;
+use waltrail::store::faults::{Fault, Faulty};
+use waltrail::store::memory::MemoryStore;
+use waltrail::store::probe::{Finding, Weight, probe};
+use waltrail::store::{Operation, SharedStore, StoreErrorKind};
+
+use crate::support::s3::S3Server;
+use crate::support::scene::Scene;
+use crate::support::{create_database, run, stderr, waltrail};
+
+fn finding<'a>(findings: &'a [Finding], what: &str) -> &'a Finding {
+    findings.iter().find(|finding| finding.what == what).unwrap()
+}
+
+#[test]
+fn a_good_store_and_a_good_place() {
+    let server = S3Server::start();
+    let scene = Scene::new();
+    drop(create_database(&scene.database(), 5, ""));
+    let config = scene.path("waltrail.toml");
+    let (database, replica) = (scene.database(), server.url("doctor"));
+    std::fs::write(&config, format!("[[database]]\npath = \"{}\"\nreplica = \"{replica}\"\n", database.display()))
+        .unwrap();
+    let done = waltrail()
+        .args(["doctor", "--config", config.to_str().unwrap(), database.to_str().unwrap()])
+        .env_remove("RAILWAY_VOLUME_MOUNT_PATH")
+        .output()
+        .unwrap();
+    let told = String::from_utf8(done.stdout.clone()).unwrap();
+    for says in
+        ["in WAL mode, pages of 4096", "conditional put    honoured", "delete             what is deleted is gone"]
+    {
+        assert!(told.contains(says), "{says}\n{told}{}", stderr(&done));
+    }
+    assert!(told.lines().skip(1).all(|line| line.starts_with("good")), "{told}");
+    // Nothing is left, and nothing was made.
+    let log = run(["log", &replica]);
+    assert_eq!(log.status.code(), Some(12), "{}", stderr(&log));
+    assert!(!scene.path("app.db-wal").exists() && !scene.path(".app.db-waltrail").exists());
+    // A volume elsewhere.
+    let done = waltrail()
+        .args(["doctor", "--config", config.to_str().unwrap()])
+        .env("RAILWAY_VOLUME_MOUNT_PATH", "/elsewhere")
+        .output()
+        .unwrap();
+    let told = String::from_utf8(done.stdout.clone()).unwrap();
+    assert_eq!(done.status.code(), Some(1));
+    assert!(told.starts_with("BAD   place") && told.contains("/elsewhere/app.db"), "{told}");
+}
+
+#[test]
+fn a_store_that_is_not_there() {
+    let done = run(["doctor", "s3://nobody/app?endpoint=http://127.0.0.1:1&region=us-east-1"]);
+    assert_eq!(done.status.code(), Some(11), "{}", stderr(&done));
+}
+
+#[tokio::test]
+async fn stores_that_break_promises() {
+    let answer = |kind| {
+        move |request: waltrail::store::faults::Request<'_>, operation: Operation, key: &str| {
+            if request.operation == operation && request.key.ends_with(key) { Fault::Before(kind) } else { Fault::None }
+        }
+    };
+    for (operation, key, kind, what, weight) in [
+        (Operation::Delete, "gone", StoreErrorKind::Denied, "delete", Weight::Note),
+        (Operation::GetRange, "range", StoreErrorKind::Other, "ranges", Weight::Bad),
+        (Operation::CreateMultipart, "parts", StoreErrorKind::NotSupported, "multipart upload", Weight::Bad),
+        (Operation::Get, "never", StoreErrorKind::Denied, "put and get", Weight::Bad),
+    ] {
+        let memory = MemoryStore::new();
+        let told = answer(kind);
+        let store: SharedStore = Arc::new(Faulty::new(Arc::new(memory), move |request| told(request, operation, key)));
+        let findings = probe(&store, &SystemClock::new()).await.unwrap();
+        assert_eq!(finding(&findings, what).weight, weight, "{findings:?}");
+        // The memory store's clock stands at 1970.
+        assert!(
+            findings.iter().all(|found| found.what == what || found.what == "clock" || found.weight == Weight::Good)
+        );
+        assert_eq!(finding(&findings, "clock").weight, Weight::Bad);
+    }
+}
