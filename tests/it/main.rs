@@ -20,3 +20,4 @@ mod starts;
 mod store;
 mod store_faults;
 mod support;
+mod two_writers;

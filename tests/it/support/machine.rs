@@ -3,6 +3,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
+use std::process::Command;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
@@ -142,6 +143,40 @@ impl Machine {
         machine
     }
 
+    /// What a cloned virtual machine is: the same files, the same state, the same store and time. The daemon is not running there.
+    pub fn cloned(&self) -> Self {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("app.db");
+        for suffix in ["", "-wal"] {
+            let from = format!("{}{suffix}", self.database().display());
+            if Path::new(&from).exists() {
+                std::fs::copy(from, format!("{}{suffix}", path.display())).unwrap();
+            }
+        }
+        let status = Command::new("cp").arg("-r").arg(self.state_dir()).arg(directory.path()).status().unwrap();
+        assert!(status.success());
+        let mut clone = Self {
+            store: self.store.clone(),
+            memory: self.memory.clone(),
+            bare: self.bare.clone(),
+            clock: self.clock.clone(),
+            settings: DatabaseSettings { path, ..self.settings.clone() },
+            merge: self.merge.clone(),
+            directory,
+            application: None,
+            daemon: None,
+            states: BTreeMap::new(),
+            newest: None,
+            commits: Vec::new(),
+            sees_all: false,
+            started_since_sync: false,
+            marked: BTreeSet::new(),
+            window: self.window,
+        };
+        clone.open_application();
+        clone
+    }
+
     pub fn database(&self) -> PathBuf {
         self.settings.path.clone()
     }
@@ -246,6 +281,22 @@ impl Machine {
             }
         });
         assert!(!daemon.shipping.is_finished(), "{:?}", daemon.runtime.block_on(&mut daemon.shipping));
+    }
+
+    /// Takes turns until shipping ends by itself, and gives what it ended with.
+    pub fn shipping_error(&mut self) -> ShipError {
+        for _ in 0..20_000 {
+            let daemon = self.daemon.as_mut().unwrap();
+            if daemon.shipping.is_finished() {
+                let ended = daemon.runtime.block_on(&mut daemon.shipping).unwrap();
+                self.crash();
+                return ended.unwrap_err();
+            }
+            let (_, events) = daemon.mailbox.wait(Duration::ZERO);
+            daemon.following.turn(events).unwrap();
+            daemon.runtime.block_on(async { tokio::time::sleep(Duration::from_micros(200)).await });
+        }
+        panic!("shipping does not end");
     }
 
     /// Takes turns until `done`.

@@ -1,0 +1,126 @@
+//! Two daemons that replicate to one place: a cloned virtual machine, a container that outlived its replacement. On a store that
+//! honours conditional puts, and on one that accepts the condition and ignores it.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use async_trait::async_trait;
+use bytes::Bytes;
+use waltrail::replicate::ship::ShipError;
+use waltrail::store::{ObjectInfo, ObjectStore, PartTag, PutMode, SharedStore, StoreError};
+
+use crate::support::machine::Machine;
+
+/// Accepts `If-None-Match: *` and ignores it, as some providers do.
+#[derive(Debug)]
+struct IgnoresConditions(SharedStore);
+
+#[async_trait]
+impl ObjectStore for IgnoresConditions {
+    fn location(&self) -> String {
+        self.0.location()
+    }
+
+    async fn put(&self, key: &str, body: Bytes, _: PutMode) -> Result<(), StoreError> {
+        self.0.put(key, body, PutMode::Overwrite).await
+    }
+
+    async fn get(&self, key: &str, limit_bytes: u64) -> Result<Bytes, StoreError> {
+        self.0.get(key, limit_bytes).await
+    }
+
+    async fn get_range(&self, key: &str, offset: u64, len_bytes: u64) -> Result<Bytes, StoreError> {
+        self.0.get_range(key, offset, len_bytes).await
+    }
+
+    async fn list(&self, prefix: &str, start_after: Option<&str>) -> Result<Vec<ObjectInfo>, StoreError> {
+        self.0.list(prefix, start_after).await
+    }
+
+    async fn delete(&self, key: &str) -> Result<(), StoreError> {
+        self.0.delete(key).await
+    }
+
+    async fn create_multipart(&self, key: &str) -> Result<String, StoreError> {
+        self.0.create_multipart(key).await
+    }
+
+    async fn put_part(
+        &self,
+        key: &str,
+        upload_id: &str,
+        number: u32,
+        offset: u64,
+        body: Bytes,
+    ) -> Result<PartTag, StoreError> {
+        self.0.put_part(key, upload_id, number, offset, body).await
+    }
+
+    async fn complete_multipart(&self, key: &str, upload_id: &str, parts: &[PartTag]) -> Result<(), StoreError> {
+        self.0.complete_multipart(key, upload_id, parts).await
+    }
+
+    async fn abort_multipart(&self, key: &str, upload_id: &str) -> Result<(), StoreError> {
+        self.0.abort_multipart(key, upload_id).await
+    }
+}
+
+const INSERT: &str = "INSERT INTO item(body, n) VALUES(randomblob(200), random())";
+
+/// Both write on, each on its own line; everything that was confirmed to either is restored, and the one that was replaced ends
+/// with an error that names its successor.
+fn both_write_on(stack: impl Fn(SharedStore) -> SharedStore) {
+    let mut first = Machine::new("PRAGMA page_size=4096", stack);
+    first.start();
+    first.commit(INSERT);
+    first.sync();
+    first.snapshot();
+    let mut second = first.cloned();
+    second.start();
+    let taken_over = second.sync();
+    for _ in 0..3 {
+        first.commit(INSERT);
+        second.commit(INSERT);
+        let (of_first, of_second) = (first.sync(), second.sync());
+        assert!(of_first.epoch < of_second.epoch, "{of_first} {of_second}");
+        first.pass(Duration::from_secs(70));
+    }
+    first.snapshot();
+    second.snapshot();
+    for machine in [&first, &second] {
+        for &position in machine.states.keys() {
+            machine.check(position);
+        }
+    }
+    // The newest line is that of the one that came last.
+    first.pass(Duration::from_secs(3601));
+    first.commit(INSERT);
+    match first.shipping_error() {
+        ShipError::Replaced { epoch, .. } => assert_eq!(epoch, taken_over.epoch),
+        other => panic!("{other}"),
+    }
+    second.commit(INSERT);
+    let newest = second.sync();
+    for machine in [&first, &second] {
+        for &position in machine.states.keys() {
+            machine.check(position);
+        }
+    }
+    second.check(newest);
+    // Started again, it takes over in turn, on its own database.
+    first.start();
+    let again = first.sync();
+    assert!(again.epoch > newest.epoch);
+    first.check(again);
+    second.check(newest);
+}
+
+#[test]
+fn of_two_writers_the_replaced_one_ends_and_nothing_is_lost() {
+    both_write_on(|store| store);
+}
+
+#[test]
+fn so_too_on_a_store_that_ignores_conditions() {
+    both_write_on(|store| Arc::new(IgnoresConditions(store)));
+}
