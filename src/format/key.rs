@@ -93,8 +93,8 @@ impl fmt::Display for SnapshotKey {
     }
 }
 
-/// Key of an epoch's record: `epochs/<epoch>`, or `epochs/<epoch>-<writer>` on a store without conditional puts, where
-/// the lowest name of an epoch is the one that counts.
+/// Key of an epoch's record, `epochs/<epoch>`, or of a claim to it, `epochs/<epoch>-<writer>`, as they precede the record on a
+/// store without conditional puts.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
 pub struct EpochKey {
     /// The epoch.

@@ -2,12 +2,15 @@
 //!
 //! On a store that honours `If-None-Match: *` the record is put under the epoch's plain name, once. A store that accepts the
 //! condition and ignores it (they exist) is found out by asking it to create the marker, which is known to be there: an
-//! honest store refuses, the other one overwrites it with the same bytes. There the record's name holds the writer's id,
-//! and after a listing the lowest name of the epoch wins.
+//! honest store refuses, the other one overwrites it with the same bytes. There a claim is put first, under a name that holds the
+//! writer's id, and then the epoch's claims are listed. Only who finds itself alone puts the record. Of two, the one whose claim
+//! was put later lists after both were there, and gives up; so there are never two records of one epoch.
+
+use std::time::Duration;
 
 use bytes::Bytes;
 
-use crate::clock::{Clock, random_bytes};
+use crate::clock::{Clock, jitter_below, random_bytes};
 use crate::format::key::{EPOCHS_PREFIX, EpochKey, MARKER_KEY, SegmentKey, log_prefix};
 use crate::format::record::{EpochRecord, RECORD_LIMIT, ReplicaMarker};
 use crate::format::{FORMAT_VERSION, FormatError, Position};
@@ -18,6 +21,8 @@ use crate::store::{PutMode, SharedStore, StoreError, StoreErrorKind};
 
 /// Claims that were lost to others in a row, before something must be wrong.
 const CLAIM_ATTEMPTS: usize = 20;
+/// Who lost a claim waits for up to so long, in milliseconds.
+const GIVE_WAY_MS: u64 = 500;
 
 /// Why an epoch could not be claimed.
 #[derive(Debug, thiserror::Error)]
@@ -145,20 +150,19 @@ pub async fn claim(
 ) -> Result<Claimed, ClaimError> {
     let writer = random_id()?;
     for _ in 0..CLAIM_ATTEMPTS {
-        let epochs = list_epochs(store, None).await?;
-        let newest = epochs.last();
-        let newest_known = match newest {
+        let claims = list_claims(store, None).await?;
+        let newest_known = match records(&claims).next_back() {
             Some(key) => Some(last_known(store, &read_record(store, key).await?).await?),
             None => None,
         };
         let continued = match continuing {
-            Some(continuing) if is_known(store, replica, &epochs, continuing).await? => Some(continuing.captured),
+            Some(continuing) if is_known(store, replica, &claims, continuing).await? => Some(continuing.captured),
             _ => None,
         };
         let parent = continued.or(newest_known.map(|(position, _)| position));
         let record = EpochRecord {
             format: FORMAT_VERSION,
-            epoch: newest.map_or(1, |key| key.epoch + 1),
+            epoch: claims.last().map_or(1, |key| key.epoch + 1),
             writer: writer.clone(),
             claimed_ms: clock.now_ms(),
             first_txid: parent.map_or(1, |parent| parent.txid + 1),
@@ -172,22 +176,28 @@ pub async fn claim(
             let (id, has_conditional_puts) = (replica.id.clone(), replica.has_conditional_puts);
             return Ok(Claimed { record, replica: id, has_conditional_puts, time_floor_ms });
         }
+        // Those that gave way to each other do not meet again.
+        tokio::time::sleep(Duration::from_millis(jitter_below(GIVE_WAY_MS))).await;
     }
     Err(ClaimError::Contended(store.location()))
 }
 
-/// The keys of all epochs after `after`, ascending; of several claims to one epoch the one that counts.
+/// The keys of all claims to epochs after `after`, ascending; an epoch's record before other claims to it.
 ///
 /// # Errors
 /// When the store fails.
-pub async fn list_epochs(store: &SharedStore, after: Option<u32>) -> Result<Vec<EpochKey>, StoreError> {
+pub async fn list_claims(store: &SharedStore, after: Option<u32>) -> Result<Vec<EpochKey>, StoreError> {
     // `~` sorts after everything that a name of that epoch can hold.
     let start_after = after.map(|epoch| format!("{}~", EpochKey { epoch, writer: None }));
     let listed = store.list(EPOCHS_PREFIX, start_after.as_deref()).await?;
     let mut keys: Vec<EpochKey> = listed.iter().filter_map(|object| EpochKey::parse(&object.key)).collect();
     keys.sort();
-    keys.dedup_by_key(|key| key.epoch);
     Ok(keys)
+}
+
+/// Of claims those that hold: the epochs' records.
+pub fn records(claims: &[EpochKey]) -> impl DoubleEndedIterator<Item = &EpochKey> {
+    claims.iter().filter(|key| key.writer.is_none())
 }
 
 /// Reads an epoch's record.
@@ -217,10 +227,10 @@ async fn last_known(store: &SharedStore, record: &EpochRecord) -> Result<(Positi
 async fn is_known(
     store: &SharedStore,
     replica: &OpenReplica,
-    epochs: &[EpochKey],
+    claims: &[EpochKey],
     continuing: &Continuing,
 ) -> Result<bool, ClaimError> {
-    let Some(key) = epochs.iter().find(|key| key.epoch == continuing.captured.epoch) else { return Ok(false) };
+    let Some(key) = records(claims).find(|key| key.epoch == continuing.captured.epoch) else { return Ok(false) };
     if continuing.replica != replica.id {
         return Ok(false);
     }
@@ -252,18 +262,23 @@ async fn is_restorable(store: &SharedStore, state: Position) -> Result<bool, Cla
 /// Whether the claim holds.
 async fn put_claim(store: &SharedStore, replica: &OpenReplica, record: &EpochRecord) -> Result<bool, ClaimError> {
     let body = Bytes::from(record.encode());
+    let name = EpochKey { epoch: record.epoch, writer: None }.to_string();
     if replica.has_conditional_puts {
-        let key = EpochKey { epoch: record.epoch, writer: None };
-        return match store.put(&key.to_string(), body, PutMode::IfAbsent).await {
+        return match store.put(&name, body, PutMode::IfAbsent).await {
             Ok(()) => Ok(true),
             Err(error) if error.kind == StoreErrorKind::AlreadyExists => Ok(false),
             Err(error) => Err(error.into()),
         };
     }
-    let key = EpochKey { epoch: record.epoch, writer: Some(record.writer.clone()) };
-    store.put(&key.to_string(), body, PutMode::Overwrite).await?;
-    let epochs = list_epochs(store, record.epoch.checked_sub(1)).await?;
-    Ok(epochs.first() == Some(&key))
+    let claim = EpochKey { epoch: record.epoch, writer: Some(record.writer.clone()) };
+    store.put(&claim.to_string(), body.clone(), PutMode::Overwrite).await?;
+    // A claim to a later epoch was put by somebody who had seen this one: it does not matter here.
+    let claims = list_claims(store, record.epoch.checked_sub(1)).await?;
+    let is_alone = claims.iter().filter(|key| key.epoch == record.epoch).eq([&claim]);
+    if is_alone {
+        store.put(&name, body, PutMode::Overwrite).await?;
+    }
+    Ok(is_alone)
 }
 
 fn host_name() -> String {

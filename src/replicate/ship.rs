@@ -8,7 +8,7 @@ use tokio::sync::{mpsc, watch};
 use tokio::task::JoinSet;
 
 use super::base::Base;
-use super::claim::{ClaimError, Claimed, Continuing, claim, list_epochs, open_replica, read_record};
+use super::claim::{ClaimError, Claimed, Continuing, claim, list_claims, open_replica, read_record, records};
 use super::control::State;
 use super::scan::Finished;
 use super::spool::{self, Spool, Spooled};
@@ -215,9 +215,9 @@ impl Shipper {
     async fn try_claim(&self, continuing: Option<&Continuing>, leftovers: &[Spooled]) -> Result<Claimed, ShipError> {
         let replica = open_replica(&self.store).await?;
         if !leftovers.is_empty() {
-            let epochs = list_epochs(&self.store, None).await.map_err(ClaimError::Store)?;
+            let claims = list_claims(&self.store, None).await.map_err(ClaimError::Store)?;
             for spooled in leftovers.iter().filter(|spooled| spooled.path.exists()) {
-                let is_ours = epochs.iter().any(|key| key.epoch == spooled.key.0.epoch);
+                let is_ours = records(&claims).any(|key| key.epoch == spooled.key.0.epoch);
                 if is_ours && spooled.is_whole() {
                     // Under the epoch that they were captured in; they may be there already.
                     self.ship(spooled, None).await?;
@@ -299,14 +299,14 @@ impl Shipper {
 
     async fn check_successor(&self, claimed: Option<&Claimed>) -> Result<(), ShipError> {
         let Some(claimed) = claimed else { return Ok(()) };
-        let newer = match list_epochs(&self.store, Some(claimed.record.epoch)).await {
+        let newer = match list_claims(&self.store, Some(claimed.record.epoch)).await {
             Ok(newer) => newer,
             Err(error) => {
                 tracing::debug!(%error, "could not look for another writer");
                 return Ok(());
             }
         };
-        let Some(newest) = newer.last() else { return Ok(()) };
+        let Some(newest) = records(&newer).next_back() else { return Ok(()) };
         let successor = read_record(&self.store, newest).await?;
         Err(ShipError::Replaced {
             location: self.store.location(),

@@ -35,7 +35,7 @@ impl<K> Stored<K> {
 pub struct Epoch {
     /// Its record.
     pub record: EpochRecord,
-    /// The claims to it: first the one that counts, whose record it is.
+    /// The claims to it: first its record.
     pub claims: Vec<Stored<EpochKey>>,
     /// Its segments, by their first transaction.
     pub segments: Vec<Stored<SegmentKey>>,
@@ -149,7 +149,7 @@ async fn read_marker(store: &SharedStore, location: &str) -> Result<ReplicaMarke
     ReplicaMarker::decode(&bytes).map_err(RestoreError::format(location, &MARKER_KEY))
 }
 
-/// The claims to each epoch. Of several the lowest name counts.
+/// The claims to each epoch, first its record. An epoch that has none was claimed by writers that gave way to each other: nothing is in it.
 fn claims(listed: &[ObjectInfo], strangers: &mut Vec<String>) -> Vec<Vec<Stored<EpochKey>>> {
     let mut claims: BTreeMap<u32, Vec<Stored<EpochKey>>> = BTreeMap::new();
     for object in listed {
@@ -162,7 +162,8 @@ fn claims(listed: &[ObjectInfo], strangers: &mut Vec<String>) -> Vec<Vec<Stored<
         claims.sort_by(|left, right| left.key.cmp(&right.key));
         claims
     };
-    claims.into_values().map(lowest_first).collect()
+    let has_record = |claims: &Vec<Stored<EpochKey>>| claims[0].key.writer.is_none();
+    claims.into_values().map(lowest_first).filter(has_record).collect()
 }
 
 /// An epoch, without its objects.
