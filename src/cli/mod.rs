@@ -1,9 +1,11 @@
 //! The command line: arguments, output, exit codes. One file a command.
 
 pub mod ask;
+pub mod config;
 pub mod demo;
 pub mod doctor;
 pub mod exit_code;
+pub mod generate;
 mod interrupt;
 pub mod log;
 pub mod mark;
@@ -83,6 +85,12 @@ enum Command {
     Prune(prune::PruneArguments),
     /// Look at a database's place and at the store: what could go wrong
     Doctor(doctor::DoctorArguments),
+    /// Check a configuration
+    Config(config::ConfigArguments),
+    /// Write a shell's completions
+    Completions(generate::CompletionsArguments),
+    /// Write manual pages
+    Man(generate::ManArguments),
     /// Show the main job on a database of its own: replicate, crash, restore, compare
     Demo(demo::DemoArguments),
 }
@@ -270,6 +278,9 @@ fn run(arguments: Arguments) -> Result<u8, Failure> {
             start_log(&flags, None, LogLevel::Warn);
             runtime.block_on(doctor::run(arguments)).map(|()| 0)
         }
+        Command::Config(arguments) => config::run(arguments).map(|()| 0),
+        Command::Completions(arguments) => generate::completions(&arguments).map(|()| 0),
+        Command::Man(arguments) => generate::man(&arguments).map(|()| 0),
         Command::Prune(arguments) => {
             start_log(&flags, None, LogLevel::Warn);
             runtime.block_on(prune::run(arguments)).map(|()| 0)

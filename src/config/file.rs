@@ -12,6 +12,7 @@ use serde::{Deserialize, Deserializer};
 use super::replica_url::{ReplicaUrl, check_endpoint};
 use super::toml_error::explain;
 use super::units::{parse_address, parse_duration, parse_retention, parse_size};
+use super::variables::substitute;
 use super::{Config, ConfigError, DEFAULT_SHUTDOWN_TIMEOUT, DatabaseConfig, LogConfig, LogFormat, LogLevel, identity};
 use crate::health::DEFAULT_HEALTHY_LAG;
 
@@ -76,6 +77,7 @@ struct ReplicaTable {
     profile: Option<String>,
     access_key_id: Option<SecretText>,
     secret_access_key: Option<SecretText>,
+    secret_access_key_file: Option<PathBuf>,
 }
 
 /// A text that no error may show.
@@ -175,14 +177,15 @@ impl ReplicaValue {
         let ReplicaUrl::S3(options) = &mut replica else {
             let is_plain = table.endpoint.is_none() && table.region.is_none() && table.path_style.is_none();
             let is_plain = is_plain && table.profile.is_none() && table.access_key_id.is_none();
-            return if is_plain && table.secret_access_key.is_none() {
+            return if is_plain && table.secret_access_key.is_none() && table.secret_access_key_file.is_none() {
                 Ok(replica)
             } else {
                 Err(format!("{replica} is a directory; endpoint, region, path-style, profile and keys are for s3://"))
             };
         };
-        if table.access_key_id.is_some() != table.secret_access_key.is_some() {
-            return Err("access-key-id and secret-access-key go together".into());
+        let secret_access_key = secret(table.secret_access_key, table.secret_access_key_file)?;
+        if table.access_key_id.is_some() != secret_access_key.is_some() {
+            return Err("access-key-id and secret-access-key (or secret-access-key-file) go together".into());
         }
         if let Some(endpoint) = table.endpoint {
             options.endpoint = Some(check_endpoint(endpoint)?);
@@ -191,8 +194,20 @@ impl ReplicaValue {
         options.path_style = table.path_style.or(options.path_style);
         options.profile = table.profile.or(options.profile.take());
         options.access_key_id = table.access_key_id.map(|SecretText(text)| text);
-        options.secret_access_key = table.secret_access_key.map(|SecretText(text)| text);
+        options.secret_access_key = secret_access_key;
         Ok(replica)
+    }
+}
+
+/// A secret that stands in the configuration, or in a file of its own, as container platforms mount them.
+fn secret(text: Option<SecretText>, file: Option<PathBuf>) -> Result<Option<String>, String> {
+    match (text, file) {
+        (Some(_), Some(_)) => Err("of secret-access-key and secret-access-key-file only one can be".into()),
+        (text, None) => Ok(text.map(|SecretText(text)| text)),
+        (None, Some(file)) => match fs::read_to_string(&file) {
+            Ok(text) => Ok(Some(text.trim_end_matches(['\n', '\r']).to_owned())),
+            Err(error) => Err(format!("secret-access-key-file '{}': {error}", file.display())),
+        },
     }
 }
 
@@ -260,7 +275,9 @@ impl DatabaseTable {
 /// When the file can't be read, has a key that there is not (the error names key and line), or contradicts itself.
 pub fn load(path: &Path) -> Result<Config, ConfigError> {
     let text = fs::read_to_string(path).map_err(|source| ConfigError::Unreadable { path: path.to_owned(), source })?;
-    parse(&text).map_err(|what| ConfigError::Wrong { path: path.to_owned(), what })
+    let wrong = |what| ConfigError::Wrong { path: path.to_owned(), what };
+    let text = substitute(&text, |name| std::env::var(name).ok()).map_err(wrong)?;
+    parse(&text).map_err(wrong)
 }
 
 /// Reads a configuration from its text.
@@ -351,6 +368,10 @@ mod tests {
             (
                 "[[database]]\npath = \"/a.db\"\nreplica = { url = \"s3://b/a\", access-key-id = \"x\" }\n".into(),
                 "go together",
+            ),
+            (
+                "[[database]]\npath = \"/a.db\"\nreplica = { url = \"s3://b/a\", access-key-id = \"x\", secret-access-key-file = \"/no/file\" }\n".into(),
+                "secret-access-key-file '/no/file'",
             ),
         ] {
             let error = parse(&text).unwrap_err();

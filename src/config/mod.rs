@@ -5,6 +5,7 @@ pub mod file;
 pub mod replica_url;
 mod toml_error;
 pub mod units;
+mod variables;
 
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};

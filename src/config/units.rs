@@ -25,6 +25,15 @@ pub fn parse_duration(text: &str) -> Result<Duration, String> {
     Ok(Duration::from_millis(millis))
 }
 
+/// A duration as [`parse_duration`] reads it, in the largest unit that it is a whole number of.
+#[must_use]
+pub fn show_duration(duration: Duration) -> String {
+    let millis = u64::try_from(duration.as_millis()).unwrap_or(u64::MAX);
+    let largest = DURATION_UNITS.iter().rev().find(|(_, factor)| millis > 0 && millis.is_multiple_of(*factor));
+    let (name, factor) = largest.unwrap_or(&DURATION_UNITS[0]);
+    format!("{}{name}", millis / factor)
+}
+
 /// Reads where to listen: an address and a port, or a port of this machine's loopback alone.
 ///
 /// # Errors
@@ -76,6 +85,10 @@ mod tests {
     #[test]
     fn units() {
         assert_eq!(parse_duration("500ms"), Ok(Duration::from_millis(500)));
+        for text in ["0ms", "1500ms", "90s", "24h", "30d"] {
+            let shown = if text == "24h" { "1d" } else { text };
+            assert_eq!(show_duration(parse_duration(text).unwrap()), shown);
+        }
         assert_eq!(parse_duration("2 h"), Ok(Duration::from_secs(7200)));
         assert_eq!(parse_size("4MiB"), Ok(4 << 20));
         assert_eq!(parse_size("256MB"), Ok(256_000_000));

@@ -412,3 +412,34 @@ fn a_demo_that_is_cut_short() {
     assert!(!Path::new("/proc").join(&replicators[0]).exists(), "the replicator is gone");
     assert_eq!(std::fs::read_dir(directory.path()).unwrap().count(), 0, "the temporary directory is gone");
 }
+
+#[test]
+fn a_configuration_is_checked_without_being_used() {
+    let directory = tempfile::tempdir().unwrap();
+    let file = directory.path().join("waltrail.toml");
+    let text = "[[database]]\npath = \"${APP_DATA}/app.db\"\nreplica = \"s3://b/${NOT_SET:-app}\"\n";
+    std::fs::write(&file, text).unwrap();
+    let check = || {
+        crate::support::waltrail().args(["config", "check", file.to_str().unwrap()]).env("APP_DATA", "/srv").output()
+    };
+    let done = check().unwrap();
+    let told = String::from_utf8(done.stdout.clone()).unwrap();
+    assert!(done.status.success(), "{}", stderr(&done));
+    assert!(told.contains("/srv/app.db\n  to s3://b/app, every 1s under load, kept for 30d"), "{told}");
+    std::fs::write(&file, text.replace(":-app", "")).unwrap();
+    let done = check().unwrap();
+    assert_eq!(done.status.code(), Some(10));
+    assert!(stderr(&done).contains("line 3: the environment variable NOT_SET is not set"), "{}", stderr(&done));
+}
+
+#[test]
+fn completions_and_manual_pages_know_every_command() {
+    let directory = tempfile::tempdir().unwrap();
+    let bash = run(["completions", "bash"]);
+    assert!(String::from_utf8(bash.stdout).unwrap().contains("--before-schema-change"));
+    assert!(run(["man", directory.path().to_str().unwrap()]).status.success());
+    for page in ["waltrail.1", "waltrail-restore.1", "waltrail-config-check.1"] {
+        let text = std::fs::read_to_string(directory.path().join(page)).unwrap();
+        assert!(text.contains(".TH"), "{page}");
+    }
+}
