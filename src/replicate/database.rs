@@ -26,12 +26,13 @@ use crate::sqlite::header::{HEADER_LEN, schema_cookie};
 use crate::sqlite::live::LiveDatabase;
 
 /// Under load, wakes are not answered more often.
-const BUSY_WAKE_INTERVAL: Duration = Duration::from_millis(10);
+const BUSY_WAKE_INTERVAL: Duration = Duration::from_millis(20);
 /// Otherwise they are: an application's RESTART or TRUNCATE checkpoint waits for two answers, and the waits in SQLite's busy
 /// handler grow quickly.
 const WAKE_INTERVAL: Duration = Duration::from_millis(2);
-/// So many looks in a row that captured something are a load.
+/// So many looks that captured something, none later than this after the one before, are a load.
 const BUSY_AFTER_LOOKS: u32 = 5;
+const BUSY_GAP: Duration = Duration::from_millis(50);
 /// A writer publishes a commit after the write that woke us, and a checkpointer its progress after its fsync, neither with an
 /// event of its own: so we look again, this soon at first, then at doubling intervals.
 const FIRST_LOOK_AGAIN: Duration = Duration::from_millis(1);
@@ -214,7 +215,7 @@ impl Following {
             let (is_woken, events) = self.around.mailbox.wait(self.time_to_wait()?);
             if is_woken {
                 self.coalesce();
-                self.look_again = Some(FIRST_LOOK_AGAIN);
+                self.look_again = Some(if self.is_busy() { BUSY_WAKE_INTERVAL } else { FIRST_LOOK_AGAIN });
             }
             if self.turn(events)? {
                 return self.settle(self.now() + STOP_PATIENCE);
@@ -242,10 +243,14 @@ impl Following {
         Ok(false)
     }
 
+    fn is_busy(&self) -> bool {
+        self.busy_looks >= BUSY_AFTER_LOOKS
+    }
+
     /// Many events are one wake.
     fn coalesce(&self) {
         let since = self.now().saturating_sub(self.last_look);
-        let interval = if self.busy_looks >= BUSY_AFTER_LOOKS { BUSY_WAKE_INTERVAL } else { WAKE_INTERVAL };
+        let interval = if self.is_busy() { BUSY_WAKE_INTERVAL } else { WAKE_INTERVAL };
         if let Some(early) = interval.checked_sub(since) {
             std::thread::sleep(early);
         }
@@ -279,7 +284,8 @@ impl Following {
             true => self.advance()?,
             false => 0,
         };
-        self.busy_looks = if captured > 0 { self.busy_looks.saturating_add(1) } else { 0 };
+        let is_close = self.now().saturating_sub(self.last_commit) <= BUSY_GAP;
+        self.busy_looks = if is_close { self.busy_looks.saturating_add(u32::from(captured > 0)) } else { 0 };
         if captured > 0 {
             self.note_commits();
         }
