@@ -16,12 +16,12 @@ use super::tail::{check_footer, read_table};
 use crate::format::block::{BLOCK_HEADER_LEN, BlockHeader};
 use crate::format::key::SegmentKey;
 use crate::format::segment::{PageStream, Segment, SegmentFooter, Transaction};
-use crate::format::snapshot::{ExtentRecord, SnapshotIndex, check_snapshot_header, decode_extent};
+use crate::format::snapshot::{ExtentRecord, SnapshotFooter, SnapshotIndex, check_snapshot_header, decode_extent};
 use crate::format::{HEADER_LEN, extent_pages, lock_page, page_hash};
 use crate::store::SharedStore;
 
 /// A segment up to this size is fetched whole.
-const SMALL_SEGMENT: u64 = 1 << 20;
+pub(crate) const SMALL_SEGMENT: u64 = 1 << 20;
 /// So many small segments are fetched at a time.
 const SEGMENTS_IN_FLIGHT: usize = 8;
 /// Neighbouring extents are fetched together up to this many bytes.
@@ -325,18 +325,30 @@ impl Execution<'_> {
     }
 
     async fn snapshot_index(&self) -> Result<SnapshotIndex, RestoreError> {
-        let (footer, key, location) = (&self.plan.snapshot_footer, &self.plan.snapshot.key, &self.plan.location);
-        let header = self.store.get_range(&key.to_string(), 0, HEADER_LEN as u64).await;
-        let header = header.map_err(RestoreError::object(location, key))?;
-        check_snapshot_header(&header, footer.page_size).map_err(RestoreError::format(location, key))?;
-        let blocks = self.store.get_range(&key.to_string(), footer.index_offset, footer.index_and_sources_len()).await;
-        let blocks = blocks.map_err(RestoreError::object(location, key))?;
-        footer.decode_index(&blocks).map_err(RestoreError::format(location, key))
+        read_index(self.store, &self.plan.location, &self.plan.snapshot_footer).await
     }
 }
 
+/// Reads a snapshot's header and index.
+///
+/// # Errors
+/// When the store fails, or one of the two is damaged.
+pub(crate) async fn read_index(
+    store: &SharedStore,
+    location: &str,
+    footer: &SnapshotFooter,
+) -> Result<SnapshotIndex, RestoreError> {
+    let key = &footer.info.key;
+    let header = store.get_range(&key.to_string(), 0, HEADER_LEN as u64).await;
+    let header = header.map_err(RestoreError::object(location, key))?;
+    check_snapshot_header(&header, footer.page_size).map_err(RestoreError::format(location, key))?;
+    let blocks = store.get_range(&key.to_string(), footer.index_offset, footer.index_and_sources_len()).await;
+    let blocks = blocks.map_err(RestoreError::object(location, key))?;
+    footer.decode_index(&blocks).map_err(RestoreError::format(location, key))
+}
+
 /// The page blocks of a large segment, fetched one after another, each with the header of the next one.
-struct Blocks<'a> {
+pub(crate) struct Blocks<'a> {
     store: &'a SharedStore,
     location: &'a str,
     key: SegmentKey,
@@ -347,11 +359,11 @@ struct Blocks<'a> {
 }
 
 impl<'a> Blocks<'a> {
-    fn of(store: &'a SharedStore, location: &'a str, key: SegmentKey, footer: &SegmentFooter) -> Self {
+    pub(crate) fn of(store: &'a SharedStore, location: &'a str, key: SegmentKey, footer: &SegmentFooter) -> Self {
         Self { store, location, key, at: footer.pages_offset, end: footer.table_offset(), header: Bytes::new() }
     }
 
-    async fn next(&mut self) -> Result<Option<Bytes>, RestoreError> {
+    pub(crate) async fn next(&mut self) -> Result<Option<Bytes>, RestoreError> {
         let left = self.end - self.at;
         if left == 0 {
             return Ok(None);
@@ -388,20 +400,26 @@ fn check_segment(footer: &SegmentFooter, key: &SegmentKey, location: &str, page_
 
 /// Extents that one request fetches.
 #[derive(Debug)]
-struct Batch {
-    source: u32,
-    offset: u64,
-    len_bytes: u64,
-    extents: Vec<(u32, ExtentRecord)>,
+pub(crate) struct Batch {
+    /// Number of the object in the index's list of sources.
+    pub(crate) source: u32,
+    pub(crate) offset: u64,
+    pub(crate) len_bytes: u64,
+    /// Each with its number in the index.
+    pub(crate) extents: Vec<(u32, ExtentRecord)>,
 }
 
-/// The extents that hold pages still wanted, neighbours in an object together, in whatever order they lie there.
+/// The extents that hold pages still wanted.
 fn batches(index: &SnapshotIndex, image: &Image) -> Vec<Batch> {
     let is_wanted = |&(number, extent): &(u32, ExtentRecord)| {
         let (first_page, _) = extent_pages(number, u32::MAX, image.page_size);
         (first_page..first_page.saturating_add(extent.page_count)).any(|page_number| image.wants(page_number))
     };
-    let mut extents: Vec<(u32, ExtentRecord)> = (0..).zip(index.extents.iter().copied()).filter(is_wanted).collect();
+    batches_of((0..).zip(index.extents.iter().copied()).filter(is_wanted).collect())
+}
+
+/// Neighbours in an object together, in whatever order they lie there.
+pub(crate) fn batches_of(mut extents: Vec<(u32, ExtentRecord)>) -> Vec<Batch> {
     extents.sort_by_key(|(_, extent)| (extent.source, extent.offset));
     let mut batches: Vec<Batch> = Vec::new();
     for (number, extent) in extents {
