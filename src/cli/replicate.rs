@@ -98,7 +98,8 @@ pub(super) async fn jobs_of(databases: Vec<DatabaseConfig>) -> Vec<Job> {
         let kept_limit_bytes = settings.spool_limit_bytes / KEPT_SHARE;
         let merge = MergeSettings { windows: database.merge, kept_limit_bytes };
         let retention = database.retention;
-        jobs.push(Job { settings, state_dir: database.state_dir, store, merge, retention });
+        let presence_interval = database.presence_interval;
+        jobs.push(Job { settings, state_dir: database.state_dir, store, merge, retention, presence_interval });
     }
     jobs
 }

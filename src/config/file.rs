@@ -45,6 +45,7 @@ struct DatabaseTable {
     keep_daily: Option<u32>,
     keep_weekly: Option<u32>,
     keep_monthly: Option<u32>,
+    presence_interval: Option<DurationText>,
 }
 
 /// A URL, or a table with one.
@@ -196,6 +197,14 @@ impl DatabaseTable {
             }
             database.snapshot_interval = interval;
         }
+        if let Some(DurationText(interval)) = self.presence_interval {
+            if interval.is_zero() {
+                return Err(format!(
+                    "database '{shown}': presence-interval must not be 0; leave it out to turn it off"
+                ));
+            }
+            database.presence_interval = Some(interval);
+        }
         if let Some(windows) = self.merge {
             database.merge = windows.into_iter().map(|DurationText(window)| window).collect();
             let ascends = database.merge.is_sorted_by(|before, after| before < after);
@@ -283,6 +292,8 @@ mod tests {
     fn the_shipped_files_are_right() {
         let full = parse(include_str!("../../config/waltrail.toml")).unwrap();
         assert_eq!(full.databases.len(), 2);
+        let intervals: Vec<_> = full.databases.iter().map(|database| database.presence_interval).collect();
+        assert_eq!(intervals, [Some(Duration::from_secs(300)), None]);
         let minimal = parse(include_str!("../../config/waltrail.minimal.toml")).unwrap();
         assert_eq!(minimal.shutdown_timeout, DEFAULT_SHUTDOWN_TIMEOUT);
     }
@@ -301,6 +312,7 @@ mod tests {
             (format!("{one}retention = \"off\"\n"), "write forever, or a duration"),
             (format!("{one}retention = \"forever\"\nkeep-daily = 3\n"), "keep-daily"),
             (format!("{one}checkpoint-threshold = \"0B\"\n"), "must not be 0"),
+            (format!("{one}presence-interval = \"0s\"\n"), "leave it out"),
             (format!("colour = 1\n{one}"), "colour"),
             (format!("{one}sync-interval = \"1 parsec\"\n"), "is not a duration"),
             (format!("{one}spool-limit = 5\n"), "spool-limit"),

@@ -84,6 +84,8 @@ pub struct DatabaseConfig {
     pub merge: Vec<Duration>,
     /// What of the history is kept.
     pub retention: RetentionSettings,
+    /// The daemon says in storage this often that it is there; `None` for never.
+    pub presence_interval: Option<Duration>,
 }
 
 impl DatabaseConfig {
@@ -101,6 +103,7 @@ impl DatabaseConfig {
             snapshot_interval: Duration::from_secs(24 * 3600),
             merge: vec![Duration::from_secs(60), Duration::from_secs(3600)],
             retention: RetentionSettings::default(),
+            presence_interval: None,
         }
     }
 }

@@ -6,17 +6,17 @@ use super::random::Numbers;
 /// Transactions of a line, oldest first, to restore besides its newest state: the oldest one that can be, and others that are
 /// spread over all of them, one at random in each part.
 pub(super) fn choose(ranges: &[Range], newest_txid: Option<u64>, points: u32, numbers: &mut Numbers) -> Vec<u64> {
-    let mut chosen = Vec::new();
-    let Some(oldest) = ranges.first().filter(|_| points >= 2) else { return chosen };
-    chosen.push(oldest.first_txid);
+    let Some(oldest) = ranges.first().filter(|_| points >= 2) else { return Vec::new() };
+    let mut chosen = vec![oldest.first_txid];
     let states: u64 = ranges.iter().map(|range| range.last_txid - range.first_txid + 1).sum();
-    let parts = u64::from(points - 2).min(states);
+    // Those in between: the oldest and the newest one are chosen already.
+    let is_newest_among = newest_txid.is_some() && ranges.last().map(|range| range.last_txid) == newest_txid;
+    let between = states.saturating_sub(1 + u64::from(is_newest_among));
+    let parts = u64::from(points - 2).min(between);
     for part in 0..parts {
-        let (start, end) = (states * part / parts, states * (part + 1) / parts);
-        chosen.extend(state_at(ranges, start + numbers.below(end - start)));
+        let (start, end) = (between * part / parts, between * (part + 1) / parts);
+        chosen.extend(state_at(ranges, 1 + start + numbers.below(end - start)));
     }
-    chosen.sort_unstable();
-    chosen.dedup();
     chosen.retain(|txid| Some(*txid) != newest_txid);
     chosen
 }
@@ -46,7 +46,8 @@ mod tests {
             assert!(choose(&ranges, Some(189), 1, &mut numbers).is_empty());
             assert_eq!(choose(&ranges, Some(189), 2, &mut numbers), [10]);
             let twelve = choose(&ranges, Some(189), 12, &mut numbers);
-            assert!(twelve.len() >= 9 && twelve.iter().all(is_there), "{twelve:?}");
+            assert!(twelve.len() == 11 && twelve.iter().all(is_there), "{twelve:?}");
+            assert!(twelve.is_sorted_by(|before, after| before < after) && !twelve.contains(&189), "{twelve:?}");
             // One in each tenth.
             assert!(twelve.iter().filter(|txid| **txid >= 145).count() >= 3, "{twelve:?}");
             let all = choose(&ranges, None, 1000, &mut numbers);

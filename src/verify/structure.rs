@@ -46,7 +46,7 @@ pub(super) fn unreadable(errors: Vec<RestoreError>) -> BTreeSet<Finding> {
 pub(super) fn check(survey: &Survey, retention: Option<&RetentionSettings>, now_ms: u64) -> Found {
     let view = View { history: &survey.history, tails: &survey.tails };
     let needs = view.needs(&survey.marks);
-    let mut checker = Checker { survey, view, needs, found: Found::default() };
+    let mut checker = Checker { survey, view, needs, now_ms, found: Found::default() };
     checker.check_records();
     checker.check_newest_line();
     checker.check_left_lines();
@@ -57,7 +57,7 @@ pub(super) fn check(survey: &Survey, retention: Option<&RetentionSettings>, now_
     checker.check_presence();
     checker.check_strangers();
     if let Some(window_ms) = retention.and_then(|settings| settings.window_ms) {
-        checker.check_window(window_ms, now_ms);
+        checker.check_window(window_ms);
     }
     checker.found
 }
@@ -75,6 +75,7 @@ struct Checker<'a> {
     survey: &'a Survey,
     view: View<'a>,
     needs: Needs,
+    now_ms: u64,
     found: Found,
 }
 
@@ -146,14 +147,29 @@ impl Checker<'_> {
 
     fn check_gap(&mut self, run: &Run<'_>, gap: Missing) {
         let what = missing(run, gap);
-        if run.is_let_go(gap) {
-            // Behind the oldest snapshot, or it would be no more than a beginning.
-            if self.view.ranges(run).first().is_some_and(|range| range.first_txid < gap.first_txid) {
-                self.found.notes.push(format!("{what}, as retention lets them go"));
-            }
-        } else {
-            self.add(Finding::failed(LINES, log_of(run, gap), format!("{what}: the line has a gap")));
+        if !run.is_let_go(gap) {
+            return self.add(Finding::failed(LINES, log_of(run, gap), format!("{what}: the line has a gap")));
         }
+        // Without anything older that can be restored it is no more than a beginning.
+        if self.view.ranges(run).first().is_none_or(|range| range.first_txid >= gap.first_txid) {
+            return;
+        }
+        if self.is_kept_before(run, gap) {
+            self.found.notes.push(format!("{what}, as retention lets them go"));
+        } else {
+            let sentence = format!("{what}: they were lost, or a prune was not finished, which the next one does then");
+            self.add(Finding::degraded(LINES, log_of(run, gap), sentence));
+        }
+    }
+
+    /// Whether a gap begins where retention begins one: behind the segment with a state that it keeps by itself, which is that of a
+    /// snapshot or a mark.
+    fn is_kept_before(&self, run: &Run<'_>, gap: Missing) -> bool {
+        let usable = run.snapshots.iter().filter_map(|planned| self.view.usable(run, planned));
+        let marks = self.survey.marks.iter().map(|mark| mark.txid);
+        let mut kept = usable.map(|tail| tail.footer.info.last_txid).chain(marks);
+        let end = gap.first_txid - 1;
+        kept.any(|txid| end == txid || (txid < end && run.segment_of(txid).is_some_and(|held| held.last_txid == end)))
     }
 
     /// What a snapshot has seen behind the last segment was lost.
@@ -178,7 +194,7 @@ impl Checker<'_> {
         }
         let epoch = run.first_epoch();
         let is_anything_older = runs.iter().skip(1).any(|run| !self.view.ranges(run).is_empty());
-        let may_be_under_way = run.snapshots.is_empty() && run.missing.is_empty();
+        let may_be_under_way = run.snapshots.is_empty() && run.missing.is_empty() && !self.had_snapshot(run);
         let object = EpochKey { epoch, writer: None };
         let finding = if may_be_under_way && is_anything_older {
             let sentence = format!(
@@ -206,6 +222,15 @@ impl Checker<'_> {
             Finding::failed(LINES, object, sentence)
         };
         self.add(finding);
+    }
+
+    /// Whether a run without a snapshot must have had one: a fingerprint is known when the first snapshot is wholly read, and then
+    /// it is stored in no time.
+    fn had_snapshot(&self, run: &Run<'_>) -> bool {
+        let tables = run.segments.iter().filter_map(|planned| self.survey.tables.get(&planned.stored.key));
+        let states = tables.flatten().flat_map(|facts| facts.states.values());
+        let mut known = states.filter(|state| state.fingerprint.is_some());
+        known.any(|state| state.time_ms.saturating_add(GRACE_MS) < self.now_ms)
     }
 
     /// Lines that were left are kept for as long as they are inside of the window; nobody restores them without asking.
@@ -387,8 +412,8 @@ impl Checker<'_> {
     }
 
     /// With the retention known, every state of its window should be there; but it may have been shorter before.
-    fn check_window(&mut self, window_ms: u64, now_ms: u64) {
-        let start_ms = now_ms.saturating_sub(window_ms);
+    fn check_window(&mut self, window_ms: u64) {
+        let start_ms = self.now_ms.saturating_sub(window_ms);
         let Ok(runs) = self.view.runs(None) else { return };
         let mut lost = Vec::new();
         for run in &runs {
@@ -400,8 +425,10 @@ impl Checker<'_> {
             }
         }
         for (object, what) in lost {
-            let sentence = format!("{what}, and the configuration keeps every state since {}", format_time(start_ms));
-            // The day is told and not the second, so that two looks find the same.
+            let sentence = format!(
+                "{what}, and the configuration keeps every state since {}: they were lost, or less was kept before",
+                format_time(start_ms)
+            );
             self.add(Finding::degraded(LINES, object, sentence));
         }
     }

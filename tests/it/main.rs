@@ -17,3 +17,4 @@ mod starts;
 mod store;
 mod store_faults;
 mod support;
+mod verify;
