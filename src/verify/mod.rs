@@ -268,12 +268,14 @@ impl Verifier<'_> {
                 }
                 Err(error) => error,
             };
-            if matches!(error, RestoreError::NothingYet { .. }) && !has_failed(&self.report) {
-                return Err(error.into());
-            }
-            let what = match error {
-                RestoreError::NothingYet { .. } | RestoreError::OutOfRange { .. } => error.to_string(),
-                other => survey::damage(other)?,
+            let what = match &error {
+                RestoreError::NothingYet { .. } => {
+                    if before.is_some() && !has_failed(&self.report) {
+                        return Err(error.into());
+                    }
+                    error.to_string()
+                }
+                _ => survey::damage(error)?,
             };
             if before.as_ref() == Some(&what) {
                 // The reasons are told already, if they are known.

@@ -800,6 +800,7 @@ fn shipped(transactions: i64) -> Scene {
     let scene = Scene::new();
     let application = create_database(&scene.database(), 300, "");
     let daemon = scene.start();
+    scene.wait_for(0);
     for _ in 0..transactions {
         count_up(&application);
     }
