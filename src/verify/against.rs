@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use rusqlite::backup::{Backup, StepResult};
 use rusqlite::config::DbConfig;
-use rusqlite::{Connection, OpenFlags};
+use rusqlite::{Connection, ErrorCode, OpenFlags};
 
 use super::VerifyError;
 use super::drill::{Drilled, restore, scratch_file};
@@ -70,7 +70,10 @@ struct Copied {
 pub(super) async fn compare(store: &SharedStore, scratch: &Path, live: &Live) -> Result<Compared, VerifyError> {
     let mut last = None;
     for _ in 0..ATTEMPTS {
-        let copied = copy(scratch, live).await?;
+        let copied = match copy(scratch, live).await? {
+            Ok(copied) => copied,
+            Err(locked) => return Ok(Compared::Unknown(locked)),
+        };
         let compared = match (&copied.state, &copied.no_daemon) {
             (Some(state), _) => {
                 let target = Target::Txid(state.position.txid);
@@ -93,8 +96,8 @@ pub(super) async fn compare(store: &SharedStore, scratch: &Path, live: &Live) ->
     )))
 }
 
-/// Copies the live database between two questions to the daemon.
-async fn copy(scratch: &Path, live: &Live) -> Result<Copied, VerifyError> {
+/// Copies the live database between two questions to the daemon. A sentence, if somebody keeps it locked.
+async fn copy(scratch: &Path, live: &Live) -> Result<Result<Copied, String>, VerifyError> {
     let (before, no_daemon) = match sync(live).await {
         Ok(state) => (Some(state), None),
         Err(error) => (None, Some(error.to_string())),
@@ -104,13 +107,22 @@ async fn copy(scratch: &Path, live: &Live) -> Result<Copied, VerifyError> {
     let failed = |what: String| VerifyError::Live { path: live.database.clone(), what };
     let copied = tokio::task::spawn_blocking(move || copy_pages(&database, &to)).await;
     let copied = copied.map_err(|error| failed(error.to_string()))?;
-    let (schema_cookie, is_quiet) = copied.map_err(|error| failed(error.to_string()))?;
+    let (schema_cookie, is_quiet) = match copied {
+        Err(error) if is_locked(&error) => {
+            return Ok(Err(format!("{} could not be compared: {error}", live.database.display())));
+        }
+        other => other.map_err(|error| failed(error.to_string()))?,
+    };
     let after = match before {
         Some(_) => sync(live).await.ok(),
         None => None,
     };
     let state = before.filter(|before| after.is_some_and(|after| after.position == before.position));
-    Ok(Copied { file, schema_cookie, state, is_quiet, no_daemon })
+    Ok(Ok(Copied { file, schema_cookie, state, is_quiet, no_daemon }))
+}
+
+fn is_locked(error: &rusqlite::Error) -> bool {
+    matches!(error.sqlite_error_code(), Some(ErrorCode::DatabaseBusy | ErrorCode::DatabaseLocked))
 }
 
 async fn sync(live: &Live) -> Result<State, ControlError> {

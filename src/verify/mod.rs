@@ -15,6 +15,7 @@ pub mod report;
 mod structure;
 mod survey;
 
+use std::collections::BTreeSet;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
@@ -35,6 +36,7 @@ use crate::restore::RestoreError;
 use crate::restore::history::History;
 use crate::restore::plan::{Target, plan};
 use crate::retain::RetentionSettings;
+use crate::retain::tails::Tail;
 use crate::store::SharedStore;
 use crate::store::metered::{Meter, Metered, Traffic};
 
@@ -270,10 +272,11 @@ impl Verifier<'_> {
             };
             let what = match &error {
                 RestoreError::NothingYet { .. } => {
-                    if before.is_some() && !has_failed(&self.report) {
+                    let what = error.to_string();
+                    if before.as_ref() == Some(&what) && !has_failed(&self.report) {
                         return Err(error.into());
                     }
-                    error.to_string()
+                    what
                 }
                 _ => survey::damage(error)?,
             };
@@ -306,22 +309,22 @@ impl Verifier<'_> {
         self.end(&begun, BLOCKS, "segments", read.segments, read.segments_of);
         let rest = self.begin();
         self.end(&rest, EXTENTS, "snapshots", read.snapshots, read.snapshots_of);
-        self.report.notes.push(format!("{} blocks and {} extents were read", read.blocks, read.extents));
         if let Some(first) = read.not_reached.first() {
             let count = read.not_reached.len();
             self.report.not_reached.push(format!("the content of {count} objects, {first} for one"));
         }
-        if read.damages.is_empty() {
-            return Ok(());
+        if !read.damages.is_empty() {
+            self.confirm(read.damages).await?;
         }
-        self.confirm(read.damages).await
+        self.report.notes.push(format!("{} blocks and {} extents were read", read.blocks, read.extents));
+        Ok(())
     }
 
     /// Damage counts if the object is still there: one that went while it was read was not damaged. How bad it is depends on what
     /// is there now.
-    async fn confirm(&mut self, damages: std::collections::BTreeSet<Damage>) -> Result<(), VerifyError> {
+    async fn confirm(&mut self, damages: BTreeSet<Damage>) -> Result<(), VerifyError> {
         self.report.findings.clear();
-        self.report.notes.retain(|note| note.contains("extents were read"));
+        self.report.notes.clear();
         let checks = std::mem::take(&mut self.report.checks);
         let not_reached = self.report.not_reached.clone();
         let again = self.structure().await?;
@@ -470,8 +473,8 @@ fn has_failed(report: &Report) -> bool {
     report.findings.iter().any(|finding| finding.verdict == Verdict::Failed)
 }
 
-fn is_whole(tail: &crate::retain::tails::Tail) -> bool {
-    matches!(tail, crate::retain::tails::Tail::Whole(_))
+fn is_whole(tail: &Tail) -> bool {
+    matches!(tail, Tail::Whole(_))
 }
 
 fn needs(survey: &Survey) -> Needs {

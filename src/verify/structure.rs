@@ -9,6 +9,7 @@ use crate::clock::format_time;
 use crate::format::key::{EpochKey, PRESENCE_KEY, SegmentKey, SnapshotKey};
 use crate::restore::RestoreError;
 use crate::restore::run::{Missing, Run};
+use crate::retain::plan::plan;
 use crate::retain::{GRACE_MS, RetentionSettings};
 
 /// The names of the checks.
@@ -19,6 +20,8 @@ pub(super) const SNAPSHOTS: &str = "indexes of snapshots";
 pub(super) const MARKS: &str = "marks";
 pub(super) const STRANGERS: &str = "strangers";
 
+/// What could be let go so long ago, in milliseconds, is gone where a daemon is at work.
+const DELETIONS_MAY_TAKE_MS: u64 = 24 * 60 * 60 * 1000;
 /// So many keys of one kind are named.
 const NAMED_AT_MOST: usize = 5;
 
@@ -56,8 +59,9 @@ pub(super) fn check(survey: &Survey, retention: Option<&RetentionSettings>, now_
     checker.check_marks();
     checker.check_presence();
     checker.check_strangers();
-    if let Some(window_ms) = retention.and_then(|settings| settings.window_ms) {
-        checker.check_window(window_ms);
+    if let Some(settings) = retention {
+        checker.check_window(settings);
+        checker.check_deletions(settings);
     }
     checker.found
 }
@@ -412,7 +416,8 @@ impl Checker<'_> {
     }
 
     /// With the retention known, every state of its window should be there; but it may have been shorter before.
-    fn check_window(&mut self, window_ms: u64) {
+    fn check_window(&mut self, settings: &RetentionSettings) {
+        let Some(window_ms) = settings.window_ms else { return };
         let start_ms = self.now_ms.saturating_sub(window_ms);
         let Ok(runs) = self.view.runs(None) else { return };
         let mut lost = Vec::new();
@@ -431,6 +436,26 @@ impl Checker<'_> {
             );
             self.add(Finding::degraded(LINES, object, sentence));
         }
+    }
+
+    /// What should have been let go long ago is still there, though a daemon was at work: its deletions are refused. One that was
+    /// idle or stopped lets nothing go, and that is no fault.
+    fn check_deletions(&mut self, settings: &RetentionSettings) {
+        let history = &self.survey.history;
+        let segments = history.epochs.values().flat_map(|epoch| epoch.segments.iter().map(|stored| stored.stored_ms));
+        let stored: BTreeSet<u64> = segments.filter(|stored_ms| *stored_ms != u64::MAX).collect();
+        let Some(newest_ms) = stored.last().copied() else { return };
+        let day_before_ms = newest_ms.saturating_sub(DELETIONS_MAY_TAKE_MS);
+        let was_at_work = stored.range(day_before_ms..=newest_ms.saturating_sub(2 * GRACE_MS)).next().is_some();
+        let planned = plan(history, &self.survey.tails, &self.survey.marks, settings, day_before_ms);
+        let Some(planned) = planned.ok().filter(|_| was_at_work) else { return };
+        let Some(example) = planned.going.first() else { return };
+        let sentence = format!(
+            "{} objects, {} for one, should have been let go more than a day ago and are still there: are deletions refused?",
+            planned.going.len(),
+            example.key
+        );
+        self.add(Finding::degraded(STRANGERS, &example.key, sentence));
     }
 
     /// Until when the last state of a gap was the state; `None` when nothing tells.

@@ -10,9 +10,11 @@ use std::time::Duration;
 use async_trait::async_trait;
 use bytes::Bytes;
 use waltrail::clock::Clock;
+use waltrail::format::FOOTER_LEN;
 use waltrail::format::key::{PRESENCE_KEY, SegmentKey, SnapshotKey};
 use waltrail::format::record::PresenceRecord;
 use waltrail::format::segment::{Segment, SegmentWriter};
+use waltrail::format::snapshot::{ExtentRecord, SnapshotFooter, SnapshotWriter, decode_extent};
 use waltrail::restore::RestoreError;
 use waltrail::restore::plan::Target;
 use waltrail::retain::marks::set_mark;
@@ -394,6 +396,41 @@ async fn a_gap_inside_of_the_window() {
     assert_found(&found, Verdict::Ok, &[], "short");
 }
 
+/// A store that keeps what it is told to delete.
+#[tokio::test]
+async fn refused_deletions() {
+    let (mut oracle, ..) = simple().await;
+    let mut settings = settings(Depth::Structure);
+    settings.retention = Some(RetentionSettings { window_ms: Some(HOUR_MS), ..RetentionSettings::default() });
+    for _ in 0..30 {
+        oracle.pass_time(2 * HOUR_MS);
+        oracle.commit_and_cut(1).await;
+    }
+    let txid = oracle.position().txid;
+    oracle.snapshot(txid, txid).await;
+    let retention = settings.retention.unwrap();
+    prune(&oracle.store, &retention, Now::Told(oracle.now_ms()), &mut TailCache::default(), false).await.unwrap();
+    let says = ["should have been let go more than a day ago", "are deletions refused?"];
+    for hour in 0..40 {
+        oracle.pass_time(HOUR_MS);
+        oracle.commit_and_cut(1).await;
+        let found = verify_with(&oracle.store, &settings, oracle.now_ms()).await.unwrap();
+        // From a day after that snapshot on, nobody needs what was before it.
+        let expected = if hour < 25 { Verdict::Ok } else { Verdict::Degraded };
+        if !(24..=27).contains(&hour) {
+            assert_found(&found, expected, if hour < 25 { &[] } else { &says }, &format!("hour {hour}"));
+        }
+    }
+    // One that was stopped had no time to.
+    oracle.pass_time(40 * HOUR_MS);
+    oracle.commit_and_cut(1).await;
+    let found = verify_with(&oracle.store, &settings, oracle.now_ms()).await.unwrap();
+    assert_found(&found, Verdict::Ok, &[], "stopped");
+    prune(&oracle.store, &retention, Now::Told(oracle.now_ms()), &mut TailCache::default(), false).await.unwrap();
+    let found = verify_with(&oracle.store, &settings, oracle.now_ms()).await.unwrap();
+    assert_found(&found, Verdict::Ok, &[], "pruned");
+}
+
 #[tokio::test]
 async fn damaged_snapshots() {
     let needed = "states that should be restorable need it";
@@ -423,6 +460,56 @@ async fn damaged_snapshots() {
         store.delete(&first).await.unwrap();
         let says = [&first, "is missing: extents of", second.as_str()];
         assert_found(&report(&oracle, depth).await, Verdict::Failed, &says, "source");
+    }
+}
+
+/// The same snapshot, with what `change` makes of the records of extents that are in `source`.
+fn indexed_otherwise(
+    snapshot: &[u8],
+    source: SnapshotKey,
+    change: impl Fn(ExtentRecord) -> ExtentRecord,
+) -> (usize, Vec<u8>) {
+    let footer = SnapshotFooter::decode(snapshot, snapshot.len() as u64).unwrap();
+    let index = &snapshot[footer.index_offset as usize..snapshot.len() - FOOTER_LEN];
+    let index = footer.decode_index(index).unwrap();
+    let (mut writer, mut bytes) = SnapshotWriter::new(footer.page_size);
+    let mut changed = 0;
+    for (number, extent) in (0..).zip(index.extents) {
+        if extent.source == 0 {
+            let compressed = &snapshot[extent.offset as usize..][..extent.compressed_len as usize];
+            let content = decode_extent(number, &extent, compressed, footer.page_size).unwrap();
+            bytes.extend(writer.encode_extent(number, extent.txid, &content).unwrap());
+        } else {
+            assert_eq!(index.sources[extent.source as usize], source);
+            writer.refer_to_extent(number, extent.txid, source, &change(extent)).unwrap();
+            changed += 1;
+        }
+    }
+    bytes.extend(writer.finish(&footer.info).unwrap());
+    (changed, bytes)
+}
+
+/// An index that points to where there is no extent, or to another one.
+#[tokio::test]
+async fn a_wrong_index() {
+    let (oracle, _, [first, second]) = simple().await;
+    let (store, key) = (&oracle.store, second.to_string());
+    let whole = get(store, &key).await;
+    let (shared, same) = indexed_otherwise(&whole, first, |extent| extent);
+    assert!(shared > 1 && same == whole, "{shared}");
+    let (_, outside) = indexed_otherwise(&whole, first, |extent| ExtentRecord { offset: 1 << 30, ..extent });
+    put(store, &key, outside).await;
+    for depth in DEPTHS {
+        let says = [key.as_str(), "in its index lies behind the extents of", &first.to_string()];
+        assert_found(&report(&oracle, depth).await, Verdict::Failed, &says, "outside");
+    }
+    // Inside, but not what is said to be there.
+    let (_, other) = indexed_otherwise(&whole, first, |extent| ExtentRecord { offset: extent.offset + 1, ..extent });
+    put(store, &key, other).await;
+    assert_found(&report(&oracle, Depth::Structure).await, Verdict::Ok, &[], "other");
+    for depth in [Depth::Data, Depth::Drill] {
+        let says = [first.to_string(), "the checksum of an extent".into()];
+        assert_found(&report(&oracle, depth).await, Verdict::Failed, &says.each_ref().map(String::as_str), "other");
     }
 }
 
@@ -515,7 +602,7 @@ async fn marks_and_their_states() {
     }
     // On a line that was left: what the mark needs counts.
     let oracle = all_kinds(512, 8).await;
-    let position = *oracle.states.keys().filter(|position| position.epoch == 4).next_back().unwrap();
+    let position = *oracle.states.keys().rfind(|position| position.epoch == 4).unwrap();
     let target = Target::Txid(position.txid);
     set_mark(&oracle.store, "left", target, Some(4), oracle.now_ms()).await.unwrap();
     let last = keys(&oracle.store, "log/00000004/").await.pop().unwrap();
@@ -825,7 +912,7 @@ fn check_xml(text: &str) -> BTreeMap<String, usize> {
         assert!(!between.contains('>'), "{between}");
         let end = rest[at..].find('>').unwrap() + at;
         let tag = &rest[at + 1..end];
-        assert!(!tag.contains('<') && tag.matches('"').count() % 2 == 0, "{tag}");
+        assert!(!tag.contains('<') && tag.matches('"').count().is_multiple_of(2), "{tag}");
         let name = tag.trim_matches('/').split(' ').next().unwrap().to_owned();
         if tag.starts_with('/') {
             assert_eq!(open.pop().as_ref(), Some(&name), "{text}");
