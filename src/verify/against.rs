@@ -18,7 +18,9 @@ use super::drill::{Drilled, restore, scratch_file};
 use crate::format::{Position, lock_page};
 use crate::replicate::control::{ControlError, Request, State, ask};
 use crate::restore::RestoreError;
+use crate::restore::history::History;
 use crate::restore::plan::Target;
+use crate::restore::run::{Run, runs};
 use crate::store::SharedStore;
 
 /// So often a live database is copied to meet it between two commits.
@@ -174,9 +176,7 @@ async fn hold_against(
         Drilled::Damaged(_, what) => {
             return Ok(Compared::Differs(format!("the newest state can't be restored: {what}")));
         }
-        Drilled::NotThere(what) => {
-            return Ok(Compared::Differs(format!("the daemon confirmed a state that is not in this replica: {what}")));
-        }
+        Drilled::NotThere(what) => return not_there(store, target, epoch, what).await,
         Drilled::Unsettled => return Ok(Compared::Unknown("objects went each time that it was restored".into())),
     };
     let handle = |file: &tempfile::NamedTempFile| file.reopen().map_err(RestoreError::io(file.path(), "read"));
@@ -188,10 +188,32 @@ async fn hold_against(
     let found = compared.map_err(lost)?.map_err(RestoreError::io(path, "compare"))?;
     Ok(match found {
         None => Compared::Same(plan.position, plan.database_len_bytes()),
+        Some(Difference { pages: 1, first }) => {
+            Compared::Differs(format!("the live database and {} differ in one page, page {first}", plan.position))
+        }
         Some(Difference { pages, first }) => Compared::Differs(format!(
             "the live database and {} differ in {pages} pages; the first one is page {first}",
             plan.position
         )),
+    })
+}
+
+/// What it means that a state can't be restored: before the first snapshot of its epoch is stored, nothing bad.
+async fn not_there(
+    store: &SharedStore,
+    target: Target,
+    epoch: Option<u32>,
+    what: String,
+) -> Result<Compared, VerifyError> {
+    let history = History::load(store).await?;
+    let line = history.line(epoch).unwrap_or_default();
+    let is_in = |run: &Run<'_>| match target {
+        Target::Txid(txid) => (run.first_txid..=run.last_txid).contains(&txid),
+        _ => true,
+    };
+    Ok(match runs(&line).iter().any(is_in) {
+        true => Compared::Unknown(format!("the state of the live database can't be restored yet: {what}")),
+        false => Compared::Differs(format!("the daemon confirmed a state that is not in this replica: {what}")),
     })
 }
 

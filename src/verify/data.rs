@@ -74,8 +74,9 @@ pub(super) async fn read(
     is_needed: impl Fn(&Need) -> bool,
     share: f64,
     budget: &Budget,
-    numbers: &mut Numbers,
+    seed: u64,
 ) -> Result<Read, RestoreError> {
+    let mut numbers = Numbers::new(seed);
     let (mut first, mut rest) = units(survey).into_iter().partition::<Vec<Unit>, _>(|unit| is_needed(&unit.need()));
     let mut read = Read::default();
     for unit in first.iter().chain(&rest) {
@@ -91,7 +92,7 @@ pub(super) async fn read(
         budget,
         large: Semaphore::new(LARGE_AT_A_TIME),
         checked: Mutex::default(),
-        numbers: Mutex::new(numbers.clone()),
+        seed,
     };
     for units in [&mut first, &mut rest] {
         numbers.shuffle(units);
@@ -170,7 +171,7 @@ struct Reader<'a> {
     large: Semaphore,
     /// Extents that were looked at already, by a hash of where they are and what they hold: snapshots share them.
     checked: Mutex<HashSet<u64>>,
-    numbers: Mutex<Numbers>,
+    seed: u64,
 }
 
 impl Reader<'_> {
@@ -276,13 +277,13 @@ impl Reader<'_> {
         Ok(done)
     }
 
-    /// The extents that are read: of those that were not looked at before a random share.
+    /// The extents that are read: of those that were not looked at before a random share. Whether one is in it depends on nothing
+    /// but the seed and the extent, so that a seed repeats the choice in whatever order answers come.
     fn choose(&self, index: &SnapshotIndex) -> Vec<(u32, ExtentRecord)> {
         let mut checked = self.checked.lock().unwrap_or_else(PoisonError::into_inner);
-        let mut numbers = self.numbers.lock().unwrap_or_else(PoisonError::into_inner);
         let mut is_chosen = |(number, extent): &(u32, ExtentRecord)| {
-            let source = index.sources[extent.source as usize];
-            checked.insert(identity(*number, extent, source)) && numbers.is_in(self.share)
+            let identity = identity(*number, extent, index.sources[extent.source as usize]);
+            checked.insert(identity) && Numbers::new(self.seed ^ identity).is_in(self.share)
         };
         (0..).zip(index.extents.iter().copied()).filter(|extent| is_chosen(extent)).collect()
     }

@@ -48,20 +48,18 @@ pub(super) async fn restore(
             Ok((plan, file)) => return Ok(Drilled::Restored(Box::new(plan), file)),
             Err(error) => error,
         };
-        if let RestoreError::OutOfRange { .. } | RestoreError::NothingYet { .. } | RestoreError::NoSuchEpoch { .. } =
-            error
-        {
-            return Ok(Drilled::NotThere(error.to_string()));
-        }
-        let object = match &error {
-            RestoreError::Damaged { object, .. } => Some(object.clone()),
-            _ => None,
+        let found = match error {
+            RestoreError::OutOfRange { .. } | RestoreError::NothingYet { .. } | RestoreError::NoSuchEpoch { .. } => {
+                (None, error.to_string(), false)
+            }
+            RestoreError::Damaged { ref object, .. } => (Some(object.clone()), damage(error)?, true),
+            error => (None, damage(error)?, true),
         };
-        let what = damage(error)?;
-        if before.as_ref() == Some(&what) {
-            return Ok(Drilled::Damaged(object, what));
+        if before.as_ref() == Some(&found) {
+            let (object, what, is_damage) = found;
+            return Ok(if is_damage { Drilled::Damaged(object, what) } else { Drilled::NotThere(what) });
         }
-        before = Some(what);
+        before = Some(found);
     }
     Ok(Drilled::Unsettled)
 }

@@ -305,7 +305,7 @@ impl Verifier<'_> {
             Need::Segment(key) => needs.segments.contains(key),
             Need::Snapshot(key) => needs.snapshots.contains(key),
         };
-        let read = data::read(&self.store, survey, is_needed, share, &self.budget, &mut self.numbers).await?;
+        let read = data::read(&self.store, survey, is_needed, share, &self.budget, self.settings.seed).await?;
         self.end(&begun, BLOCKS, "segments", read.segments, read.segments_of);
         let rest = self.begin();
         self.end(&rest, EXTENTS, "snapshots", read.snapshots, read.snapshots_of);
@@ -332,6 +332,7 @@ impl Verifier<'_> {
         self.report.not_reached = not_reached;
         let Some((survey, found)) = again else { return Ok(()) };
         self.take_over(&survey, found);
+        self.find_newest(&survey).await?;
         let needs = needs(&survey);
         for damage in damages {
             let (check, object, what, is_needed, is_there) = match damage {
@@ -361,8 +362,10 @@ impl Verifier<'_> {
         }
         let ranges = ranges(survey);
         let newest_txid = self.report.newest.map(|newest| newest.txid);
-        let mut points = points::choose(&ranges, newest_txid, self.settings.points, &mut self.numbers);
-        self.numbers.shuffle(&mut points);
+        // Anew, because nobody knows how often was looked before.
+        let mut numbers = Numbers::new(self.settings.seed);
+        let mut points = points::choose(&ranges, newest_txid, self.settings.points, &mut numbers);
+        numbers.shuffle(&mut points);
         let mut points = points.into_iter();
         while let Some(txid) = points.next() {
             if self.budget.is_over() {
@@ -382,11 +385,14 @@ impl Verifier<'_> {
             _ => "restore of the newest state".to_owned(),
         };
         let restored = drill::restore(&self.store, &self.settings.scratch, target, epoch);
-        let Some(drilled) = self.budget.within(restored).await else {
-            self.report.not_reached.push(shown);
-            return Ok(());
+        let drilled = match self.budget.within(restored).await {
+            None => {
+                self.not_restored(target, &shown, "there was no time");
+                return Ok(());
+            }
+            Some(drilled) => drilled?,
         };
-        match drilled? {
+        match drilled {
             Drilled::Restored(plan, file) => {
                 let name = drill::name(plan.position);
                 if self.settings.checks_integrity {
@@ -404,12 +410,24 @@ impl Verifier<'_> {
                 self.report.findings.push(Finding::new(Verdict::Failed, &shown, object, sentence));
                 self.end(&begun, &shown, "states", 1, 1);
             }
-            Drilled::NotThere(what) => self.report.notes.push(format!("{shown} was left out: {what}")),
-            Drilled::Unsettled => {
-                self.report.not_reached.push(format!("{shown}: objects went each time that it was tried"));
+            Drilled::NotThere(what) if target == Target::Latest => {
+                let sentence = format!("{shown} fails: {what}");
+                self.report.findings.push(Finding::new(Verdict::Failed, &shown, None, sentence));
             }
+            // It was let go since it was chosen.
+            Drilled::NotThere(what) => self.report.notes.push(format!("{shown} was left out: {what}")),
+            Drilled::Unsettled => self.not_restored(target, &shown, "objects went each time that it was tried"),
         }
         Ok(())
+    }
+
+    /// A drill that does not restore the newest state proves little: that is no clean verdict.
+    fn not_restored(&mut self, target: Target, shown: &str, why: &str) {
+        self.report.not_reached.push(format!("{shown}: {why}"));
+        if target == Target::Latest {
+            let sentence = format!("the newest state was not restored: {why}");
+            self.report.findings.push(Finding::new(Verdict::Degraded, shown, None, sentence));
+        }
     }
 
     fn note_integrity(&mut self, name: &str, integrity: Integrity) {

@@ -686,6 +686,8 @@ async fn samples_and_bounds() {
     for depth in DEPTHS {
         let bounded = Settings { max_duration: Some(Duration::ZERO), depth, ..settings.clone() };
         let found = verify_with(&oracle.store, &bounded, oracle.now_ms()).await.unwrap();
+        let expected = if depth == Depth::Drill { Verdict::Degraded } else { Verdict::Ok };
+        assert_found(&found, expected, &["the newest state was not restored"], "no time");
         assert!(
             found.not_reached.iter().any(|what| what.contains("200 tables of segments")),
             "{:?}",
@@ -1042,6 +1044,13 @@ fn against_the_live_database() {
     assert!(stdout(&done).contains("failed "), "{}", stdout(&done));
     assert_eq!(daemon.terminate(), Some(0), "{}", scene.log());
     verified(0, &against);
+    // The schema cookie alone, and a page alone.
+    application.execute_batch("PRAGMA schema_version = 1000").unwrap();
+    let done = verified(2, &against);
+    assert!(stdout(&done).contains("differ in one page, page 1;"), "{}", stdout(&done));
+    count_up(&application);
+    let done = verified(2, &against);
+    assert!(stdout(&done).contains("differ in 2 pages; the first one is page 1;"), "{}", stdout(&done));
     insert(&application, 100);
     let done = verified(2, &against);
     let told = stdout(&done);
