@@ -56,9 +56,9 @@ const FRESHNESS: &str = "freshness";
 pub enum Depth {
     /// What the objects say of each other: listings, records, tables and indexes
     Structure,
-    /// And every block and extent is read
+    /// The structure; and every block and extent is read
     Data,
-    /// And, instead, some states are restored and checked by SQLite
+    /// The structure; and some states are restored, and checked by SQLite
     Drill,
 }
 

@@ -140,7 +140,7 @@ impl Checker<'_> {
         };
         for run in &runs {
             for &gap in &run.missing {
-                self.check_gap(run, gap);
+                self.check_gap(run, gap, true);
             }
         }
         if let Some(run) = runs.first() {
@@ -149,21 +149,38 @@ impl Checker<'_> {
         }
     }
 
-    fn check_gap(&mut self, run: &Run<'_>, gap: Missing) {
-        let what = missing(run, gap);
-        if !run.is_let_go(gap) {
-            return self.add(Finding::failed(LINES, log_of(run, gap), format!("{what}: the line has a gap")));
-        }
+    fn check_gap(&mut self, run: &Run<'_>, gap: Missing, is_newest: bool) {
         // Without anything older that can be restored it is no more than a beginning.
-        if self.view.ranges(run).first().is_none_or(|range| range.first_txid >= gap.first_txid) {
+        if !self.breaks_something(run, gap) {
             return;
         }
-        if self.is_kept_before(run, gap) {
-            self.found.notes.push(format!("{what}, as retention lets them go"));
+        let what = missing(run, gap);
+        let finding = if !self.may_be_let_go(run, gap, is_newest) {
+            Finding::failed(LINES, log_of(run, gap), format!("{what}: the line has a gap"))
+        } else if self.is_kept_before(run, gap) {
+            return self.found.notes.push(format!("{what}, as retention lets them go"));
         } else {
             let sentence = format!("{what}: they were lost, or a prune was not finished, which the next one does then");
-            self.add(Finding::degraded(LINES, log_of(run, gap), sentence));
-        }
+            Finding::degraded(LINES, log_of(run, gap), sentence)
+        };
+        self.add(finding);
+    }
+
+    /// Whether states before a gap can be restored, which those in it should follow.
+    fn breaks_something(&self, run: &Run<'_>, gap: Missing) -> bool {
+        self.view.ranges(run).first().is_some_and(|range| range.first_txid < gap.first_txid)
+    }
+
+    /// Whether a gap ends where retention ends one: where a snapshot was begun, where a run ends, or at the segment that tells
+    /// where its epoch ends. That of the newest epoch is more than a sign.
+    fn may_be_let_go(&self, run: &Run<'_>, gap: Missing, is_newest: bool) -> bool {
+        let behind = run.segment_of(gap.last_txid + 1).map(|planned| planned.stored.key);
+        let is_sign = behind.is_some_and(|key| {
+            let epoch = self.survey.history.epochs.get(&key.0.epoch);
+            let ends = epoch.into_iter().flat_map(|epoch| &epoch.segments).map(|stored| stored.key.0.last_txid);
+            ends.max() == Some(key.0.last_txid) && !(is_newest && key.0.epoch == self.newest_epoch())
+        });
+        is_sign || run.is_let_go(gap)
     }
 
     /// Whether a gap begins where retention begins one: behind the segment with a state that it keeps by itself, which is that of a
@@ -198,7 +215,9 @@ impl Checker<'_> {
         }
         let epoch = run.first_epoch();
         let is_anything_older = runs.iter().skip(1).any(|run| !self.view.ranges(run).is_empty());
-        let may_be_under_way = run.snapshots.is_empty() && run.missing.is_empty() && !self.had_snapshot(run);
+        let is_without = run.snapshots.is_empty() && run.missing.is_empty();
+        let had_snapshot = is_without && self.had_snapshot(run);
+        let may_be_under_way = is_without && !had_snapshot;
         let object = EpochKey { epoch, writer: None };
         let finding = if may_be_under_way && is_anything_older {
             let sentence = format!(
@@ -219,8 +238,9 @@ impl Checker<'_> {
                     range.last_txid
                 ),
                 None => format!(
-                    "the newest state, transaction {txid} of epoch {}, can't be restored: no snapshot serves it",
-                    run.epoch_of(txid)
+                    "the newest state, transaction {txid} of epoch {}, can't be restored: no snapshot serves it{}",
+                    run.epoch_of(txid),
+                    if had_snapshot { ", though the first one was read whole more than an hour ago" } else { "" }
                 ),
             };
             Finding::failed(LINES, object, sentence)
@@ -254,7 +274,10 @@ impl Checker<'_> {
                 Err(_) => continue,
             };
             for run in &runs {
-                for &gap in run.missing.iter().filter(|gap| !run.is_let_go(**gap)) {
+                for &gap in &run.missing {
+                    if !self.breaks_something(run, gap) || self.may_be_let_go(run, gap, false) {
+                        continue;
+                    }
                     let of = run.epoch_of(gap.first_txid);
                     let is_on_newest = caps.get(&of).is_some_and(|cap| gap.first_txid <= *cap);
                     if !is_on_newest && known.insert((of, gap.first_txid)) {

@@ -16,7 +16,7 @@ use crate::restore::execute::read_index;
 use crate::restore::history::{History, Stored, damaged_records};
 use crate::restore::tail::{SnapshotTail, read_table};
 use crate::retain::tails::{Tail, TailCache};
-use crate::store::{ObjectInfo, SharedStore};
+use crate::store::{ObjectInfo, SharedStore, StoreErrorKind};
 
 /// So many requests are under way at a time.
 pub(super) const REQUESTS_IN_FLIGHT: usize = 8;
@@ -116,8 +116,8 @@ pub(super) async fn look(
 async fn read_presence(store: &SharedStore) -> Result<Option<Result<PresenceRecord, String>>, RestoreError> {
     let bytes = match store.get(PRESENCE_KEY, RECORD_LIMIT).await {
         Err(error) if error.is_not_found() => return Ok(None),
-        // The replica's directory may not be there: that is told of elsewhere.
-        Err(error) if error.kind == crate::store::StoreErrorKind::NoSuchBucket => return Ok(None),
+        // What keeps us from all objects is told of by the next request. S3 may answer that it is forbidden where it is not there.
+        Err(error) if matches!(error.kind, StoreErrorKind::NoSuchBucket | StoreErrorKind::Denied) => return Ok(None),
         other => other.map_err(RestoreError::object(&store.location(), &PRESENCE_KEY)),
     };
     let read = bytes.and_then(|bytes| {
