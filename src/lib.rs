@@ -8,7 +8,8 @@
 //! | [`format`] | what our objects are: keys, segments, snapshots, records. Bytes in, bytes out | all above |
 //! | [`store`] | where objects are: S3, a directory, memory; retry and metering | `replicate`, `restore`, `cli` |
 //! | [`replicate`] | capture, ledger, spool, shipping, snapshots, epochs | `cli` |
-//! | [`restore`] | the plan of a restore, and its execution | `cli` |
+//! | [`restore`] | the plan of a restore, and its execution | `verify`, `cli` |
+//! | [`verify`] | whether what is stored can be restored | `cli` |
 //! | [`config`] | TOML, environment and URLs, as one validated value | `cli` |
 //! | [`cli`] | commands, text and JSON output, exit codes | `main` |
 //!
@@ -27,5 +28,6 @@ pub mod retain;
 pub mod run;
 pub mod sqlite;
 pub mod store;
+pub mod verify;
 
 pub mod cli;

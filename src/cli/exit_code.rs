@@ -15,9 +15,15 @@ use crate::replicate::state::StateDirectoryError;
 use crate::restore::RestoreError;
 use crate::retain::RetainError;
 use crate::store::{StoreError, StoreErrorKind};
+use crate::verify::VerifyError;
+use crate::verify::report::Verdict;
 
 /// Failed, for a reason without a code of its own.
 pub const FAILED: u8 = 1;
+/// `verify`: everything that should be restorable is, but somebody should look.
+pub const VERIFY_DEGRADED: u8 = 1;
+/// `verify`: something that should be restorable is not.
+pub const VERIFY_FAILED: u8 = 2;
 /// Wrong arguments or configuration.
 pub const USAGE: u8 = 10;
 /// Storage is not to be reached or refuses.
@@ -66,6 +72,18 @@ impl Failure {
         Self::new(STORAGE, message, Some(hint))
     }
 
+    /// What happened, in a sentence.
+    #[must_use]
+    pub fn message(&self) -> &str {
+        &self.message
+    }
+
+    /// The exit code.
+    #[must_use]
+    pub fn code(&self) -> u8 {
+        self.code
+    }
+
     /// Writes it to standard error; gives the exit code.
     #[must_use]
     pub fn report(&self) -> ExitCode {
@@ -80,6 +98,43 @@ impl Failure {
 impl fmt::Display for Failure {
     fn fmt(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
         out.write_str(&self.message)
+    }
+}
+
+/// The exit code of `verify` for one replica.
+#[must_use]
+pub fn code_of(verdict: Verdict) -> u8 {
+    match verdict {
+        Verdict::Ok => 0,
+        Verdict::Degraded => VERIFY_DEGRADED,
+        Verdict::Failed => VERIFY_FAILED,
+    }
+}
+
+/// The exit code of `verify` for several replicas: what can't be restored weighs most, then what could not be looked at.
+#[must_use]
+pub fn gravest(codes: impl IntoIterator<Item = u8>) -> u8 {
+    let weight = |code: &u8| match *code {
+        0 => 0,
+        VERIFY_DEGRADED => 1,
+        VERIFY_FAILED => 4,
+        STORAGE => 3,
+        _ => 2,
+    };
+    codes.into_iter().max_by_key(weight).unwrap_or(0)
+}
+
+impl From<VerifyError> for Failure {
+    fn from(error: VerifyError) -> Self {
+        match error {
+            VerifyError::Restore(RestoreError::Io { .. }) => Self::new(
+                TARGET,
+                error,
+                Some("--scratch names another directory; a restored database needs its size there"),
+            ),
+            VerifyError::Restore(error) => error.into(),
+            VerifyError::Live { .. } => Self::new(USAGE, error, Some("--against takes the path of the live database")),
+        }
     }
 }
 

@@ -11,7 +11,7 @@ use super::exit_code::Failure;
 ///
 /// # Errors
 /// That of `work`, or that it was interrupted.
-pub async fn unless_interrupted(work: impl Future<Output = Result<(), Failure>>, what: &str) -> Result<(), Failure> {
+pub async fn unless_interrupted<T>(work: impl Future<Output = Result<T, Failure>>, what: &str) -> Result<T, Failure> {
     let failed = |error: io::Error| Failure::other(format!("can't listen for signals: {error}"));
     let mut terminate = signal(SignalKind::terminate()).map_err(failed)?;
     let mut interrupt = signal(SignalKind::interrupt()).map_err(failed)?;

@@ -18,6 +18,7 @@ pub mod restore;
 pub mod run;
 pub mod status;
 mod tell;
+pub mod verify;
 
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -52,7 +53,7 @@ struct Arguments {
 const EXIT_CODES: &str = "\
 Exit codes: 0 done · 1 failed · 10 usage or configuration · 11 storage not reachable or refused · 12 no such backup or \
 point in time · 13 damaged object or unknown format · 14 target refused (exists, in use, not writable) · 15 stopped with \
-transactions not confirmed · 16 another writer took over";
+transactions not confirmed · 16 another writer took over. verify: 1 degraded · 2 failed";
 
 fn long_version() -> &'static str {
     static VERSION: std::sync::OnceLock<String> = std::sync::OnceLock::new();
@@ -67,6 +68,8 @@ enum Command {
     Run(run::RunArguments),
     /// Rebuild a database as it was after any transaction
     Restore(restore::RestoreArguments),
+    /// Check that what is in storage can be restored: exit code 0 ok, 1 degraded, 2 failed
+    Verify(verify::VerifyArguments),
     /// Show what a replica holds
     Log(log::LogArguments),
     /// Wait until everything that was committed to a database is confirmed in storage
@@ -177,6 +180,18 @@ impl ConfigArgument {
             "'{source}' is not a replica: it is no URL, no directory, and no database of the configuration or the environment"
         )))
     }
+
+    /// The replicas that `sources` name; without any, those of all databases of the configuration or, without one, that of the
+    /// environment's.
+    fn resolve_all(&self, sources: &[String]) -> Result<Vec<Source>, Failure> {
+        if !sources.is_empty() {
+            return sources.iter().map(|source| self.resolve(Some(source))).collect();
+        }
+        match self.load()? {
+            Some(config) => Ok(config.databases.into_iter().map(Source::of).collect()),
+            None => Ok(vec![Source::of(environment_database()?)]),
+        }
+    }
 }
 
 fn absolute(path: &Path) -> Result<PathBuf, Failure> {
@@ -245,6 +260,10 @@ fn run(arguments: Arguments) -> Result<u8, Failure> {
         Command::Restore(arguments) => {
             start_log(&flags, None, LogLevel::Warn);
             runtime.block_on(restore::run(arguments)).map(|()| 0)
+        }
+        Command::Verify(arguments) => {
+            start_log(&flags, None, LogLevel::Warn);
+            runtime.block_on(verify::run(arguments))
         }
         Command::Log(arguments) => {
             start_log(&flags, None, LogLevel::Warn);

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use clap::Args;
 use tokio::signal::unix::{SignalKind, signal};
-use tokio::sync::mpsc;
+use tokio::sync::{Semaphore, mpsc};
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
@@ -15,6 +15,7 @@ use super::{CONFIG_VARIABLE, ConfigArgument, SYSTEM_CONFIG, absolute};
 use crate::clock::SystemClock;
 use crate::config::units::parse_address;
 use crate::config::{Config, DatabaseConfig};
+use crate::health::drill::Driller;
 use crate::health::heartbeat::beat;
 use crate::health::server::HealthServer;
 use crate::health::{Boards, systemd};
@@ -25,6 +26,8 @@ use crate::replicate::status::Board;
 use crate::replicate::{Job, run as replicate};
 use crate::store::retry::{RetryPolicy, Retrying};
 
+/// A drill takes a processor, and room for a database.
+const DRILLS_AT_A_TIME: usize = 1;
 /// Between these, the daemon's own loops ask again, without end.
 const QUICK: RetryPolicy = RetryPolicy { attempts: 3, base_ms: 100, max_ms: 2000 };
 
@@ -115,10 +118,23 @@ pub async fn run(config: Config) -> Result<(), Failure> {
 /// When the address to listen at is taken, or is not ours.
 pub(super) async fn jobs_of(config: Config) -> Result<(Vec<Job>, JoinSet<()>), Failure> {
     let (clock, mut telling) = (SystemClock::shared(), JoinSet::new());
+    let drills = Arc::new(Semaphore::new(DRILLS_AT_A_TIME));
     let mut jobs = Vec::new();
     for database in config.databases {
-        let heartbeat = database.heartbeat.clone();
+        let (heartbeat, verify_interval) = (database.heartbeat.clone(), database.verify_interval);
         let job = job_of(database, clock.now_ms()).await;
+        if let Some(interval) = verify_interval {
+            let driller = Driller {
+                store: job.store.clone(),
+                database: job.settings.path.clone(),
+                interval,
+                retention: job.retention,
+                board: job.board.clone(),
+                clock: clock.clone(),
+                permits: drills.clone(),
+            };
+            telling.spawn(driller.run());
+        }
         if let Some(url) = heartbeat {
             telling.spawn(beat(url, job.board.clone(), clock.clone()));
         }
@@ -150,7 +166,8 @@ async fn job_of(database: DatabaseConfig, now_ms: u64) -> Job {
     };
     let kept_limit_bytes = settings.spool_limit_bytes / KEPT_SHARE;
     let merge = MergeSettings { windows: database.merge, kept_limit_bytes };
-    Job { settings, state_dir: database.state_dir, store, merge, retention: database.retention, board }
+    let (retention, presence_interval) = (database.retention, database.presence_interval);
+    Job { settings, state_dir: database.state_dir, store, merge, retention, presence_interval, board }
 }
 
 /// The first SIGTERM or SIGINT asks for a stop, the second one makes it happen at once.

@@ -118,8 +118,9 @@ fn show(rows: &[Row], arguments: &StatusArguments) -> io::Result<()> {
 }
 
 fn table(rows: &[Row], now_ms: u64) -> String {
-    let mut lines =
-        vec![["DATABASE", "STATE", "CAPTURED", "CONFIRMED", "LAG", "SNAPSHOT", "WAITING"].map(str::to_owned)];
+    let mut lines = vec![
+        ["DATABASE", "STATE", "CAPTURED", "CONFIRMED", "LAG", "SNAPSHOT", "VERIFIED", "WAITING"].map(str::to_owned),
+    ];
     lines.extend(rows.iter().map(|row| cells(&row.status, now_ms)));
     let width = |column: usize| lines.iter().map(|cells| cells[column].chars().count()).max().unwrap_or(0);
     let widths: Vec<usize> = (0..lines[0].len()).map(width).collect();
@@ -137,7 +138,7 @@ fn table(rows: &[Row], now_ms: u64) -> String {
     text
 }
 
-fn cells(status: &Status, now_ms: u64) -> [String; 7] {
+fn cells(status: &Status, now_ms: u64) -> [String; 8] {
     let none = || "-".to_owned();
     let phase = match status.phase {
         Phase::Starting => "starting",
@@ -153,6 +154,7 @@ fn cells(status: &Status, now_ms: u64) -> [String; 7] {
         status.confirmed.map_or_else(none, |state| state.position.txid.to_string()),
         format!("{:.1} s", status.lag(now_ms).as_secs_f64()),
         status.snapshot_ms.map_or_else(none, format_time),
+        status.verified_ms.map_or_else(none, format_time),
         format!("{} bytes", status.waiting_bytes),
     ]
 }

@@ -59,6 +59,8 @@ struct DatabaseTable {
     keep_weekly: Option<u32>,
     keep_monthly: Option<u32>,
     heartbeat_url: Option<UrlText>,
+    verify_interval: Option<DurationText>,
+    presence_interval: Option<DurationText>,
 }
 
 /// A URL, or a table with one.
@@ -245,12 +247,26 @@ impl DatabaseTable {
             }
             database.snapshot_interval = interval;
         }
+        if let Some(DurationText(interval)) = self.presence_interval {
+            if interval.is_zero() {
+                return Err(format!(
+                    "database '{shown}': presence-interval must not be 0; leave it out to turn it off"
+                ));
+            }
+            database.presence_interval = Some(interval);
+        }
         if let Some(windows) = self.merge {
             database.merge = windows.into_iter().map(|DurationText(window)| window).collect();
             let ascends = database.merge.is_sorted_by(|before, after| before < after);
             if !ascends || database.merge.first().is_some_and(Duration::is_zero) {
                 return Err(format!("database '{shown}': merge is a list of ascending durations: [\"1m\", \"1h\"]"));
             }
+        }
+        if let Some(DurationText(interval)) = self.verify_interval {
+            if interval.is_zero() {
+                return Err(format!("database '{shown}': verify-interval must not be 0"));
+            }
+            database.verify_interval = Some(interval);
         }
         database.heartbeat = self.heartbeat_url.map(|UrlText(url)| url);
         let retention = &mut database.retention;
@@ -337,6 +353,8 @@ mod tests {
     fn the_shipped_files_are_right() {
         let full = parse(include_str!("../../config/waltrail.toml")).unwrap();
         assert_eq!(full.databases.len(), 2);
+        let intervals: Vec<_> = full.databases.iter().map(|database| database.presence_interval).collect();
+        assert_eq!(intervals, [Some(Duration::from_secs(300)), None]);
         let minimal = parse(include_str!("../../config/waltrail.minimal.toml")).unwrap();
         assert_eq!(minimal.shutdown_timeout, DEFAULT_SHUTDOWN_TIMEOUT);
     }
@@ -357,6 +375,7 @@ mod tests {
             (format!("{one}retention = \"off\"\n"), "write forever, or a duration"),
             (format!("{one}retention = \"forever\"\nkeep-daily = 3\n"), "keep-daily"),
             (format!("{one}checkpoint-threshold = \"0B\"\n"), "must not be 0"),
+            (format!("{one}presence-interval = \"0s\"\n"), "leave it out"),
             (format!("colour = 1\n{one}"), "colour"),
             (format!("{one}sync-interval = \"1 parsec\"\n"), "is not a duration"),
             (format!("{one}spool-limit = 5\n"), "spool-limit"),

@@ -107,8 +107,12 @@ pub struct DatabaseConfig {
     pub merge: Vec<Duration>,
     /// What of the history is kept.
     pub retention: RetentionSettings,
+    /// The daemon restores and checks its own replica this often; `None` for never.
+    pub verify_interval: Option<Duration>,
     /// Asked once a minute as long as all is well. May hold a secret.
     pub heartbeat: Option<Uri>,
+    /// The daemon says in storage this often that it is there; `None` for never.
+    pub presence_interval: Option<Duration>,
 }
 
 impl DatabaseConfig {
@@ -127,6 +131,8 @@ impl DatabaseConfig {
             merge: vec![Duration::from_secs(60), Duration::from_secs(3600)],
             retention: RetentionSettings::default(),
             heartbeat: None,
+            verify_interval: None,
+            presence_interval: None,
         }
     }
 }

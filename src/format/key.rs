@@ -5,6 +5,8 @@ use std::fmt;
 
 /// Key of the object that makes a place a replica.
 pub const MARKER_KEY: &str = "waltrail.json";
+/// Key of the object that tells when a daemon that has nothing to ship was last there.
+pub const PRESENCE_KEY: &str = "presence";
 /// Prefix of all epoch records.
 pub const EPOCHS_PREFIX: &str = "epochs/";
 /// Prefix of all marks.

@@ -1,4 +1,4 @@
-//! Small objects that are JSON: the replica's marker, epoch records, and marks. A field that this program does not know is
+//! Small objects that are JSON: the replica's marker, epoch records, marks, and the daemon's presence. A field that this program does not know is
 //! passed over; a format version that it does not know is refused.
 
 use serde::{Deserialize, Serialize};
@@ -58,6 +58,46 @@ pub struct MarkRecord {
     pub created_ms: u64,
     /// The program that wrote it: `waltrail 0.1.0`.
     pub program: String,
+}
+
+/// `presence`: that a daemon was there, and up to where all was confirmed. The one object that is put again and again.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PresenceRecord {
+    /// Version of the storage layout.
+    pub format: u32,
+    /// The epoch that it writes.
+    pub epoch: u32,
+    /// The writer's id, as in the epoch's record.
+    pub writer: String,
+    /// The last transaction that was confirmed.
+    pub txid: u64,
+    /// When it was put, in milliseconds since 1970.
+    pub time_ms: u64,
+    /// The program that wrote it: `waltrail 0.1.0`.
+    pub program: String,
+}
+
+impl PresenceRecord {
+    /// Reads the object.
+    ///
+    /// # Errors
+    /// When it is not such an object, or one of another format version.
+    pub fn decode(bytes: &[u8]) -> Result<Self, FormatError> {
+        check_version(bytes)?;
+        parse(bytes)
+    }
+
+    /// The object's bytes.
+    #[must_use]
+    pub fn encode(&self) -> Vec<u8> {
+        encode(self)
+    }
+
+    /// The last state that was confirmed.
+    #[must_use]
+    pub fn position(&self) -> Position {
+        Position { epoch: self.epoch, txid: self.txid }
+    }
 }
 
 impl MarkRecord {
@@ -179,6 +219,15 @@ mod tests {
             program: "waltrail 0.1.0".into(),
         };
         assert_eq!(MarkRecord::decode(&mark.encode()).unwrap(), mark);
+        let presence = PresenceRecord {
+            format: 1,
+            epoch: 3,
+            writer: "0123456789abcdef0123456789abcdef".into(),
+            txid: 12,
+            time_ms: 1_790_000_000_000,
+            program: "waltrail 0.1.0".into(),
+        };
+        assert_eq!(PresenceRecord::decode(&presence.encode()).unwrap(), presence);
         let newer = br#"{"format":2,"replica":{"id":1}}"#;
         assert_eq!(ReplicaMarker::decode(newer), Err(FormatError::UnknownVersion { found: 2 }));
         let more = br#"{"format":1,"replica":"00","colour":"red"}"#;

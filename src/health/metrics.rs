@@ -15,7 +15,7 @@ struct Metric {
     value: fn(&Status, u64) -> Option<f64>,
 }
 
-const METRICS: [Metric; 14] = [
+const METRICS: [Metric; 16] = [
     Metric {
         name: "waltrail_following",
         kind: "gauge",
@@ -69,6 +69,18 @@ const METRICS: [Metric; 14] = [
         kind: "gauge",
         help: "When the last confirmed snapshot was begun, in seconds since 1970.",
         value: |status, _| status.snapshot_ms.map(seconds),
+    },
+    Metric {
+        name: "waltrail_verified_timestamp_seconds",
+        kind: "gauge",
+        help: "When the replica was last restored by the daemon and found right, in seconds since 1970.",
+        value: |status, _| status.verified_ms.map(seconds),
+    },
+    Metric {
+        name: "waltrail_verify_failed",
+        kind: "gauge",
+        help: "1 if the last try to restore the replica failed.",
+        value: |status, _| Some(f64::from(u8::from(status.verify_trouble.is_some()))),
     },
     Metric {
         name: "waltrail_waiting_bytes",

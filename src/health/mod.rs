@@ -1,5 +1,6 @@
 //! Telling others how replication is: over HTTP, to systemd, and to whoever misses a heartbeat.
 
+pub mod drill;
 pub mod heartbeat;
 pub mod metrics;
 pub mod server;

@@ -13,6 +13,7 @@ pub mod handover;
 pub mod ledger;
 pub mod merge;
 pub mod merger;
+pub mod presence;
 pub mod pruner;
 pub mod record;
 pub mod scan;
@@ -37,6 +38,7 @@ use tokio_util::sync::CancellationToken;
 use self::database::{DatabaseError, DatabaseSettings, Surroundings, follow};
 use self::merge::MergeSettings;
 use self::merger::Merger;
+use self::presence::Presence;
 use self::pruner::Pruner;
 use self::ship::{Progress, ShipError, Shipper};
 use self::spool::Spool;
@@ -82,6 +84,8 @@ pub struct Job {
     pub retention: RetentionSettings,
     /// Where it is written down how replication is.
     pub board: Arc<Board>,
+    /// How often to say in storage that the daemon is there; `None` for never.
+    pub presence_interval: Option<Duration>,
 }
 
 /// Why replication ended otherwise than it was told to.
@@ -331,11 +335,19 @@ async fn follow_once(
         confirmed: progress.confirmed.subscribe(),
         permits: shared.prunes.clone(),
     };
+    let presence = Presence {
+        store: job.store.clone(),
+        interval: job.presence_interval,
+        clock: clock.clone(),
+        claimed: progress.claimed.subscribe(),
+        confirmed: progress.confirmed.subscribe(),
+    };
     // What runs in there ends with this function, whatever it is doing: a merge or a deletion can be done again.
     let mut beside = JoinSet::new();
     beside.spawn(merger.run(confirmed));
     beside.spawn(pruner.run());
     job.board.set_link(Some(Link { mailbox: mailbox.clone(), confirmed: progress.confirmed.subscribe() }));
+    beside.spawn(presence.run());
     let shipper = Shipper {
         store: job.store.clone(),
         mailbox: mailbox.clone(),

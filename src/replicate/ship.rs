@@ -17,6 +17,7 @@ use super::wake::{Event, Mailbox};
 use crate::clock::Clock;
 use crate::format::Position;
 use crate::format::key::{SnapshotKey, Span};
+use crate::format::record::EpochRecord;
 use crate::store::retry::RetryPolicy;
 use crate::store::upload::{Upload, put_file};
 use crate::store::{PutMode, SharedStore, StoreError, StoreErrorKind};
@@ -69,6 +70,8 @@ pub struct Progress {
     pub waiting_bytes: AtomicU64,
     /// The last transaction of the epoch that is confirmed.
     pub confirmed: watch::Sender<u64>,
+    /// The epoch's record, once it is claimed.
+    pub claimed: watch::Sender<Option<EpochRecord>>,
     /// Whether the first snapshot, without which nothing of the epoch can be restored, is not stored.
     pub snapshot_is_missing: AtomicBool,
     /// Where it is written down for others.
@@ -80,6 +83,7 @@ impl Default for Progress {
         Self {
             waiting_bytes: AtomicU64::new(0),
             confirmed: watch::Sender::new(0),
+            claimed: watch::Sender::new(None),
             snapshot_is_missing: AtomicBool::new(false),
             board: Arc::default(),
         }
@@ -149,6 +153,7 @@ impl Shipper {
                     // Known before the thread records anything: the state found, or the parent's last transaction.
                     let start_txid = new.record.first_txid - u64::from(new.record.continues);
                     self.progress.confirmed.send_replace(start_txid);
+                    self.progress.claimed.send_replace(Some(new.record.clone()));
                     self.mailbox.send(Event::Claimed(Box::new(new.clone())));
                     claimed = Some(new);
                 }

@@ -47,6 +47,10 @@ pub struct Status {
     /// When the last confirmed snapshot was begun, in milliseconds since 1970. Without one nothing of this epoch can be
     /// restored.
     pub snapshot_ms: Option<u64>,
+    /// When the replica was last restored and found right, in milliseconds since 1970.
+    pub verified_ms: Option<u64>,
+    /// Why the last try to do that failed.
+    pub verify_trouble: Option<String>,
     /// Bytes of segments that wait to be shipped.
     pub waiting_bytes: u64,
     /// Transactions that were captured since the process started.
@@ -84,7 +88,7 @@ impl Status {
             Phase::Following if self.snapshot_ms.is_none() && in_phase > limit => {
                 Some(format!("there has been no snapshot for {} s{}", in_phase.as_secs(), because()))
             }
-            _ => None,
+            _ => self.verify_trouble.as_ref().map(|trouble| format!("it could not be verified: {trouble}")),
         }
     }
 }
@@ -194,6 +198,15 @@ impl Board {
         status.snapshot_ms = Some(begun_ms);
     }
 
+    /// The replica was restored and found right, or not: then why.
+    pub fn note_verified(&self, now_ms: u64, trouble: Option<String>) {
+        let mut status = locked(&self.status);
+        if trouble.is_none() {
+            status.verified_ms = Some(now_ms);
+        }
+        status.verify_trouble = trouble;
+    }
+
     /// Bytes that wait to be shipped.
     pub fn note_waiting(&self, waiting_bytes: u64) {
         locked(&self.status).waiting_bytes = waiting_bytes;
@@ -248,7 +261,11 @@ mod tests {
         assert_eq!(board.status().trouble(65_000, LIMIT), None);
         let trouble = board.status().trouble(65_001, LIMIT).unwrap();
         assert_eq!(trouble, "it has not been followed for 60 s: locked again");
+        board.note_verified(66_000, Some("a gap".into()));
         board.enter(Phase::Waiting, None, 70_000);
+        assert_eq!(board.status().trouble(70_000, LIMIT).as_deref(), Some("it could not be verified: a gap"));
+        board.note_verified(67_000, None);
+        assert_eq!(board.status().verified_ms, Some(67_000));
         assert_eq!(board.status().trouble(900_000, LIMIT), None, "nothing is there to be lost");
         board.enter(Phase::Stopped, Some("replaced".into()), 70_000);
         assert!(board.status().trouble(70_000, LIMIT).unwrap().contains("replaced"));

@@ -10,8 +10,11 @@ use futures_util::stream::{self, StreamExt};
 use super::RestoreError;
 use super::execute::Execution;
 use super::image::Image;
-use crate::format::snapshot::{ExtentRecord, SnapshotIndex, check_snapshot_header, content_hash, decode_extent};
+use crate::format::snapshot::{
+    ExtentRecord, SnapshotFooter, SnapshotIndex, check_snapshot_header, content_hash, decode_extent,
+};
 use crate::format::{HEADER_LEN, extent_pages};
+use crate::store::SharedStore;
 
 /// Neighbouring extents are fetched together up to this many bytes.
 const BATCH_LEN: u64 = 4 << 20;
@@ -21,12 +24,18 @@ const GAP_LEN: u64 = 256 << 10;
 const BATCHES_IN_FLIGHT: usize = 8;
 
 /// An extent and its number.
-type Numbered = (u32, ExtentRecord);
+pub(crate) type Numbered = (u32, ExtentRecord);
 
-/// Reads the index of the plan's snapshot.
-pub(super) async fn snapshot_index(execution: &Execution) -> Result<SnapshotIndex, RestoreError> {
-    let (store, plan) = (&execution.store, &execution.plan);
-    let (footer, key, location) = (&plan.snapshot_footer, &plan.snapshot.key, &plan.location);
+/// Reads a snapshot's header and index.
+///
+/// # Errors
+/// When the store fails, or one of the two is damaged.
+pub(crate) async fn read_index(
+    store: &SharedStore,
+    location: &str,
+    footer: &SnapshotFooter,
+) -> Result<SnapshotIndex, RestoreError> {
+    let key = &footer.info.key;
     let header = store.get_range(&key.to_string(), 0, HEADER_LEN as u64).await;
     let header = header.map_err(RestoreError::object(location, key))?;
     check_snapshot_header(&header, footer.page_size).map_err(RestoreError::format(location, key))?;
@@ -129,15 +138,16 @@ fn copy(execution: &Execution, old: &File, extents: &[Numbered]) -> Result<(u64,
 
 /// Extents that one request fetches.
 #[derive(Debug)]
-struct Batch {
-    source: u32,
-    offset: u64,
-    len_bytes: u64,
-    extents: Vec<Numbered>,
+pub(crate) struct Batch {
+    /// Number of the object in the index's list of sources.
+    pub(crate) source: u32,
+    pub(crate) offset: u64,
+    pub(crate) len_bytes: u64,
+    pub(crate) extents: Vec<Numbered>,
 }
 
 /// Neighbours in an object together, in whatever order they lie there.
-fn batches(mut extents: Vec<Numbered>) -> Vec<Batch> {
+pub(crate) fn batches(mut extents: Vec<Numbered>) -> Vec<Batch> {
     extents.sort_by_key(|(_, extent)| (extent.source, extent.offset));
     let mut batches: Vec<Batch> = Vec::new();
     for (number, extent) in extents {

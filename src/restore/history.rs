@@ -130,6 +130,32 @@ impl History {
     }
 }
 
+/// Every record that keeps [`History::load`] from reading a replica, not only the first one.
+///
+/// # Errors
+/// As [`History::load`], for all that is no damage.
+pub(crate) async fn damaged_records(store: &SharedStore) -> Result<Vec<RestoreError>, RestoreError> {
+    let location = store.location();
+    let mut damaged = Vec::new();
+    let mut note = |error: RestoreError| match error {
+        RestoreError::Damaged { .. } => {
+            damaged.push(error);
+            Ok(())
+        }
+        other => Err(other),
+    };
+    read_marker(store, &location).await.map(|_| ()).or_else(&mut note)?;
+    let claims = claims(&store.list(EPOCHS_PREFIX, None).await?, &mut Vec::new());
+    let place = location.as_str();
+    let read = |claims: Vec<Stored<EpochKey>>| async move { read_record(store, place, &claims[0].key).await };
+    let mut answers = stream::iter(claims).map(read).buffered(RECORDS_IN_FLIGHT);
+    while let Some(answer) = answers.next().await {
+        answer.map(|_| ()).or_else(&mut note)?;
+    }
+    drop(answers);
+    Ok(damaged)
+}
+
 async fn read_marker(store: &SharedStore, location: &str) -> Result<ReplicaMarker, RestoreError> {
     let bytes = match store.get(MARKER_KEY, RECORD_LIMIT).await {
         Err(error) if error.is_not_found() => {

@@ -1,14 +1,14 @@
 //! Getting a database back: the history of a replica, the plan of a restore (a value), and its execution.
 
 pub mod execute;
-mod extents;
+pub(crate) mod extents;
 pub mod history;
 mod image;
 pub mod install;
 pub mod plan;
 pub mod progress;
 pub mod run;
-mod segments;
+pub(crate) mod segments;
 pub mod tail;
 
 use std::io;
@@ -133,15 +133,15 @@ fn newest_before(newest: Option<u64>) -> String {
 }
 
 impl RestoreError {
-    fn io(path: &Path, doing: &'static str) -> impl FnOnce(io::Error) -> Self {
+    pub(crate) fn io(path: &Path, doing: &'static str) -> impl FnOnce(io::Error) -> Self {
         move |source| Self::Io { path: path.to_owned(), doing, source }
     }
 
-    fn damaged(location: &str, object: &impl ToString, what: &impl ToString) -> Self {
+    pub(crate) fn damaged(location: &str, object: &impl ToString, what: &impl ToString) -> Self {
         Self::Damaged { location: location.to_owned(), object: object.to_string(), what: what.to_string() }
     }
 
-    fn format(location: &str, object: &impl ToString) -> impl FnOnce(FormatError) -> Self {
+    pub(crate) fn format(location: &str, object: &impl ToString) -> impl FnOnce(FormatError) -> Self {
         move |error| match error {
             FormatError::UnknownVersion { found } => {
                 Self::NewerFormat { location: location.to_owned(), object: object.to_string(), found }
@@ -151,7 +151,7 @@ impl RestoreError {
     }
 
     /// An object that a plan needs: that it is missing or too short is damage, not a state of the store.
-    fn object(location: &str, object: &impl ToString) -> impl FnOnce(StoreError) -> Self {
+    pub(crate) fn object(location: &str, object: &impl ToString) -> impl FnOnce(StoreError) -> Self {
         move |error| match error.kind {
             StoreErrorKind::NotFound => Self::damaged(location, object, &"it is missing"),
             StoreErrorKind::WrongSize => Self::damaged(location, object, &error.message),

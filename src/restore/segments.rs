@@ -3,8 +3,8 @@
 
 use std::sync::Arc;
 
-use bytes::{Buf, Bytes, BytesMut};
-use futures_util::stream::{self, StreamExt};
+use bytes::{Bytes, BytesMut};
+use futures_util::stream::{self, BoxStream, StreamExt};
 use tokio::task::JoinSet;
 
 use super::RestoreError;
@@ -17,7 +17,7 @@ use crate::format::segment::{PageStream, Segment, SegmentFooter, Transaction};
 use crate::store::SharedStore;
 
 /// A segment up to this size is fetched whole.
-const SMALL_SEGMENT: u64 = 1 << 20;
+pub(crate) const SMALL_SEGMENT: u64 = 1 << 20;
 /// So many segments' tables, or whole small segments, are fetched at a time.
 const HEADS_IN_FLIGHT: usize = 8;
 /// The pages of larger ones are fetched in pieces of so many bytes,
@@ -121,7 +121,7 @@ async fn write_whole(
     execution.blocking(write).await
 }
 
-/// Piece by piece: a single transaction can be larger than memory. `due` are the numbers of the pages, in the order of the
+/// Block by block: a single transaction can be larger than memory. `due` are the numbers of the pages, in the order of the
 /// blocks, and whether they are wanted.
 async fn write_in_pieces(
     execution: &Arc<Execution>,
@@ -130,65 +130,78 @@ async fn write_in_pieces(
     due: Vec<(u32, bool)>,
 ) -> Result<(), RestoreError> {
     let location = &execution.plan.location;
-    let (store, from, to) = (&execution.store, footer.pages_offset, footer.table_offset());
-    let ranges = (from..to).step_by(PIECE_LEN as usize).map(|at| (at, PIECE_LEN.min(to - at)));
-    let fetch = |(at, len_bytes)| fetch(store, location, key, at, len_bytes);
-    let mut pieces = stream::iter(ranges).map(fetch).buffered(PIECES_IN_FLIGHT);
-    let mut state = Writing {
-        key,
-        pages: PageStream::new(footer).map_err(RestoreError::format(location, &key))?,
-        due: due.into_iter(),
-        unread: BytesMut::new(),
-    };
-    while state.due.len() > 0 {
-        let Some(piece) = pieces.next().await else {
+    let mut blocks = Blocks::of(&execution.store, location, key, footer);
+    let mut pages = PageStream::new(footer).map_err(RestoreError::format(location, &key))?;
+    let mut due = due.into_iter();
+    while due.len() > 0 {
+        let Some(block) = blocks.next().await? else {
             return Err(RestoreError::damaged(location, &key, &"it has fewer pages than its table"));
         };
-        state.unread.extend_from_slice(&piece?);
-        let write = move |execution: &Execution| state.write_blocks(execution).map(|()| state);
-        state = execution.blocking(write).await?;
-    }
-    Ok(())
-}
-
-async fn fetch(
-    store: &SharedStore,
-    location: &str,
-    key: SegmentKey,
-    at: u64,
-    len_bytes: u64,
-) -> Result<Bytes, RestoreError> {
-    store.get_range(&key.to_string(), at, len_bytes).await.map_err(RestoreError::object(location, &key))
-}
-
-/// A large segment that is being written.
-struct Writing {
-    key: SegmentKey,
-    pages: PageStream,
-    due: std::vec::IntoIter<(u32, bool)>,
-    /// What is fetched and not decoded: less than a block, between two pieces.
-    unread: BytesMut,
-}
-
-impl Writing {
-    /// Writes the blocks that are there whole.
-    fn write_blocks(&mut self, execution: &Execution) -> Result<(), RestoreError> {
-        let location = &execution.plan.location;
-        let bad = || RestoreError::format(location, &self.key);
-        while self.due.len() > 0 && self.unread.len() >= BLOCK_HEADER_LEN {
-            let header = BlockHeader::decode(&self.unread, "the segment's pages").map_err(bad())?;
-            if self.unread.len() < BLOCK_HEADER_LEN + header.compressed_len {
-                break;
-            }
-            let (images, taken) = self.pages.read_block(&self.unread).map_err(bad())?;
+        let write = move |execution: &Execution| {
+            let (images, _) = pages.read_block(&block).map_err(RestoreError::format(&execution.plan.location, &key))?;
             for image in images {
                 // Behind the last one that is wanted there may be more.
-                let Some((page_number, is_wanted)) = self.due.next() else { break };
+                let Some((page_number, is_wanted)) = due.next() else { break };
                 if is_wanted {
                     execution.image.write(page_number, image)?;
                 }
             }
-            self.unread.advance(taken);
+            Ok((pages, due))
+        };
+        (pages, due) = execution.blocking(write).await?;
+    }
+    Ok(())
+}
+
+/// The page blocks of a large segment, one after another, fetched in pieces ahead of the reader.
+pub(crate) struct Blocks<'a> {
+    location: &'a str,
+    key: SegmentKey,
+    pieces: BoxStream<'a, Result<Bytes, RestoreError>>,
+    /// What is fetched and not handed out.
+    unread: BytesMut,
+    /// Bytes of blocks that are not handed out yet.
+    left: u64,
+}
+
+impl<'a> Blocks<'a> {
+    pub(crate) fn of(store: &'a SharedStore, location: &'a str, key: SegmentKey, footer: &SegmentFooter) -> Self {
+        let (from, to) = (footer.pages_offset, footer.table_offset());
+        let ranges = (from..to).step_by(PIECE_LEN as usize).map(move |at| (at, PIECE_LEN.min(to - at)));
+        let fetch = move |(at, len_bytes)| async move {
+            let piece = store.get_range(&key.to_string(), at, len_bytes).await;
+            piece.map_err(RestoreError::object(location, &key))
+        };
+        let pieces = stream::iter(ranges).map(fetch).buffered(PIECES_IN_FLIGHT).boxed();
+        Self { location, key, pieces, unread: BytesMut::new(), left: to - from }
+    }
+
+    /// The next block, with its header; `None` after the last one.
+    ///
+    /// # Errors
+    /// When the store fails, or a block's header can't be right.
+    pub(crate) async fn next(&mut self) -> Result<Option<Bytes>, RestoreError> {
+        if self.left == 0 {
+            return Ok(None);
+        }
+        self.read_ahead(BLOCK_HEADER_LEN).await?;
+        let header = BlockHeader::decode(&self.unread, "the segment's pages")
+            .map_err(RestoreError::format(self.location, &self.key))?;
+        let len = BLOCK_HEADER_LEN + header.compressed_len;
+        self.read_ahead(len).await?;
+        if self.unread.len() < len {
+            return Err(RestoreError::damaged(self.location, &self.key, &"a block runs into its table"));
+        }
+        self.left -= len as u64;
+        Ok(Some(self.unread.split_to(len).freeze()))
+    }
+
+    /// Until so many bytes are there, or all are.
+    async fn read_ahead(&mut self, len: usize) -> Result<(), RestoreError> {
+        while self.unread.len() < len
+            && let Some(piece) = self.pieces.next().await
+        {
+            self.unread.extend_from_slice(&piece?);
         }
         Ok(())
     }

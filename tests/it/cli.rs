@@ -230,7 +230,7 @@ fn a_database_that_is_none() {
 }
 
 /// A segment with another byte in its last page, and all its checksums right.
-fn forged(segment: &[u8]) -> Vec<u8> {
+pub fn forged(segment: &[u8]) -> Vec<u8> {
     use waltrail::format::segment::{Segment, SegmentWriter};
     let mut images = Vec::new();
     let whole = Segment::decode(segment, |_, _, image| images.push(image.to_vec())).unwrap();

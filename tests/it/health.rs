@@ -171,3 +171,33 @@ fn a_heartbeat_arrives_while_all_is_well() {
     assert!(!scene.log().contains("secret-name"), "{}", scene.log());
     assert_eq!(daemon.terminate(), Some(0), "{}", scene.log());
 }
+
+#[test]
+fn the_daemon_drills_by_itself() {
+    let scene = Scene::new();
+    let application = create_database(&scene.database(), 50, "");
+    count_up(&application);
+    let config = scene.path("waltrail.toml");
+    let text = format!(
+        "[http]\nlisten = \"127.0.0.1:0\"\n[[database]]\npath = \"{}\"\nreplica = \"{}\"\nverify-interval = \"300ms\"\n",
+        scene.database().display(),
+        scene.replica()
+    );
+    std::fs::write(&config, text).unwrap();
+    let daemon = scene.start_with(&["--config", config.to_str().unwrap()]);
+    let address = address(&scene);
+    let metrics = || get(&address, "/metrics").1;
+    wait_for("a drill", || metrics().contains("waltrail_verified_timestamp_seconds{").then_some(()));
+    assert_eq!((metric(&metrics(), "waltrail_verify_failed"), get(&address, "/healthz").0), (0.0, 200));
+    let snapshot = scene.objects("snap").remove(0);
+    let whole = std::fs::read(&snapshot).unwrap();
+    let mut damaged = whole.clone();
+    damaged[whole.len() / 3] ^= 1;
+    std::fs::write(&snapshot, damaged).unwrap();
+    wait_for("the failure", || (metric(&metrics(), "waltrail_verify_failed") == 1.0).then_some(()));
+    let (code, told) = get(&address, "/healthz");
+    assert!(code == 503 && told.contains("could not be verified") && told.contains("snap/"), "{told}");
+    std::fs::write(&snapshot, whole).unwrap();
+    wait_for("the next drill", || (get(&address, "/healthz").0 == 200).then_some(()));
+    assert_eq!(daemon.terminate(), Some(0), "{}", scene.log());
+}

@@ -21,3 +21,4 @@ mod store;
 mod store_faults;
 mod support;
 mod two_writers;
+mod verify;

@@ -68,6 +68,8 @@ fn small_segments_become_large_ones() {
         if round < 2 {
             daemon.kill();
             daemon = scene.start_with(&arguments);
+            // What is committed before could be coalesced: the WAL may begin anew while nobody watches.
+            wait_for("the epoch", || (scene.log().matches("epoch claimed").count() == round + 2).then_some(()));
         }
     }
     // The last window is over when something later is confirmed.

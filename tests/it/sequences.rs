@@ -6,6 +6,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
+use waltrail::clock::Clock;
 use waltrail::format::Position;
 use waltrail::restore::RestoreError;
 use waltrail::retain::RetainError;
@@ -13,9 +14,11 @@ use waltrail::retain::tails::TailCache;
 use waltrail::store::faults::{Fault, Faulty};
 use waltrail::store::retry::{RetryPolicy, Retrying};
 use waltrail::store::{SharedStore, StoreErrorKind};
+use waltrail::verify::Depth;
 
 use crate::support::machine::Machine;
 use crate::support::oracle::Numbers;
+use crate::verify::check_sound;
 
 /// One request in twenty fails, before it is carried out or after.
 fn with_faults(seed: u64) -> impl Fn(SharedStore) -> SharedStore {
@@ -200,6 +203,18 @@ impl Play {
         if let Some(newest) = self.machine.newest.filter(|newest| self.machine.kept().contains(newest)) {
             self.machine.check(newest);
         }
+        if self.numbers.below(3) == 0 {
+            self.verify();
+        }
+    }
+
+    fn verify(&mut self) {
+        let depth = [Depth::Structure, Depth::Data, Depth::Drill][self.numbers.below(3) as usize];
+        let (seed, now_ms) = (self.numbers.next(), self.machine.clock.now_ms());
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        let told = runtime.block_on(check_sound(&self.machine.memory, depth, seed, now_ms));
+        self.trace.push(format!("verify: {told:?}"));
+        assert!(told.is_ok(), "{told:?}");
     }
 }
 
