@@ -27,6 +27,9 @@ use crate::store::SharedStore;
 const ATTEMPTS: usize = 10;
 /// A reader that finds the database locked waits so long.
 const BUSY_TIMEOUT: Duration = Duration::from_secs(5);
+/// So often a copy that is held up is gone on with, and after so long each time.
+const STEPS_AT_MOST: usize = 500;
+const BETWEEN_STEPS: Duration = Duration::from_millis(10);
 /// So many bytes are compared at a time.
 const CHUNK_LEN: usize = 1 << 20;
 /// What a copy by SQLite has of its own in page 1: the file format's versions, the change counter, the schema cookie (which is
@@ -147,11 +150,18 @@ fn copy_pages(from: &Path, to: &Path) -> rusqlite::Result<(u32, bool)> {
     target.execute_batch("PRAGMA synchronous=OFF")?;
     {
         let backup = Backup::new(&source, &mut target)?;
-        loop {
-            match backup.step(-1)? {
-                StepResult::Done => break,
-                _ => std::thread::sleep(Duration::from_millis(10)),
+        // Our read transaction stands, so nobody is in the way but for a moment.
+        let mut is_done = false;
+        for _ in 0..STEPS_AT_MOST {
+            is_done = backup.step(-1)? == StepResult::Done;
+            if is_done {
+                break;
             }
+            std::thread::sleep(BETWEEN_STEPS);
+        }
+        if !is_done {
+            let busy = rusqlite::ffi::Error::new(rusqlite::ffi::SQLITE_BUSY);
+            return Err(rusqlite::Error::SqliteFailure(busy, None));
         }
     }
     source.execute_batch("COMMIT")?;

@@ -65,7 +65,9 @@ fn told(check: &Check) -> String {
         0 => String::new(),
         _ => format!("; {}", cost(check.requests, check.received_bytes, check.seconds)),
     };
-    if check.of == 0 { format!("{}{cost}", check.name) } else { format!("{}: {count}{cost}", check.name) }
+    // What is one of its kind says all with its name.
+    let is_one = matches!(check.unit, "states" | "databases");
+    if check.of == 0 || is_one { format!("{}{cost}", check.name) } else { format!("{}: {count}{cost}", check.name) }
 }
 
 fn cost(requests: u64, bytes: u64, seconds: f64) -> String {
