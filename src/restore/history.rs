@@ -1,7 +1,7 @@
 //! What a replica holds, as its listing and its epoch records tell: epochs, segments, snapshots, and the lines that the
 //! epochs form.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use futures_util::stream::{self, StreamExt, TryStreamExt};
 
@@ -52,6 +52,8 @@ pub struct History {
     pub replica: String,
     /// All epochs by number.
     pub epochs: BTreeMap<u32, Epoch>,
+    /// Epochs that were claimed only by writers that gave way to each other: nothing is in them.
+    pub given_up: BTreeSet<u32>,
     /// Objects that are none of ours, or that belong to no epoch.
     pub strangers: Vec<String>,
 }
@@ -66,14 +68,14 @@ impl History {
         let location = store.location();
         let replica = read_marker(store, &location).await?.replica;
         let mut strangers = Vec::new();
-        let claims = claims(&store.list(EPOCHS_PREFIX, None).await?, &mut strangers);
+        let (claims, given_up) = claims(&store.list(EPOCHS_PREFIX, None).await?, &mut strangers);
         let location_of = &location;
         let epochs = stream::iter(claims)
             .map(|claims| async move { read_epoch(store, location_of, claims).await })
             .buffered(RECORDS_IN_FLIGHT)
             .try_collect()
             .await?;
-        let mut history = Self { location, replica, epochs, strangers };
+        let mut history = Self { location, replica, epochs, given_up, strangers };
         for object in store.list("log/", None).await? {
             let key = SegmentKey::parse(&object.key);
             let epoch = key.and_then(|key| Some((key, history.epochs.get_mut(&key.0.epoch)?)));
@@ -145,7 +147,7 @@ pub(crate) async fn damaged_records(store: &SharedStore) -> Result<Vec<RestoreEr
         other => Err(other),
     };
     read_marker(store, &location).await.map(|_| ()).or_else(&mut note)?;
-    let claims = claims(&store.list(EPOCHS_PREFIX, None).await?, &mut Vec::new());
+    let (claims, _) = claims(&store.list(EPOCHS_PREFIX, None).await?, &mut Vec::new());
     let place = location.as_str();
     let read = |claims: Vec<Stored<EpochKey>>| async move { read_record(store, place, &claims[0].key).await };
     let mut answers = stream::iter(claims).map(read).buffered(RECORDS_IN_FLIGHT);
@@ -175,8 +177,8 @@ async fn read_marker(store: &SharedStore, location: &str) -> Result<ReplicaMarke
     ReplicaMarker::decode(&bytes).map_err(RestoreError::format(location, &MARKER_KEY))
 }
 
-/// The claims to each epoch, first its record. An epoch that has none was claimed by writers that gave way to each other: nothing is in it.
-fn claims(listed: &[ObjectInfo], strangers: &mut Vec<String>) -> Vec<Vec<Stored<EpochKey>>> {
+/// The claims to each epoch that has a record, the record first; and the numbers of those that have none.
+fn claims(listed: &[ObjectInfo], strangers: &mut Vec<String>) -> (Vec<Vec<Stored<EpochKey>>>, BTreeSet<u32>) {
     let mut claims: BTreeMap<u32, Vec<Stored<EpochKey>>> = BTreeMap::new();
     for object in listed {
         match EpochKey::parse(&object.key) {
@@ -184,12 +186,13 @@ fn claims(listed: &[ObjectInfo], strangers: &mut Vec<String>) -> Vec<Vec<Stored<
             None => strangers.push(object.key.clone()),
         }
     }
-    let lowest_first = |mut claims: Vec<Stored<EpochKey>>| {
+    let record_first = |mut claims: Vec<Stored<EpochKey>>| {
         claims.sort_by(|left, right| left.key.cmp(&right.key));
         claims
     };
     let has_record = |claims: &Vec<Stored<EpochKey>>| claims[0].key.writer.is_none();
-    claims.into_values().map(lowest_first).filter(has_record).collect()
+    let (held, given_up): (Vec<_>, Vec<_>) = claims.into_values().map(record_first).partition(has_record);
+    (held, given_up.iter().map(|claims| claims[0].key.epoch).collect())
 }
 
 /// An epoch, without its objects.

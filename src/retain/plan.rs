@@ -20,7 +20,7 @@ pub enum ObjectKey {
     Snapshot(SnapshotKey),
     /// A segment.
     Segment(SegmentKey),
-    /// An epoch's record, or a claim that lost.
+    /// An epoch's record, or a claim to it.
     Epoch(EpochKey),
 }
 

@@ -166,8 +166,8 @@ impl<'a> Pruning<'a> {
     }
 
     /// One by one, because a record that is missing behind one that is there would be damage; and no record goes before
-    /// everything of its epoch is gone, because what belongs to no epoch is never looked at again. A claim that lost would count
-    /// if it were left behind, so those of one epoch go from the last on.
+    /// everything of its epoch is gone, because what belongs to no epoch is never looked at again. The claims
+    /// to an epoch go before its record: without it nobody would look at them.
     async fn delete_records(&mut self, records: &[&Going]) -> Result<(), RetainError> {
         let mut tried = Vec::new();
         for going in in_order_of_deletion(records) {
@@ -231,7 +231,7 @@ impl<'a> Pruning<'a> {
     }
 }
 
-/// Epoch by epoch, the oldest first; of several claims to one epoch the first one, which counts, last.
+/// Epoch by epoch, the oldest first; of the claims to one epoch the record last.
 fn in_order_of_deletion<'g>(records: &[&'g Going]) -> Vec<&'g Going> {
     let epochs = records.chunk_by(|left, right| left.key.epoch() == right.key.epoch());
     epochs.flat_map(|claims| claims.iter().rev().copied()).collect()

@@ -97,16 +97,13 @@ impl Checker<'_> {
         self.survey.history.epochs.keys().next_back().copied().unwrap_or(0)
     }
 
-    /// Claims that lost, and records that are not there.
+    /// Records that are not there.
     fn check_records(&mut self) {
-        let epochs = &self.survey.history.epochs;
-        for claim in epochs.values().flat_map(|epoch| &epoch.claims[1..]) {
-            let sentence = format!("{} is a claim to its epoch that lost; nothing needs it", claim.key);
-            self.add(Finding::degraded(RECORDS, &claim.key, sentence));
-        }
+        let (epochs, given_up) = (&self.survey.history.epochs, &self.survey.history.given_up);
         let Some(&first) = epochs.keys().next() else { return };
         let orphans = self.orphans();
-        for number in (first..=self.newest_epoch()).filter(|number| !epochs.contains_key(number)) {
+        let is_lost = |number: &u32| !epochs.contains_key(number) && !given_up.contains(number);
+        for number in (first..=self.newest_epoch()).filter(is_lost) {
             let key = EpochKey { epoch: number, writer: None };
             let sentence = format!("{key} is missing: nobody knows any more which line that epoch was on");
             self.add(Finding::degraded(RECORDS, key, sentence));
