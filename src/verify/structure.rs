@@ -190,7 +190,8 @@ impl Checker<'_> {
         kept.any(|txid| end == txid || (txid < end && run.segment_of(txid).is_some_and(|held| held.last_txid == end)))
     }
 
-    /// What a snapshot has seen behind the last segment was lost.
+    /// What a snapshot has seen behind the last segment was lost. Of a line that was left it may have been let go: the newest snapshot
+    /// stays as what the next one is based on, whatever line it is of.
     fn check_end(&mut self, run: &Run<'_>, is_newest: bool) {
         let newest = run.snapshots.iter().filter_map(|planned| self.view.tail(&planned.stored.key));
         let newest = newest.filter(|tail| tail.footer.info.key.epoch == run.epoch_of(u64::MAX));
@@ -199,8 +200,10 @@ impl Checker<'_> {
         if last_txid > run.last_txid {
             let gap = Missing { first_txid: run.last_txid + 1, last_txid };
             let what = format!("{}, which {} has seen", missing(run, gap), tail.footer.info.key);
-            let verdict = if is_newest { Verdict::Failed } else { Verdict::Degraded };
-            self.add(Finding::new(verdict, LINES, Some(log_of(run, gap)), what));
+            match is_newest {
+                true => self.add(Finding::failed(LINES, log_of(run, gap), what)),
+                false => self.found.notes.push(format!("{what}: the end of a line that was left")),
+            }
         }
     }
 
