@@ -5,7 +5,6 @@ use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use async_trait::async_trait;
 use bytes::Bytes;
 use waltrail::format::Position;
 use waltrail::format::key::{SegmentKey, SnapshotKey};
@@ -17,10 +16,11 @@ use waltrail::retain::prune::{Outcome, prune};
 use waltrail::retain::tails::TailCache;
 use waltrail::retain::{GRACE_MS, Now, RetainError, RetentionSettings};
 use waltrail::store::faults::{Fault, Faulty, Request};
-use waltrail::store::{ObjectInfo, ObjectStore, Operation, PartTag, PutMode, SharedStore, StoreError, StoreErrorKind};
+use waltrail::store::{Operation, PutMode, SharedStore, StoreErrorKind};
 
 use crate::restore::restore;
 use crate::support::oracle::{Oracle, all_kinds};
+use crate::support::quirks::{Quirk, Quirky};
 
 const HOUR_MS: u64 = 3_600_000;
 const DAY_MS: u64 = 24 * HOUR_MS;
@@ -501,121 +501,6 @@ async fn what_is_not_ours_is_not_touched() {
     assert!(strangers.iter().all(|key| left.contains(*key)), "{left:?}");
 }
 
-/// A store that deletes key by key, so that a fault can hit in the middle of many; or that only says it deletes.
-#[derive(Debug)]
-struct KeyByKey {
-    inner: SharedStore,
-    lies: bool,
-}
-
-/// Deletes objects in the moment that a mark is put.
-#[derive(Debug)]
-struct GoneWithTheMark {
-    inner: SharedStore,
-    doomed: Vec<String>,
-}
-
-#[async_trait]
-impl ObjectStore for GoneWithTheMark {
-    fn location(&self) -> String {
-        self.inner.location()
-    }
-
-    async fn put(&self, key: &str, body: Bytes, mode: PutMode) -> Result<(), StoreError> {
-        self.inner.put(key, body, mode).await?;
-        self.inner.delete_many(&self.doomed).await.map(drop)
-    }
-
-    async fn get(&self, key: &str, limit_bytes: u64) -> Result<Bytes, StoreError> {
-        self.inner.get(key, limit_bytes).await
-    }
-
-    async fn get_range(&self, key: &str, offset: u64, len_bytes: u64) -> Result<Bytes, StoreError> {
-        self.inner.get_range(key, offset, len_bytes).await
-    }
-
-    async fn list(&self, prefix: &str, start_after: Option<&str>) -> Result<Vec<ObjectInfo>, StoreError> {
-        self.inner.list(prefix, start_after).await
-    }
-
-    async fn delete(&self, key: &str) -> Result<(), StoreError> {
-        self.inner.delete(key).await
-    }
-
-    async fn create_multipart(&self, key: &str) -> Result<String, StoreError> {
-        self.inner.create_multipart(key).await
-    }
-
-    async fn put_part(
-        &self,
-        key: &str,
-        id: &str,
-        number: u32,
-        offset: u64,
-        body: Bytes,
-    ) -> Result<PartTag, StoreError> {
-        self.inner.put_part(key, id, number, offset, body).await
-    }
-
-    async fn complete_multipart(&self, key: &str, upload_id: &str, parts: &[PartTag]) -> Result<(), StoreError> {
-        self.inner.complete_multipart(key, upload_id, parts).await
-    }
-
-    async fn abort_multipart(&self, key: &str, upload_id: &str) -> Result<(), StoreError> {
-        self.inner.abort_multipart(key, upload_id).await
-    }
-}
-
-#[async_trait]
-impl ObjectStore for KeyByKey {
-    fn location(&self) -> String {
-        self.inner.location()
-    }
-
-    async fn put(&self, key: &str, body: Bytes, mode: PutMode) -> Result<(), StoreError> {
-        self.inner.put(key, body, mode).await
-    }
-
-    async fn get(&self, key: &str, limit_bytes: u64) -> Result<Bytes, StoreError> {
-        self.inner.get(key, limit_bytes).await
-    }
-
-    async fn get_range(&self, key: &str, offset: u64, len_bytes: u64) -> Result<Bytes, StoreError> {
-        self.inner.get_range(key, offset, len_bytes).await
-    }
-
-    async fn list(&self, prefix: &str, start_after: Option<&str>) -> Result<Vec<ObjectInfo>, StoreError> {
-        self.inner.list(prefix, start_after).await
-    }
-
-    async fn delete(&self, key: &str) -> Result<(), StoreError> {
-        if self.lies { Ok(()) } else { self.inner.delete(key).await }
-    }
-
-    async fn create_multipart(&self, key: &str) -> Result<String, StoreError> {
-        self.inner.create_multipart(key).await
-    }
-
-    async fn put_part(
-        &self,
-        key: &str,
-        id: &str,
-        number: u32,
-        offset: u64,
-        body: Bytes,
-    ) -> Result<PartTag, StoreError> {
-        self.inner.put_part(key, id, number, offset, body).await
-    }
-
-    async fn complete_multipart(&self, key: &str, upload_id: &str, parts: &[PartTag]) -> Result<(), StoreError> {
-        self.inner.complete_multipart(key, upload_id, parts).await
-    }
-
-    async fn abort_multipart(&self, key: &str, upload_id: &str) -> Result<(), StoreError> {
-        self.inner.abort_multipart(key, upload_id).await
-    }
-}
-
 /// A history with everything, most of it outside of a window of two days.
 async fn a_long_history(seed: u64) -> Oracle {
     let mut oracle = large_oracle(seed).await;
@@ -648,7 +533,7 @@ async fn a_prune_that_is_cut_off_anywhere_harms_nothing() {
                 _ => Fault::None,
             };
             let faulty: SharedStore = Arc::new(Faulty::new(oracle.store.clone(), hook));
-            let store: SharedStore = Arc::new(KeyByKey { inner: faulty, lies: false });
+            let store = Quirky::shared(faulty, Quirk::DeletesKeyByKey);
             let outcome = prune(&store, &settings, Now::Told(now_ms), &mut TailCache::default(), false).await.unwrap();
             assert_eq!(outcome.deleted_objects, cut_off_after);
             let what = format!("seed {seed}, cut off after {cut_off_after}");
@@ -677,7 +562,7 @@ async fn a_single_object_that_can_not_be_deleted() {
             _ => Fault::None,
         };
         let faulty: SharedStore = Arc::new(Faulty::new(oracle.store.clone(), hook));
-        let store: SharedStore = Arc::new(KeyByKey { inner: faulty, lies: false });
+        let store = Quirky::shared(faulty, Quirk::DeletesKeyByKey);
         let outcome = prune(&store, &settings, Now::Told(now_ms), &mut TailCache::default(), false).await.unwrap();
         assert_eq!((outcome.refused.objects, outcome.undeleted.objects), (1, 0), "{key}");
         check_window(&oracle, start_ms, now_ms, &key).await;
@@ -699,7 +584,7 @@ async fn stores_that_do_not_delete_are_told() {
         _ => Fault::None,
     };
     let refusing: SharedStore = Arc::new(Faulty::new(oracle.store.clone(), denied));
-    let lying: SharedStore = Arc::new(KeyByKey { inner: oracle.store.clone(), lies: true });
+    let lying = Quirky::shared(oracle.store.clone(), Quirk::DeletesNothing);
     for (store, is_refusal) in [(refusing, true), (lying, false)] {
         let outcome =
             prune(&store, &window(DAY_MS), Now::Told(oracle.now_ms()), &mut TailCache::default(), false).await.unwrap();
@@ -771,7 +656,7 @@ async fn a_mark_on_a_state_that_goes_in_the_same_moment_is_refused() {
     let planned = prune(&inner, &settings, Now::Told(now_ms), &mut TailCache::default(), true).await.unwrap().plan;
     let doomed: Vec<String> = planned.going.iter().map(|going| going.key.to_string()).collect();
     assert!(!doomed.is_empty());
-    let store: SharedStore = Arc::new(GoneWithTheMark { inner: inner.clone(), doomed });
+    let store = Quirky::shared(inner.clone(), Quirk::LosesAtPut(doomed));
     let refused = set_mark(&store, "late", Target::Txid(4), None, now_ms).await.unwrap_err();
     assert!(matches!(refused, RetainError::Restore(RestoreError::OutOfRange { .. })), "{refused}");
     assert_eq!(load_marks(&inner).await.unwrap(), [], "no mark stands for what is gone");

@@ -4,70 +4,15 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use async_trait::async_trait;
-use bytes::Bytes;
-use waltrail::clock::{SystemClock, jitter_below};
+use waltrail::clock::SystemClock;
 use waltrail::replicate::claim::{claim, open_replica};
 use waltrail::replicate::ship::ShipError;
 use waltrail::restore::history::History;
+use waltrail::store::SharedStore;
 use waltrail::store::memory::MemoryStore;
-use waltrail::store::{ObjectInfo, ObjectStore, PartTag, PutMode, SharedStore, StoreError};
 
 use crate::support::machine::Machine;
-
-/// Accepts `If-None-Match: *` and ignores it, as some providers do.
-#[derive(Debug)]
-struct IgnoresConditions(SharedStore);
-
-#[async_trait]
-impl ObjectStore for IgnoresConditions {
-    fn location(&self) -> String {
-        self.0.location()
-    }
-
-    async fn put(&self, key: &str, body: Bytes, _: PutMode) -> Result<(), StoreError> {
-        self.0.put(key, body, PutMode::Overwrite).await
-    }
-
-    async fn get(&self, key: &str, limit_bytes: u64) -> Result<Bytes, StoreError> {
-        self.0.get(key, limit_bytes).await
-    }
-
-    async fn get_range(&self, key: &str, offset: u64, len_bytes: u64) -> Result<Bytes, StoreError> {
-        self.0.get_range(key, offset, len_bytes).await
-    }
-
-    async fn list(&self, prefix: &str, start_after: Option<&str>) -> Result<Vec<ObjectInfo>, StoreError> {
-        self.0.list(prefix, start_after).await
-    }
-
-    async fn delete(&self, key: &str) -> Result<(), StoreError> {
-        self.0.delete(key).await
-    }
-
-    async fn create_multipart(&self, key: &str) -> Result<String, StoreError> {
-        self.0.create_multipart(key).await
-    }
-
-    async fn put_part(
-        &self,
-        key: &str,
-        upload_id: &str,
-        number: u32,
-        offset: u64,
-        body: Bytes,
-    ) -> Result<PartTag, StoreError> {
-        self.0.put_part(key, upload_id, number, offset, body).await
-    }
-
-    async fn complete_multipart(&self, key: &str, upload_id: &str, parts: &[PartTag]) -> Result<(), StoreError> {
-        self.0.complete_multipart(key, upload_id, parts).await
-    }
-
-    async fn abort_multipart(&self, key: &str, upload_id: &str) -> Result<(), StoreError> {
-        self.0.abort_multipart(key, upload_id).await
-    }
-}
+use crate::support::quirks::{Quirk, Quirky};
 
 const INSERT: &str = "INSERT INTO item(body, n) VALUES(randomblob(200), random())";
 
@@ -126,7 +71,7 @@ fn of_two_writers_the_replaced_one_ends_and_nothing_is_lost() {
 
 #[test]
 fn so_too_on_a_store_that_ignores_conditions() {
-    both_write_on(|store| Arc::new(IgnoresConditions(store)));
+    both_write_on(|store| Quirky::shared(store, Quirk::IgnoresConditions));
 }
 
 /// Writers that start in the same moment: each gets an epoch of its own.
@@ -134,8 +79,8 @@ fn so_too_on_a_store_that_ignores_conditions() {
 async fn many_claims_in_one_moment() {
     for honours in [true, false] {
         let memory: SharedStore = Arc::new(MemoryStore::new());
-        let store: SharedStore = if honours { memory } else { Arc::new(IgnoresConditions(memory)) };
-        let store: SharedStore = Arc::new(Interleaved(store));
+        let store: SharedStore = if honours { memory } else { Quirky::shared(memory, Quirk::IgnoresConditions) };
+        let store = Quirky::shared(store, Quirk::Interleaves);
         let replica = open_replica(&store).await.unwrap();
         assert_eq!(replica.has_conditional_puts, honours);
         let clock = SystemClock::new();
@@ -152,67 +97,5 @@ async fn many_claims_in_one_moment() {
             let record = claimed.unwrap().record;
             assert_eq!(history.epochs[&record.epoch].record, record);
         }
-    }
-}
-
-/// Lets others go first before each request, now and then.
-#[derive(Debug)]
-struct Interleaved(SharedStore);
-
-async fn let_others_go() {
-    for _ in 0..jitter_below(4) {
-        tokio::task::yield_now().await;
-    }
-}
-
-#[async_trait]
-impl ObjectStore for Interleaved {
-    fn location(&self) -> String {
-        self.0.location()
-    }
-
-    async fn put(&self, key: &str, body: Bytes, mode: PutMode) -> Result<(), StoreError> {
-        let_others_go().await;
-        self.0.put(key, body, mode).await
-    }
-
-    async fn get(&self, key: &str, limit_bytes: u64) -> Result<Bytes, StoreError> {
-        self.0.get(key, limit_bytes).await
-    }
-
-    async fn get_range(&self, key: &str, offset: u64, len_bytes: u64) -> Result<Bytes, StoreError> {
-        self.0.get_range(key, offset, len_bytes).await
-    }
-
-    async fn list(&self, prefix: &str, start_after: Option<&str>) -> Result<Vec<ObjectInfo>, StoreError> {
-        let_others_go().await;
-        self.0.list(prefix, start_after).await
-    }
-
-    async fn delete(&self, key: &str) -> Result<(), StoreError> {
-        self.0.delete(key).await
-    }
-
-    async fn create_multipart(&self, key: &str) -> Result<String, StoreError> {
-        self.0.create_multipart(key).await
-    }
-
-    async fn put_part(
-        &self,
-        key: &str,
-        upload_id: &str,
-        number: u32,
-        offset: u64,
-        body: Bytes,
-    ) -> Result<PartTag, StoreError> {
-        self.0.put_part(key, upload_id, number, offset, body).await
-    }
-
-    async fn complete_multipart(&self, key: &str, upload_id: &str, parts: &[PartTag]) -> Result<(), StoreError> {
-        self.0.complete_multipart(key, upload_id, parts).await
-    }
-
-    async fn abort_multipart(&self, key: &str, upload_id: &str) -> Result<(), StoreError> {
-        self.0.abort_multipart(key, upload_id).await
     }
 }

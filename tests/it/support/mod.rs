@@ -2,6 +2,7 @@
 
 pub mod machine;
 pub mod oracle;
+pub mod quirks;
 pub mod s3;
 pub mod scene;
 

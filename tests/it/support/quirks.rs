@@ -1,0 +1,109 @@
+//! Stores that behave oddly, as some providers do, or that let something happen at the worst moment.
+
+use async_trait::async_trait;
+use bytes::Bytes;
+use waltrail::clock::jitter_below;
+use waltrail::store::{DeleteFailure, ObjectInfo, ObjectStore, PartTag, PutMode, SharedStore, StoreError};
+
+/// What is odd.
+#[derive(Debug)]
+pub enum Quirk {
+    /// `If-None-Match: *` is accepted and ignored.
+    IgnoresConditions,
+    /// Others go first before a request, now and then.
+    Interleaves,
+    /// Many objects are deleted key by key, so that a fault can hit in the middle.
+    DeletesKeyByKey,
+    /// Deletions are answered and not carried out.
+    DeletesNothing,
+    /// These objects are gone as soon as anything is put.
+    LosesAtPut(Vec<String>),
+}
+
+/// A store with a quirk.
+#[derive(Debug)]
+pub struct Quirky {
+    pub inner: SharedStore,
+    pub quirk: Quirk,
+}
+
+impl Quirky {
+    pub fn shared(inner: SharedStore, quirk: Quirk) -> SharedStore {
+        std::sync::Arc::new(Self { inner, quirk })
+    }
+
+    async fn let_others_go(&self) {
+        if matches!(self.quirk, Quirk::Interleaves) {
+            for _ in 0..jitter_below(4) {
+                tokio::task::yield_now().await;
+            }
+        }
+    }
+}
+
+#[async_trait]
+impl ObjectStore for Quirky {
+    fn location(&self) -> String {
+        self.inner.location()
+    }
+
+    async fn put(&self, key: &str, body: Bytes, mode: PutMode) -> Result<(), StoreError> {
+        self.let_others_go().await;
+        let mode = if matches!(self.quirk, Quirk::IgnoresConditions) { PutMode::Overwrite } else { mode };
+        self.inner.put(key, body, mode).await?;
+        match &self.quirk {
+            Quirk::LosesAtPut(doomed) => self.inner.delete_many(doomed).await.map(drop),
+            _ => Ok(()),
+        }
+    }
+
+    async fn get(&self, key: &str, limit_bytes: u64) -> Result<Bytes, StoreError> {
+        self.inner.get(key, limit_bytes).await
+    }
+
+    async fn get_range(&self, key: &str, offset: u64, len_bytes: u64) -> Result<Bytes, StoreError> {
+        self.inner.get_range(key, offset, len_bytes).await
+    }
+
+    async fn list(&self, prefix: &str, start_after: Option<&str>) -> Result<Vec<ObjectInfo>, StoreError> {
+        self.let_others_go().await;
+        self.inner.list(prefix, start_after).await
+    }
+
+    async fn delete(&self, key: &str) -> Result<(), StoreError> {
+        if matches!(self.quirk, Quirk::DeletesNothing) { Ok(()) } else { self.inner.delete(key).await }
+    }
+
+    async fn delete_many(&self, keys: &[String]) -> Result<Vec<DeleteFailure>, StoreError> {
+        let mut failures = Vec::new();
+        for key in keys {
+            if let Err(error) = self.delete(key).await {
+                failures.push((key.clone(), error));
+            }
+        }
+        Ok(failures)
+    }
+
+    async fn create_multipart(&self, key: &str) -> Result<String, StoreError> {
+        self.inner.create_multipart(key).await
+    }
+
+    async fn put_part(
+        &self,
+        key: &str,
+        upload_id: &str,
+        number: u32,
+        offset: u64,
+        body: Bytes,
+    ) -> Result<PartTag, StoreError> {
+        self.inner.put_part(key, upload_id, number, offset, body).await
+    }
+
+    async fn complete_multipart(&self, key: &str, upload_id: &str, parts: &[PartTag]) -> Result<(), StoreError> {
+        self.inner.complete_multipart(key, upload_id, parts).await
+    }
+
+    async fn abort_multipart(&self, key: &str, upload_id: &str) -> Result<(), StoreError> {
+        self.inner.abort_multipart(key, upload_id).await
+    }
+}
