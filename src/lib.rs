@@ -8,8 +8,11 @@
 //! | [`format`] | what our objects are: keys, segments, snapshots, records. Bytes in, bytes out | all above |
 //! | [`store`] | where objects are: S3, a directory, memory; retry and metering | `replicate`, `restore`, `cli` |
 //! | [`replicate`] | capture, ledger, spool, shipping, snapshots, epochs | `cli` |
-//! | [`restore`] | the plan of a restore, and its execution | `verify`, `cli` |
-//! | [`verify`] | whether what is stored can be restored | `cli` |
+//! | [`restore`] | the plan of a restore, and its execution | `retain`, `verify`, `cli` |
+//! | [`retain`] | what of a history goes and what stays; marks | `replicate`, `verify`, `cli` |
+//! | [`verify`] | whether what is stored can be restored | `health`, `cli` |
+//! | [`health`] | telling others how replication is: HTTP, systemd, heartbeats, drills | `cli` |
+//! | [`run`] | a child process, its signals, and whether its database's place lasts | `cli` |
 //! | [`config`] | TOML, environment and URLs, as one validated value | `cli` |
 //! | [`cli`] | commands, text and JSON output, exit codes | `main` |
 //!
