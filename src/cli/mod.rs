@@ -246,72 +246,47 @@ fn run(arguments: Arguments) -> Result<u8, Failure> {
         .enable_all()
         .build()
         .map_err(|error| Failure::other(format!("can't start: {error}")))?;
-    let done = match arguments.command {
-        Command::Replicate(arguments) => {
-            let config = arguments.config()?;
-            start_log(&flags, Some(&config.log), LogLevel::Info);
-            runtime.block_on(replicate::run(config)).map(|()| 0)
-        }
-        Command::Run(arguments) => {
-            let config = arguments.config()?;
-            start_log(&flags, Some(&config.log), LogLevel::Info);
-            runtime.block_on(run::run(arguments, config))
-        }
-        Command::Restore(arguments) => {
-            start_log(&flags, None, LogLevel::Warn);
-            runtime.block_on(restore::run(arguments)).map(|()| 0)
-        }
-        Command::Verify(arguments) => {
-            start_log(&flags, None, LogLevel::Warn);
-            runtime.block_on(verify::run(arguments))
-        }
-        Command::Log(arguments) => {
-            start_log(&flags, None, LogLevel::Warn);
-            runtime.block_on(log::run(arguments)).map(|()| 0)
-        }
-        Command::Sync(arguments) => {
-            start_log(&flags, None, LogLevel::Warn);
-            runtime.block_on(ask::sync(arguments)).map(|()| 0)
-        }
-        Command::Snapshot(arguments) => {
-            start_log(&flags, None, LogLevel::Warn);
-            runtime.block_on(ask::snapshot(arguments)).map(|()| 0)
-        }
-        Command::Status(arguments) => {
-            start_log(&flags, None, LogLevel::Warn);
-            runtime.block_on(status::run(arguments)).map(|()| 0)
-        }
-        Command::Mark(arguments) => {
-            start_log(&flags, None, LogLevel::Warn);
-            runtime.block_on(mark::mark(arguments)).map(|()| 0)
-        }
-        Command::Marks(arguments) => {
-            start_log(&flags, None, LogLevel::Warn);
-            runtime.block_on(mark::marks(arguments)).map(|()| 0)
-        }
-        Command::Unmark(arguments) => {
-            start_log(&flags, None, LogLevel::Warn);
-            runtime.block_on(mark::unmark(arguments)).map(|()| 0)
-        }
-        Command::Doctor(arguments) => {
-            start_log(&flags, None, LogLevel::Warn);
-            runtime.block_on(doctor::run(arguments)).map(|()| 0)
-        }
-        Command::Config(arguments) => config::run(arguments).map(|()| 0),
-        Command::Completions(arguments) => generate::completions(&arguments).map(|()| 0),
-        Command::Man(arguments) => generate::man(&arguments).map(|()| 0),
-        Command::Prune(arguments) => {
-            start_log(&flags, None, LogLevel::Warn);
-            runtime.block_on(prune::run(arguments)).map(|()| 0)
-        }
-        Command::Demo(arguments) => {
-            start_log(&flags, None, LogLevel::Warn);
-            runtime.block_on(demo::run(arguments)).map(|()| 0)
-        }
-    };
+    let done = runtime.block_on(arguments.command.carry_out(&flags));
     // A request that hangs must not keep a process that has done its work.
     runtime.shutdown_background();
     done
+}
+
+impl Command {
+    /// Carries the command out; gives the exit code. The two that go on and on log as their configuration says.
+    async fn carry_out(self, flags: &LogConfig) -> Result<u8, Failure> {
+        if !matches!(self, Self::Replicate(_) | Self::Run(_)) {
+            start_log(flags, None, LogLevel::Warn);
+        }
+        match self {
+            Self::Replicate(arguments) => {
+                let config = arguments.config()?;
+                start_log(flags, Some(&config.log), LogLevel::Info);
+                replicate::run(config).await?;
+            }
+            Self::Run(arguments) => {
+                let config = arguments.config()?;
+                start_log(flags, Some(&config.log), LogLevel::Info);
+                return run::run(arguments, config).await;
+            }
+            Self::Verify(arguments) => return verify::run(arguments).await,
+            Self::Restore(arguments) => restore::run(arguments).await?,
+            Self::Log(arguments) => log::run(arguments).await?,
+            Self::Sync(arguments) => ask::sync(arguments).await?,
+            Self::Status(arguments) => status::run(arguments).await?,
+            Self::Snapshot(arguments) => ask::snapshot(arguments).await?,
+            Self::Mark(arguments) => mark::mark(arguments).await?,
+            Self::Marks(arguments) => mark::marks(arguments).await?,
+            Self::Unmark(arguments) => mark::unmark(arguments).await?,
+            Self::Prune(arguments) => prune::run(arguments).await?,
+            Self::Doctor(arguments) => doctor::run(arguments).await?,
+            Self::Config(arguments) => config::run(arguments)?,
+            Self::Completions(arguments) => generate::completions(&arguments)?,
+            Self::Man(arguments) => generate::man(&arguments)?,
+            Self::Demo(arguments) => demo::run(arguments).await?,
+        }
+        Ok(0)
+    }
 }
 
 /// The log goes to standard error. Of the libraries only errors are shown: at finer levels they log requests whole.

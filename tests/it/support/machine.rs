@@ -102,7 +102,37 @@ pub struct Machine {
     pub window: Duration,
 }
 
+/// What several machines can share.
+struct Storage {
+    store: SharedStore,
+    memory: SharedStore,
+    bare: Arc<MemoryStore>,
+    clock: Arc<ManualClock>,
+}
+
 impl Machine {
+    fn of(directory: tempfile::TempDir, settings: DatabaseSettings, merge: MergeSettings, storage: Storage) -> Self {
+        let Storage { store, memory, bare, clock } = storage;
+        Self {
+            directory,
+            clock,
+            memory,
+            bare,
+            store,
+            application: None,
+            settings,
+            merge,
+            daemon: None,
+            states: BTreeMap::new(),
+            newest: None,
+            commits: Vec::new(),
+            sees_all: false,
+            started_since_sync: false,
+            marked: BTreeSet::new(),
+            window: Duration::from_secs(2 * 86_400),
+        }
+    }
+
     pub fn new(pragmas: &str, stack: impl Fn(SharedStore) -> SharedStore) -> Self {
         let directory = tempfile::tempdir().unwrap();
         let bare = Arc::new(MemoryStore::new());
@@ -118,24 +148,9 @@ impl Machine {
             snapshot_interval: Duration::from_secs(86_400),
         };
         let windows = vec![Duration::from_secs(60), Duration::from_secs(3600)];
-        let mut machine = Self {
-            store: stack(memory.clone()),
-            memory,
-            bare,
-            directory,
-            clock: Arc::default(),
-            application: None,
-            settings,
-            merge: MergeSettings { windows, kept_limit_bytes: 1 << 20 },
-            daemon: None,
-            states: BTreeMap::new(),
-            newest: None,
-            commits: Vec::new(),
-            sees_all: false,
-            started_since_sync: false,
-            marked: BTreeSet::new(),
-            window: Duration::from_secs(2 * 86_400),
-        };
+        let merge = MergeSettings { windows, kept_limit_bytes: 1 << 20 };
+        let store = stack(memory.clone());
+        let mut machine = Self::of(directory, settings, merge, Storage { store, memory, bare, clock: Arc::default() });
         machine.open_application();
         let setup =
             format!("{pragmas}; PRAGMA journal_mode=WAL; CREATE TABLE item(id INTEGER PRIMARY KEY, body BLOB, n INT)");
@@ -155,24 +170,11 @@ impl Machine {
         }
         let status = Command::new("cp").arg("-r").arg(self.state_dir()).arg(directory.path()).status().unwrap();
         assert!(status.success());
-        let mut clone = Self {
-            store: self.store.clone(),
-            memory: self.memory.clone(),
-            bare: self.bare.clone(),
-            clock: self.clock.clone(),
-            settings: DatabaseSettings { path, ..self.settings.clone() },
-            merge: self.merge.clone(),
-            directory,
-            application: None,
-            daemon: None,
-            states: BTreeMap::new(),
-            newest: None,
-            commits: Vec::new(),
-            sees_all: false,
-            started_since_sync: false,
-            marked: BTreeSet::new(),
-            window: self.window,
-        };
+        let settings = DatabaseSettings { path, ..self.settings.clone() };
+        let (store, memory, bare) = (self.store.clone(), self.memory.clone(), self.bare.clone());
+        let storage = Storage { store, memory, bare, clock: self.clock.clone() };
+        let mut clone = Self::of(directory, settings, self.merge.clone(), storage);
+        clone.window = self.window;
         clone.open_application();
         clone
     }
