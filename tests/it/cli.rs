@@ -21,7 +21,11 @@ fn fails(arguments: &[&str], code: i32, says: &str) {
 fn make_replica(directory: &Path, replica: &str) {
     let database = directory.join("app.db");
     let application = create_database(&database, 100, "");
-    let daemon = Daemon::start(&[database.to_str().unwrap(), replica], &directory.join("daemon.log"));
+    // Not merged: when a minute ends in the middle, the small segments would not be those that are read.
+    let config = directory.join("replica.toml");
+    let text = format!("[[database]]\npath = \"{}\"\nreplica = \"{replica}\"\nmerge = []\n", database.display());
+    std::fs::write(&config, text).unwrap();
+    let daemon = Daemon::start(&["--config", config.to_str().unwrap()], &directory.join("daemon.log"));
     for n in 0..3 {
         wait_for_restored(replica, directory, "SELECT n FROM counter", n);
         count_up(&application);
