@@ -2,11 +2,11 @@
 
 use std::io::{self, Write};
 
-use clap::{Args, ValueEnum};
+use clap::Args;
 use serde::Serialize;
 
 use super::exit_code::Failure;
-use super::tell::tell;
+use super::tell::{TextOrJson, shown, tell};
 use super::{ConfigArgument, open_patiently};
 use crate::clock::format_time;
 use crate::format::Position;
@@ -29,18 +29,10 @@ pub struct LogArguments {
     #[arg(long)]
     transactions: bool,
     /// How to write it
-    #[arg(long, value_enum, default_value_t = LogOutput::Text)]
-    format: LogOutput,
+    #[arg(long, value_enum, default_value_t = TextOrJson::Text)]
+    format: TextOrJson,
     #[command(flatten)]
     config: ConfigArgument,
-}
-
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-enum LogOutput {
-    /// Columns.
-    Text,
-    /// One JSON object a line.
-    Json,
 }
 
 /// A line of the log.
@@ -126,19 +118,12 @@ pub async fn run(arguments: LogArguments) -> Result<(), Failure> {
     let store = open_patiently(&source.replica).await;
     let history = History::load(&store).await?;
     let mut out = io::BufWriter::new(io::stdout().lock());
-    let shown = show(&store, &history, &arguments, &mut out).await?.and_then(|()| out.flush());
-    match shown {
-        // `| head` has read enough.
-        Err(error) if error.kind() != io::ErrorKind::BrokenPipe => {
-            Err(Failure::other(format!("can't write to standard output: {error}")))
-        }
-        _ => {
-            for stranger in &history.strangers {
-                tell(format_args!("note: {stranger} belongs to no epoch and is not used"));
-            }
-            Ok(())
-        }
+    let written = show(&store, &history, &arguments, &mut out).await?.and_then(|()| out.flush());
+    shown(written)?;
+    for stranger in &history.strangers {
+        tell(format_args!("note: {stranger} belongs to no epoch and is not used"));
     }
+    Ok(())
 }
 
 async fn show(
@@ -193,11 +178,11 @@ fn not_superseded(epoch: &Epoch) -> Vec<&Stored<SegmentKey>> {
     segments
 }
 
-fn write(out: &mut impl Write, format: LogOutput, lines: &[Line]) -> io::Result<()> {
+fn write(out: &mut impl Write, format: TextOrJson, lines: &[Line]) -> io::Result<()> {
     for line in lines {
         match format {
-            LogOutput::Text => writeln!(out, "{}", line.text())?,
-            LogOutput::Json => writeln!(out, "{}", serde_json::to_string(line)?)?,
+            TextOrJson::Text => writeln!(out, "{}", line.text())?,
+            TextOrJson::Json => writeln!(out, "{}", serde_json::to_string(line)?)?,
         }
     }
     Ok(())

@@ -3,12 +3,12 @@
 use std::io::{self, Write};
 use std::time::Duration;
 
-use clap::{Args, ValueEnum};
+use clap::Args;
 use jiff::tz::TimeZone;
 
 use super::exit_code::Failure;
 use super::moment::{parse_moment, parse_txid};
-use super::tell::tell;
+use super::tell::{TextOrJson, shown, tell};
 use super::{ConfigArgument, Source, open_patiently};
 use crate::clock::{Clock, SystemClock, format_time};
 use crate::config::units::parse_duration;
@@ -57,18 +57,10 @@ pub struct MarksArguments {
     /// A replica URL, or the path of a database of the configuration [default: the only one there, or the environment's]
     source: Option<String>,
     /// How to write them
-    #[arg(long, value_enum, default_value_t = MarksOutput::Text)]
-    format: MarksOutput,
+    #[arg(long, value_enum, default_value_t = TextOrJson::Text)]
+    format: TextOrJson,
     #[command(flatten)]
     config: ConfigArgument,
-}
-
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-enum MarksOutput {
-    /// Columns.
-    Text,
-    /// One JSON object a line.
-    Json,
 }
 
 /// Arguments of `unmark`.
@@ -127,23 +119,18 @@ pub async fn marks(arguments: MarksArguments) -> Result<(), Failure> {
     // That there is no replica is not the same as that it has no marks.
     History::load(&store).await?;
     let marks = load_marks(&store).await?;
-    match show(&marks, arguments.format) {
-        Err(error) if error.kind() != io::ErrorKind::BrokenPipe => {
-            Err(Failure::other(format!("can't write to standard output: {error}")))
-        }
-        _ => Ok(()),
-    }
+    shown(show(&marks, arguments.format))
 }
 
-fn show(marks: &[MarkRecord], format: MarksOutput) -> io::Result<()> {
+fn show(marks: &[MarkRecord], format: TextOrJson) -> io::Result<()> {
     let mut out = io::stdout().lock();
     for mark in marks {
         match format {
-            MarksOutput::Text => {
+            TextOrJson::Text => {
                 let (time, created) = (format_time(mark.time_ms), format_time(mark.created_ms));
                 writeln!(out, "{:<32}  {time}  {}  (set {created})", mark.name, mark.position())?;
             }
-            MarksOutput::Json => writeln!(out, "{}", serde_json::to_string(mark)?)?,
+            TextOrJson::Json => writeln!(out, "{}", serde_json::to_string(mark)?)?,
         }
     }
     out.flush()

@@ -187,10 +187,7 @@ impl ConfigArgument {
         if !sources.is_empty() {
             return sources.iter().map(|source| self.resolve(Some(source))).collect();
         }
-        match self.load()? {
-            Some(config) => Ok(config.databases.into_iter().map(Source::of).collect()),
-            None => Ok(vec![Source::of(environment_database()?)]),
-        }
+        Ok(self.databases(&[])?.into_iter().map(Source::of).collect())
     }
 }
 

@@ -7,7 +7,7 @@ use clap::Args;
 
 use super::exit_code::Failure;
 use super::interrupt::unless_interrupted;
-use super::tell::tell;
+use super::tell::{shown, tell};
 use super::{ConfigArgument, open_patiently};
 use crate::clock::{Clock, SystemClock};
 use crate::config::units::parse_retention;
@@ -89,12 +89,7 @@ async fn work(arguments: PruneArguments) -> Result<(), Failure> {
     let store = open_patiently(&source.replica).await;
     let now = Now::Told(SystemClock::new().now_ms());
     let outcome = prune(&store, &settings, now, &mut TailCache::default(), arguments.dry_run).await?;
-    let shown = writeln!(io::stdout().lock(), "{}", outcome.plan);
-    if let Err(error) = shown
-        && error.kind() != io::ErrorKind::BrokenPipe
-    {
-        return Err(Failure::other(format!("can't write to standard output: {error}")));
-    }
+    shown(writeln!(io::stdout().lock(), "{}", outcome.plan))?;
     for note in &outcome.plan.notes {
         tell(format_args!("note: {note}"));
     }

@@ -3,11 +3,12 @@
 use std::io::{self, Write};
 use std::time::Duration;
 
-use clap::{Args, ValueEnum};
+use clap::Args;
 use serde::Serialize;
 
 use super::ConfigArgument;
 use super::exit_code::Failure;
+use super::tell::{TextOrJson, shown};
 use crate::clock::{Clock, SystemClock, format_time};
 use crate::config::DatabaseConfig;
 use crate::config::units::parse_duration;
@@ -31,8 +32,8 @@ pub struct StatusArguments {
     /// Databases [default: all of the configuration, or the environment's]
     databases: Vec<std::path::PathBuf>,
     /// How to write it
-    #[arg(long, value_enum, default_value_t = StatusOutput::Text)]
-    format: StatusOutput,
+    #[arg(long, value_enum, default_value_t = TextOrJson::Text)]
+    format: TextOrJson,
     /// Show it again every second, until interrupted
     #[arg(long)]
     watch: bool,
@@ -41,14 +42,6 @@ pub struct StatusArguments {
     max_lag: Option<Duration>,
     #[command(flatten)]
     config: ConfigArgument,
-}
-
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-enum StatusOutput {
-    /// A table.
-    Text,
-    /// One JSON object a line.
-    Json,
 }
 
 /// A database, and what its daemon says; or why there is nothing to say.
@@ -69,10 +62,7 @@ pub async fn run(arguments: StatusArguments) -> Result<(), Failure> {
     loop {
         let rows = rows(&databases, arguments.max_lag.unwrap_or(DEFAULT_HEALTHY_LAG)).await;
         if let Err(error) = show(&rows, &arguments) {
-            return match error.kind() {
-                io::ErrorKind::BrokenPipe => Ok(()),
-                _ => Err(Failure::other(format!("can't write to standard output: {error}"))),
-            };
+            return shown(Err(error));
         }
         if arguments.watch {
             tokio::time::sleep(Duration::from_secs(1)).await;
@@ -107,12 +97,12 @@ async fn rows(databases: &[DatabaseConfig], max_lag: Duration) -> Vec<Row> {
 fn show(rows: &[Row], arguments: &StatusArguments) -> io::Result<()> {
     let mut out = io::stdout().lock();
     match arguments.format {
-        StatusOutput::Json => {
+        TextOrJson::Json => {
             for row in rows {
                 writeln!(out, "{}", serde_json::to_string(row)?)?;
             }
         }
-        StatusOutput::Text => write!(out, "{}", table(rows, SystemClock::new().now_ms()))?,
+        TextOrJson::Text => write!(out, "{}", table(rows, SystemClock::new().now_ms()))?,
     }
     out.flush()
 }

@@ -3,6 +3,8 @@
 use std::fmt::Display;
 use std::io::{self, Write};
 
+use clap::ValueEnum;
+
 use super::exit_code::Failure;
 
 /// Writes a line to standard error. That nobody reads it (`2>&1 | tee` got the same Ctrl-C) must not end what is being done.
@@ -15,5 +17,29 @@ pub fn tell(line: impl Display) {
 /// # Errors
 /// When it can't be written.
 pub fn say(line: impl Display) -> Result<(), Failure> {
-    writeln!(io::stdout(), "{line}").map_err(|error| Failure::other(format!("can't write to standard output: {error}")))
+    writeln!(io::stdout(), "{line}").map_err(|error| unwritable(&error))
+}
+
+/// What became of a report on standard output. That `| head` has read enough is no failure.
+///
+/// # Errors
+/// When it could not be written.
+pub fn shown(written: io::Result<()>) -> Result<(), Failure> {
+    match written {
+        Err(error) if error.kind() != io::ErrorKind::BrokenPipe => Err(unwritable(&error)),
+        _ => Ok(()),
+    }
+}
+
+fn unwritable(error: &io::Error) -> Failure {
+    Failure::other(format!("can't write to standard output: {error}"))
+}
+
+/// How a command writes what it shows.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum TextOrJson {
+    /// Columns.
+    Text,
+    /// One JSON object a line.
+    Json,
 }

@@ -12,7 +12,7 @@ use clap::{Args, ValueEnum};
 use self::output::{Outcome, junit, markdown, text};
 use super::exit_code::{Failure, gravest};
 use super::interrupt::unless_interrupted;
-use super::tell::tell;
+use super::tell::{shown, tell};
 use super::{ConfigArgument, Source, open_patiently};
 use crate::clock::{SystemClock, random_bytes};
 use crate::config::default_state_dir;
@@ -197,13 +197,7 @@ impl VerifyArguments {
 
 fn write(report: &str) -> Result<(), Failure> {
     let mut out = io::stdout().lock();
-    match out.write_all(report.as_bytes()).and_then(|()| out.flush()) {
-        // `| head` has read enough.
-        Err(error) if error.kind() != io::ErrorKind::BrokenPipe => {
-            Err(Failure::other(format!("can't write to standard output: {error}")))
-        }
-        _ => Ok(()),
-    }
+    shown(out.write_all(report.as_bytes()).and_then(|()| out.flush()))
 }
 
 /// That it can't be written changes no verdict.

@@ -78,21 +78,6 @@ pub struct PresenceRecord {
 }
 
 impl PresenceRecord {
-    /// Reads the object.
-    ///
-    /// # Errors
-    /// When it is not such an object, or one of another format version.
-    pub fn decode(bytes: &[u8]) -> Result<Self, FormatError> {
-        check_version(bytes)?;
-        parse(bytes)
-    }
-
-    /// The object's bytes.
-    #[must_use]
-    pub fn encode(&self) -> Vec<u8> {
-        encode(self)
-    }
-
     /// The last state that was confirmed.
     #[must_use]
     pub fn position(&self) -> Position {
@@ -101,21 +86,6 @@ impl PresenceRecord {
 }
 
 impl MarkRecord {
-    /// Reads the object.
-    ///
-    /// # Errors
-    /// When it is not such an object, or one of another format version.
-    pub fn decode(bytes: &[u8]) -> Result<Self, FormatError> {
-        check_version(bytes)?;
-        parse(bytes)
-    }
-
-    /// The object's bytes.
-    #[must_use]
-    pub fn encode(&self) -> Vec<u8> {
-        encode(self)
-    }
-
     /// The state that it names.
     #[must_use]
     pub fn position(&self) -> Position {
@@ -123,22 +93,29 @@ impl MarkRecord {
     }
 }
 
-impl ReplicaMarker {
-    /// Reads the object.
-    ///
-    /// # Errors
-    /// When it is not such an object, or one of another format version.
-    pub fn decode(bytes: &[u8]) -> Result<Self, FormatError> {
-        check_version(bytes)?;
-        parse(bytes)
-    }
+/// Records that are right when their fields are.
+macro_rules! plain_record {
+    ($($record:ty),+) => {$(
+        impl $record {
+            /// Reads the object.
+            ///
+            /// # Errors
+            /// When it is not such an object, or one of another format version.
+            pub fn decode(bytes: &[u8]) -> Result<Self, FormatError> {
+                check_version(bytes)?;
+                parse(bytes)
+            }
 
-    /// The object's bytes.
-    #[must_use]
-    pub fn encode(&self) -> Vec<u8> {
-        encode(self)
-    }
+            /// The object's bytes.
+            #[must_use]
+            pub fn encode(&self) -> Vec<u8> {
+                encode(self)
+            }
+        }
+    )+};
 }
+
+plain_record!(ReplicaMarker, MarkRecord, PresenceRecord);
 
 impl EpochRecord {
     /// Reads the object.

@@ -72,7 +72,7 @@ pub async fn execute_with(
     let image = Image::new(file, path, plan, progress.clone())?;
     let decoders = std::thread::available_parallelism().map_or(1, NonZero::get).min(MOST_DECODERS);
     let execution = Arc::new(Execution { store: store.clone(), plan: plan.clone(), image, decoders });
-    let index = Arc::new(extents::read_index(store, &plan.location, &plan.snapshot_footer).await?);
+    let index = extents::read_index(store, &plan.location, &plan.snapshot_footer).await?;
     // Before anything is written to it.
     let kept = if is_empty { Vec::new() } else { extents::kept(&execution, &index).await? };
     progress.enter(Phase::Segments);
