@@ -112,10 +112,8 @@ impl FleetConfig {
     fn is_of_interest(&self, entry: &DirEntry) -> bool {
         let name = entry.file_name().to_string_lossy();
         let is_kind = entry.file_type().is_dir() || entry.file_type().is_file();
-        is_kind
-            && !name.starts_with('.')
-            && !SIDECARS.iter().any(|suffix| name.ends_with(suffix))
-            && !(self.has_state_dir && entry.path() == self.template.state_dir)
+        let is_ours = self.has_state_dir && entry.path() == self.template.state_dir;
+        is_kind && !is_ours && !name.starts_with('.') && !SIDECARS.iter().any(|suffix| name.ends_with(suffix))
     }
 
     /// The configuration of the database at `path`, if it is one of the fleet's, whether it is there or not.

@@ -170,7 +170,7 @@ impl Roster {
                 }
                 Change::Follow(database) => {
                     self.ever_followed.insert(database.path.clone());
-                    let order = self.maker.make(database, self.clock.now_ms()).await;
+                    let order = self.maker.make(*database, self.clock.now_ms()).await;
                     self.order(order);
                 }
             }
@@ -189,7 +189,7 @@ impl Roster {
 #[derive(Debug, PartialEq, Eq)]
 enum Change {
     LetGo(PathBuf),
-    Follow(DatabaseConfig),
+    Follow(Box<DatabaseConfig>),
 }
 
 /// What is to be done; nothing to those that stay as they are. One of which something is said anew is let go of and taken up again.
@@ -197,7 +197,7 @@ fn changes(followed: &BTreeMap<PathBuf, DatabaseConfig>, wanted: &BTreeMap<PathB
     let is_let_go = |&(path, database): &(&PathBuf, &DatabaseConfig)| wanted.get(path) != Some(database);
     let is_new = |&(path, database): &(&PathBuf, &DatabaseConfig)| followed.get(path) != Some(database);
     let let_go = followed.iter().filter(is_let_go).map(|(path, _)| Change::LetGo(path.clone()));
-    let follow = wanted.iter().filter(is_new).map(|(_, database)| Change::Follow(database.clone()));
+    let follow = wanted.iter().filter(is_new).map(|(_, database)| Change::Follow(Box::new(database.clone())));
     let_go.chain(follow).collect()
 }
 
@@ -239,8 +239,12 @@ mod tests {
         assert_eq!(changes(&before, &before), []);
         let changed = DatabaseConfig { sync_interval: Duration::from_secs(9), ..of("/b") };
         let after = all(&[changed.clone(), of("/c"), of("/d")]);
-        let expected =
-            [Change::LetGo("/a".into()), Change::LetGo("/b".into()), Change::Follow(changed), Change::Follow(of("/d"))];
+        let expected = [
+            Change::LetGo("/a".into()),
+            Change::LetGo("/b".into()),
+            Change::Follow(Box::new(changed)),
+            Change::Follow(Box::new(of("/d"))),
+        ];
         assert_eq!(changes(&before, &after), expected);
     }
 }

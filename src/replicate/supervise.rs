@@ -93,7 +93,10 @@ pub async fn supervise(job: Job, shared: &Replication, stop: CancellationToken) 
         }
     }
     // It went on after that; but somebody should hear of it.
-    panicked.map_or(Ok(()), |what| Err(ReplicateError::Panicked { database: path, what }))
+    match panicked {
+        None => Ok(()),
+        Some(what) => Err(ReplicateError::Panicked { database: path, what }),
+    }
 }
 
 fn report(database: &str, error: &DatabaseError, wait: Duration) {
