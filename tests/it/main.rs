@@ -4,6 +4,7 @@ mod cli;
 mod doctor;
 mod downtime;
 mod entry_point;
+mod fleet;
 mod format;
 mod health;
 mod install;
