@@ -1,6 +1,9 @@
 //! Tests of the built program and the library, in one binary: linking the storage SDK takes long.
 
+mod bounds;
 mod cli;
+mod crash_points;
+mod descriptors;
 mod doctor;
 mod downtime;
 mod entry_point;
