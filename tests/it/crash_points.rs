@@ -32,13 +32,13 @@ use crate::verify::check_sound;
 const AT_A_TIME: usize = 4;
 
 #[derive(Debug, Clone, Copy, PartialEq)]
-enum Replica {
+pub enum Replica {
     Directory,
     S3,
 }
 
-struct Play {
-    scene: Scene,
+pub struct Play {
+    pub scene: Scene,
     server: Option<S3Server>,
     replica: String,
     application: Connection,
@@ -46,12 +46,12 @@ struct Play {
     /// What the application had at each commit since the last sync.
     commits: Vec<Vec<String>>,
     /// Whether the daemon has seen each of them as one.
-    sees_all: bool,
+    pub sees_all: bool,
     confirmed: BTreeMap<Position, Vec<String>>,
 }
 
 impl Play {
-    fn new(replica: Replica) -> Self {
+    pub fn new(replica: Replica) -> Self {
         let scene = Scene::new();
         let server = (replica == Replica::S3).then(S3Server::start);
         let replica = server.as_ref().map_or_else(|| scene.replica(), |server| server.url("app"));
@@ -73,12 +73,12 @@ impl Play {
         Self { scene, server, replica, application, n: 0, commits, sees_all: false, confirmed }
     }
 
-    fn arguments(&self) -> [String; 2] {
+    pub fn arguments(&self) -> [String; 2] {
         ["--config".into(), self.scene.path("waltrail.toml").display().to_string()]
     }
 
     /// One transaction, whose content follows from its number.
-    fn commit(&mut self) {
+    pub fn commit(&mut self) {
         self.n += 1;
         let n = self.n;
         let delete = if n % 5 == 0 { "DELETE FROM item WHERE id % 3 = 0;" } else { "" };
@@ -89,7 +89,11 @@ impl Play {
                       SELECT value FROM c);
              COMMIT"
         );
-        self.application.execute_batch(&sql).unwrap();
+        self.change(&sql);
+    }
+
+    pub fn change(&mut self, sql: &str) {
+        self.application.execute_batch(sql).unwrap();
         self.note();
     }
 
@@ -97,17 +101,16 @@ impl Play {
         self.commits.push(content(&self.scene.database()));
     }
 
-    fn checkpoint(&self, mode: &str) {
+    pub fn checkpoint(&self, mode: &str) {
         self.application.query_row(&format!("PRAGMA wal_checkpoint({mode})"), [], |_| Ok(())).unwrap();
     }
 
     fn vacuum(&mut self) {
-        self.application.execute_batch("VACUUM").unwrap();
-        self.note();
+        self.change("VACUUM");
     }
 
     /// Asks until it is done, or the daemon is dead: then `None`.
-    fn sync(&mut self, daemon: &mut Daemon) -> Option<()> {
+    pub fn sync(&mut self, daemon: &mut Daemon) -> Option<()> {
         let database = self.scene.database().display().to_string();
         let done = loop {
             let done = run(["sync", &database, "--timeout", "20s"]);
@@ -160,8 +163,7 @@ impl Play {
             self.commit();
         }
         self.sync(daemon)?;
-        self.application.execute_batch("BEGIN; DELETE FROM item WHERE id > 20; COMMIT").unwrap();
-        self.note();
+        self.change("DELETE FROM item WHERE id > 20");
         self.vacuum();
         self.sync(daemon)?;
         std::thread::sleep(Duration::from_millis(600));
@@ -187,7 +189,17 @@ impl Play {
         self.commit();
     }
 
-    fn check(&self, case: &str) {
+    /// What a start found, from what it logged.
+    pub fn start_told(log: &str) -> &'static str {
+        let starts = [
+            ("nothing was missed", "resume"),
+            ("recorded as one transaction", "delta"),
+            ("continues=false", "re-anchor"),
+        ];
+        starts.iter().rev().find(|(words, _)| log.contains(words)).map_or("?", |(_, start)| start)
+    }
+
+    pub fn check(&self, case: &str) {
         let log = self.scene.log();
         let root = self.server.as_ref().map_or_else(|| self.scene.path("replica"), |server| server.path("app"));
         let store: SharedStore = Arc::new(DirectoryStore::new(root));
@@ -265,9 +277,7 @@ fn play(replica: Replica, kill_at: Option<u64>) -> Told {
     assert_eq!(daemon.terminate(), Some(0), "{case}\n{}", play.scene.log());
     play.check(&case);
     let said = play.scene.log().split_off(said_before);
-    let starts =
-        [("nothing was missed", "resume"), ("recorded as one transaction", "delta"), ("continues=false", "re-anchor")];
-    let start = starts.iter().rev().find(|(words, _)| said.contains(words)).map_or("?", |(_, start)| start);
+    let start = Play::start_told(&said);
     Told { calls: calls.load(Ordering::SeqCst), is_killed: code.is_none(), start }
 }
 

@@ -23,5 +23,6 @@ mod starts;
 mod store;
 mod store_faults;
 mod support;
+mod torn_state;
 mod two_writers;
 mod verify;
