@@ -12,14 +12,14 @@ use tokio_util::sync::CancellationToken;
 
 use super::exit_code::{Failure, NOT_CONFIRMED};
 use super::recover::Recovery;
-use super::replicate::{WhatArguments, jobs_of};
+use super::replicate::WhatArguments;
 use super::report::{Reporter, RestoreOutput};
 use super::tell::tell;
 use super::{environment_database, open_patiently};
-use crate::clock::{SystemClock, format_time};
+use crate::clock::format_time;
 use crate::config::units::parse_duration;
 use crate::config::{Config, DatabaseConfig};
-use crate::replicate::run as replicate;
+use crate::daemon;
 use crate::restore::RestoreError;
 use crate::restore::history::History;
 use crate::restore::install::Manner;
@@ -86,15 +86,12 @@ pub async fn run(arguments: RunArguments, config: Config) -> Result<u8, Failure>
         restored = restore_missing(&config, arguments.restore_timeout) => restored?,
         number = signals.asked_to_end() => return Ok(128 + number as u8),
     }
-    let databases = config.databases.len();
-    let shutdown_timeout = config.shutdown_timeout;
     let stop = CancellationToken::new();
-    let (standing, mut stands) = mpsc::unbounded_channel();
-    let (jobs, _telling) = jobs_of(config).await?;
-    let mut replicating =
-        tokio::spawn(replicate(jobs, stop.clone(), shutdown_timeout, SystemClock::shared(), standing));
+    // A hangup is the command's.
+    let mut daemon = daemon::start(config, stop.clone(), None).await?;
+    let replicating = &mut daemon.replicating;
     tokio::select! {
-        () = all_stand(&mut stands, databases) => {}
+        () = all_stand(&mut daemon.standing, daemon.databases) => {}
         () = tokio::time::sleep(arguments.start_timeout) => {
             tracing::error!("storage is not reached; the command is started all the same, and what it writes waits here");
         }
@@ -104,7 +101,7 @@ pub async fn run(arguments: RunArguments, config: Config) -> Result<u8, Failure>
             return Ok(128 + number as u8);
         }
         // It says itself what is wrong. Without replication nothing is started.
-        ended = &mut replicating => {
+        ended = &mut *replicating => {
             let failures = ended.map_err(|error| Failure::other(error.to_string()))?;
             return Err(failures.into_iter().next().map_or_else(|| Failure::other("replication ended".into()), Failure::from));
         }

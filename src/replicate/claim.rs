@@ -72,6 +72,17 @@ pub struct Continuing {
     pub is_restored: bool,
 }
 
+impl Continuing {
+    /// Whether it was left in this epoch by this writer.
+    #[must_use]
+    pub fn is_of(&self, claimed: &Claimed) -> bool {
+        !self.is_restored
+            && self.replica == claimed.replica
+            && self.writer == claimed.record.writer
+            && self.captured.epoch == claimed.record.epoch
+    }
+}
+
 /// An epoch that was claimed.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Claimed {

@@ -4,6 +4,7 @@
 
 pub mod directory;
 pub mod faults;
+pub mod limited;
 pub mod memory;
 pub mod metered;
 pub mod probe;

@@ -72,6 +72,12 @@ impl fmt::Debug for S3Options {
 }
 
 impl S3Options {
+    /// Where it is and how to get in, whatever the bucket: those that are alike can share connections.
+    #[must_use]
+    pub fn server(&self) -> Self {
+        Self { bucket: String::new(), prefix: String::new(), ..self.clone() }
+    }
+
     /// `s3://bucket/prefix`.
     #[must_use]
     pub fn location(&self) -> String {
@@ -145,15 +151,22 @@ impl S3Store {
         if let Some(endpoint) = endpoint {
             config = config.endpoint_url(endpoint);
         }
-        let prefix = if options.prefix.is_empty() { String::new() } else { format!("{}/", options.prefix) };
-        Self {
+        let no_place = Self {
             client: Client::from_conf(config.build()),
-            bucket: options.bucket.clone(),
-            prefix,
-            location: options.location(),
+            bucket: String::new(),
+            prefix: String::new(),
+            location: String::new(),
             stall_timeout: STALL_TIMEOUT,
             has_region: shared.region().is_some(),
-        }
+        };
+        no_place.at(options)
+    }
+
+    /// Another place on the same server, through the same connections.
+    #[must_use]
+    pub fn at(&self, options: &S3Options) -> Self {
+        let prefix = if options.prefix.is_empty() { String::new() } else { format!("{}/", options.prefix) };
+        Self { bucket: options.bucket.clone(), prefix, location: options.location(), ..self.clone() }
     }
 
     fn full(&self, key: &str) -> String {

@@ -16,6 +16,7 @@ mod month;
 mod objects;
 mod recover;
 mod replicate;
+mod rest;
 mod restore;
 mod retain;
 mod sequences;
