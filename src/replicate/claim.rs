@@ -11,7 +11,9 @@ use std::time::Duration;
 use bytes::Bytes;
 
 use crate::clock::{Clock, jitter_below, random_bytes};
-use crate::format::key::{EPOCHS_PREFIX, EpochKey, MARKER_KEY, SegmentKey, log_prefix};
+use crate::format::key::{
+    EPOCHS_PREFIX, EpochKey, MARKER_KEY, SegmentKey, SnapshotKey, Span, log_prefix, snapshot_prefix,
+};
 use crate::format::record::{EpochRecord, RECORD_LIMIT, ReplicaMarker};
 use crate::format::{FORMAT_VERSION, FormatError, Position};
 use crate::restore::RestoreError;
@@ -158,7 +160,7 @@ pub async fn claim(
     for _ in 0..CLAIM_ATTEMPTS {
         let claims = list_claims(store, None).await?;
         let newest_known = match records(&claims).next_back() {
-            Some(key) => Some(last_known(store, &read_record(store, key).await?).await?),
+            Some(key) => Some(last_stored(store, key).await?),
             None => None,
         };
         let continued = match continuing {
@@ -216,15 +218,57 @@ pub async fn read_record(store: &SharedStore, key: &EpochKey) -> Result<EpochRec
     EpochRecord::decode(&bytes).map_err(bad_object(store, &name))
 }
 
+/// The transactions that an epoch has in storage.
+async fn list_spans(store: &SharedStore, epoch: u32) -> Result<Vec<Span>, StoreError> {
+    let segments = store.list(&log_prefix(epoch), None).await?;
+    Ok(segments.iter().filter_map(|object| SegmentKey::parse(&object.key).map(|key| key.0)).collect())
+}
+
 /// The last transaction that an epoch has in storage, and its time (0 where it has none).
-async fn last_known(store: &SharedStore, record: &EpochRecord) -> Result<(Position, u64), ClaimError> {
-    let segments = store.list(&log_prefix(record.epoch), None).await?;
-    let spans = segments.iter().filter_map(|object| SegmentKey::parse(&object.key).map(|key| key.0));
-    let newest = spans.max_by_key(|span| span.last_txid);
+fn last_known(record: &EpochRecord, spans: &[Span]) -> (Position, u64) {
+    let newest = spans.iter().max_by_key(|span| span.last_txid);
     // An epoch that continues and holds nothing ends where its parent did.
-    let empty_txid = if record.continues { record.first_txid - 1 } else { record.first_txid };
-    let (txid, time_ms) = newest.map_or((empty_txid, 0), |span| (span.last_txid, span.time_ms));
-    Ok((Position { epoch: record.epoch, txid }, time_ms))
+    let (txid, time_ms) = newest.map_or((record.start_txid(), 0), |span| (span.last_txid, span.time_ms));
+    (Position { epoch: record.epoch, txid }, time_ms)
+}
+
+/// The same, of an epoch whose record has this key.
+///
+/// # Errors
+/// When the store fails or the record can't be read.
+pub async fn last_stored(store: &SharedStore, key: &EpochKey) -> Result<(Position, u64), ClaimError> {
+    let record = read_record(store, key).await?;
+    Ok(last_known(&record, &list_spans(store, record.epoch).await?))
+}
+
+/// Whether everything up to `last_txid`, and nothing behind it, is in storage. What waited in the spool may have been lost there, at
+/// its end or in its middle; what goes on behind a gap could not be restored. What retention let go leaves no gap: a snapshot
+/// was begun behind it.
+async fn has_arrived(store: &SharedStore, record: &EpochRecord, last_txid: u64) -> Result<bool, StoreError> {
+    let spans = list_spans(store, record.epoch).await?;
+    if last_known(record, &spans).0.txid != last_txid {
+        return Ok(false);
+    }
+    let before_txid = before_unbroken(spans, last_txid);
+    if before_txid <= record.start_txid() {
+        return Ok(true);
+    }
+    let snapshots = store.list(&snapshot_prefix(record.epoch), None).await?;
+    let begun = snapshots.iter().filter_map(|object| SnapshotKey::parse(&object.key)).map(|key| key.txid);
+    Ok(begun.into_iter().any(|txid| (before_txid..=last_txid).contains(&txid)))
+}
+
+/// The number before the first of those transactions that lead to `last_txid` without a gap.
+fn before_unbroken(mut spans: Vec<Span>, last_txid: u64) -> u64 {
+    spans.sort_by_key(|span| std::cmp::Reverse(span.last_txid));
+    let mut before_txid = last_txid;
+    for span in spans {
+        if span.last_txid < before_txid {
+            break;
+        }
+        before_txid = before_txid.min(span.first_txid.saturating_sub(1));
+    }
+    before_txid
 }
 
 /// Whether this is the replica that the writer left, its epoch is there, and everything it captured has arrived. After a
@@ -246,7 +290,7 @@ async fn is_known(
     }
     match continuing.is_restored {
         true => is_restorable(store, continuing.captured).await,
-        false => Ok(continuing.captured.txid == last_known(store, &record).await?.0.txid),
+        false => Ok(has_arrived(store, &record, continuing.captured.txid).await?),
     }
 }
 
@@ -290,4 +334,23 @@ async fn put_claim(store: &SharedStore, replica: &OpenReplica, record: &EpochRec
 fn host_name() -> String {
     let name = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
     name.trim().to_owned()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_gap_is_seen_wherever_it_is() {
+        let spans = |spans: &[(u64, u64)]| -> Vec<Span> {
+            spans.iter().map(|&(first_txid, last_txid)| Span { epoch: 1, first_txid, last_txid, time_ms: 0 }).collect()
+        };
+        assert_eq!(before_unbroken(spans(&[(3, 4), (1, 2), (5, 9)]), 9), 0);
+        assert_eq!(before_unbroken(spans(&[(1, 2), (4, 9)]), 9), 3);
+        assert_eq!(before_unbroken(spans(&[(8, 9)]), 9), 7);
+        // Merged ones stand beside the small ones.
+        assert_eq!(before_unbroken(spans(&[(1, 6), (1, 2), (3, 4), (7, 7), (8, 9)]), 9), 0);
+        assert_eq!(before_unbroken(spans(&[(2, 6), (1, 4)]), 6), 0);
+        assert_eq!(before_unbroken(Vec::new(), 5), 5);
+    }
 }

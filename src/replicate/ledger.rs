@@ -17,6 +17,8 @@ use crate::format::{lock_page, page_hash};
 pub const FOLD_AT_ENTRIES: usize = 8192;
 
 const ENTRY_LEN: u64 = 8;
+/// Of a base that is checked, the hashes of so many pages are in memory at a time.
+const READ_PAGES: u32 = 1 << 16;
 
 /// Hashes of the pages 1 to `known_pages`, and the fingerprint over them.
 #[derive(Debug)]
@@ -40,10 +42,11 @@ impl Ledger {
         Ok(Self::with(base, page_size, size_pages, 0, 0, BTreeMap::new()))
     }
 
-    /// The ledger of a saved state, which knows every page.
+    /// The ledger of a saved state, which knows every page. Its hashes must give the state's fingerprint: from a base that is another
+    /// one or damaged, each change of a wrong entry would make a wrong fingerprint, and no restore believes that.
     ///
     /// # Errors
-    /// As the operating system answers.
+    /// As the operating system answers; when the hashes do not give the fingerprint.
     pub fn open(
         path: &Path,
         page_size: u32,
@@ -52,7 +55,22 @@ impl Ledger {
         overlay: BTreeMap<u32, u64>,
     ) -> io::Result<Self> {
         let base = File::options().read(true).write(true).open(path)?;
-        Ok(Self::with(base, page_size, size_pages, size_pages, fingerprint, overlay))
+        let ledger = Self::with(base, page_size, size_pages, size_pages, fingerprint, overlay);
+        if ledger.sum()? != fingerprint {
+            let what = "the ledger is not the one that the local state was saved with";
+            return Err(io::Error::new(io::ErrorKind::InvalidData, what));
+        }
+        Ok(ledger)
+    }
+
+    /// The fingerprint that the hashes give.
+    fn sum(&self) -> io::Result<u64> {
+        let mut sum = 0;
+        for first_page in (1..=self.size_pages).step_by(READ_PAGES as usize) {
+            let page_count = READ_PAGES.min(self.size_pages - first_page + 1);
+            sum = self.hashes(first_page, page_count)?.iter().fold(sum, |sum, hash| sum ^ hash);
+        }
+        Ok(sum)
     }
 
     fn with(

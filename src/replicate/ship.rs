@@ -8,7 +8,9 @@ use tokio::sync::{mpsc, watch};
 use tokio::task::JoinSet;
 
 use super::base::Base;
-use super::claim::{ClaimError, Claimed, Continuing, claim, list_claims, open_replica, read_record, records};
+use super::claim::{
+    ClaimError, Claimed, Continuing, claim, last_stored, list_claims, open_replica, read_record, records,
+};
 use super::control::State;
 use super::scan::Finished;
 use super::spool::{self, Spool, Spooled};
@@ -220,20 +222,37 @@ impl Shipper {
     async fn try_claim(&self, continuing: Option<&Continuing>, leftovers: &[Spooled]) -> Result<Claimed, ShipError> {
         let replica = open_replica(&self.store).await?;
         if !leftovers.is_empty() {
-            let claims = list_claims(&self.store, None).await.map_err(ClaimError::Store)?;
-            for spooled in leftovers.iter().filter(|spooled| spooled.path.exists()) {
-                let is_ours = records(&claims).any(|key| key.epoch == spooled.key.0.epoch);
-                if is_ours && spooled.is_whole() {
-                    // Under the epoch that they were captured in; they may be there already.
+            self.ship_leftovers(leftovers).await?;
+        }
+        Ok(claim(&self.store, &replica, continuing, self.clock.as_ref()).await?)
+    }
+
+    /// Ships what an earlier run left, under the epochs that it was captured in; it may be there already. What is of another replica,
+    /// or was cut short by a power failure, is discarded, and what comes behind it, too: in storage it would stand behind a gap.
+    /// The claim sees what is missing.
+    async fn ship_leftovers(&self, leftovers: &[Spooled]) -> Result<(), ShipError> {
+        let claims = list_claims(&self.store, None).await.map_err(ClaimError::Store)?;
+        let mut reached: Option<Position> = None;
+        for spooled in leftovers.iter().filter(|spooled| spooled.path.exists()) {
+            let Span { epoch, first_txid, last_txid, .. } = spooled.key.0;
+            if reached.is_none_or(|reached| reached.epoch != epoch) {
+                reached = match records(&claims).find(|key| key.epoch == epoch) {
+                    Some(key) => Some(last_stored(&self.store, key).await?.0),
+                    None => None,
+                };
+            }
+            match &mut reached {
+                Some(reached) if first_txid <= reached.txid + 1 && spooled.is_whole() => {
                     self.ship(spooled, None).await?;
-                } else {
-                    // Of another replica, or cut short by a power failure. The claim sees what is missing.
+                    reached.txid = reached.txid.max(last_txid);
+                }
+                _ => {
                     tracing::warn!(key = %spooled.key, "a spooled segment can't be used and is discarded");
                     self.discard(spooled)?;
                 }
             }
         }
-        Ok(claim(&self.store, &replica, continuing, self.clock.as_ref()).await?)
+        Ok(())
     }
 
     /// Puts a segment, for as long as it takes.

@@ -58,7 +58,13 @@ pub fn start(
     let Some((state, overlay)) = saved else { return Ok(Started { capture, resumed: None }) };
     let ledger_path = directory.ledger_path();
     let ledger = Ledger::open(&ledger_path, state.page_size, state.size_pages, state.fingerprint, overlay);
-    let Ok(ledger) = ledger else { return Ok(Started { capture, resumed: None }) };
+    let ledger = match ledger {
+        Ok(ledger) => ledger,
+        Err(error) => {
+            tracing::warn!(path = %ledger_path.display(), %error, "the ledger can't be used; a new epoch begins");
+            return Ok(Started { capture, resumed: None });
+        }
+    };
     let at = Start { position: state.captured, time_ms: state.time_ms, schema_cookie: state.schema_cookie };
     let mut recorder = Recorder::new(spool.clone(), clock.clone(), ledger, state.page_size, at);
     // The epoch to come is not known yet.

@@ -1,6 +1,9 @@
 //! Tests of the built program and the library, in one binary: linking the storage SDK takes long.
 
+mod bounds;
 mod cli;
+mod crash_points;
+mod descriptors;
 mod doctor;
 mod downtime;
 mod entry_point;
@@ -22,5 +25,6 @@ mod starts;
 mod store;
 mod store_faults;
 mod support;
+mod torn_state;
 mod two_writers;
 mod verify;

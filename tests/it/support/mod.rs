@@ -5,12 +5,15 @@ pub mod oracle;
 pub mod quirks;
 pub mod s3;
 pub mod scene;
+pub mod syscalls;
 
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::time::Duration;
 
 use rusqlite::Connection;
+
+use self::syscalls::{Call, Verdict};
 
 /// The built program, with credentials for [`s3::S3Server`] and nothing else of the environment that could change it.
 pub fn waltrail() -> Command {
@@ -52,14 +55,33 @@ impl Daemon {
         Self { child }
     }
 
+    /// The same, with its system calls in the test's hands.
+    pub fn start_under(
+        arguments: &[&str],
+        log: &Path,
+        calls: &[libc::c_long],
+        decide: impl FnMut(&Call) -> Verdict + Send + 'static,
+    ) -> Self {
+        let file = std::fs::File::options().create(true).append(true).open(log).unwrap();
+        let mut command = waltrail();
+        command.arg("replicate").args(arguments).stdout(Stdio::null()).stderr(file);
+        Self { child: syscalls::spawn(&mut command, calls, decide) }
+    }
+
     /// Its process id.
     pub fn id(&self) -> u32 {
         self.child.id()
     }
 
+    pub fn is_running(&mut self) -> bool {
+        self.child.try_wait().unwrap().is_none()
+    }
+
     /// Sends SIGTERM and waits; gives the exit code.
     pub fn terminate(mut self) -> Option<i32> {
-        self.signal(libc::SIGTERM);
+        if self.is_running() {
+            self.signal(libc::SIGTERM);
+        }
         self.child.wait().unwrap().code()
     }
 
