@@ -11,6 +11,7 @@ use std::process::{Child, Command, Output, Stdio};
 use std::time::Duration;
 
 use rusqlite::Connection;
+use waltrail::format::segment::Segment;
 
 /// The built program, with credentials for [`s3::S3Server`] and nothing else of the environment that could change it.
 pub fn waltrail() -> Command {
@@ -167,4 +168,12 @@ pub fn insert(connection: &Connection, rows: i64) {
 /// One small transaction.
 pub fn count_up(connection: &Connection) {
     connection.execute_batch("UPDATE counter SET n = n + 1").unwrap();
+}
+
+/// A segment, and the images of its pages in the order of its table.
+pub fn decoded(bytes: &[u8]) -> (Segment, Vec<Vec<u8>>) {
+    let mut images = Vec::new();
+    let segment = Segment::decode(bytes, |index, number, image| images.push((index, number, image.to_vec()))).unwrap();
+    images.sort();
+    (segment, images.into_iter().map(|(_, _, image)| image).collect())
 }
