@@ -23,6 +23,7 @@
 
 pub mod clock;
 pub mod config;
+pub mod daemon;
 pub mod format;
 pub mod health;
 pub mod replicate;

@@ -6,6 +6,7 @@ use std::process::ExitCode;
 use super::tell::tell;
 use crate::config::ConfigError;
 use crate::config::replica_url::ReplicaUrlError;
+use crate::daemon::StartError;
 use crate::format::FormatError;
 use crate::replicate::ReplicateError;
 use crate::replicate::claim::ClaimError;
@@ -242,6 +243,12 @@ impl From<ControlError> for Failure {
 impl From<FormatError> for Failure {
     fn from(error: FormatError) -> Self {
         Self::new(DAMAGED, error, None)
+    }
+}
+
+impl From<StartError> for Failure {
+    fn from(error: StartError) -> Self {
+        Self::other(error.to_string())
     }
 }
 

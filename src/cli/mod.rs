@@ -20,6 +20,7 @@ pub mod status;
 mod tell;
 pub mod verify;
 
+use std::collections::HashSet;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -28,13 +29,16 @@ use clap::{Args, Parser, Subcommand};
 use tracing_subscriber::EnvFilter;
 
 use self::exit_code::Failure;
+use crate::config::fleet::FleetConfig;
 use crate::config::replica_url::ReplicaUrl;
-use crate::config::{Config, DatabaseConfig, LogConfig, LogFormat, LogLevel, environment, file, identity};
+use crate::config::{Config, DatabaseConfig, LogConfig, LogFormat, LogLevel, environment, file};
 use crate::store::SharedStore;
 use crate::store::retry::{RetryPolicy, Retrying};
 
 const SYSTEM_CONFIG: &str = "/etc/waltrail.toml";
 const CONFIG_VARIABLE: &str = "WALTRAIL_CONFIG";
+/// Of many databases, so many are named in a message.
+const PATHS_SHOWN: usize = 5;
 
 /// Continuous backup for SQLite: every transaction to S3-compatible storage, restored to any point in time.
 #[derive(Debug, Parser)]
@@ -109,11 +113,15 @@ struct ConfigArgument {
 impl ConfigArgument {
     /// The configuration that was named here or in the environment, or the system's; `None` when there is none of them.
     fn load(&self) -> Result<Option<Config>, Failure> {
+        self.path().map(|path| file::load(&path)).transpose().map_err(Failure::from)
+    }
+
+    /// Where it is.
+    fn path(&self) -> Option<PathBuf> {
         // Set to nothing is not set: that is how container files leave a variable out.
         let variable = || std::env::var_os(CONFIG_VARIABLE).filter(|path| !path.is_empty()).map(PathBuf::from);
         let system = || Some(PathBuf::from(SYSTEM_CONFIG)).filter(|path| path.exists());
-        let path = self.config.clone().or_else(variable).or_else(system);
-        path.map(|path| file::load(&path)).transpose().map_err(Failure::from)
+        self.config.clone().or_else(variable).or_else(system)
     }
 
     /// A --config that would have no effect is a mistake. One of the environment or the system is there for other commands.
@@ -127,18 +135,18 @@ impl ConfigArgument {
     /// What the configuration or, without one, the environment says of the database at `path`; `None` where it is not known.
     fn database(&self, path: &Path) -> Result<Option<DatabaseConfig>, Failure> {
         let path = absolute(path)?;
-        let databases = match self.load()? {
-            Some(config) => config.databases,
-            None => environment_database().into_iter().collect(),
+        let config = match self.load()? {
+            Some(config) => config,
+            None => Config::new(environment_database().into_iter().collect()),
         };
-        Ok(databases.into_iter().find(|database| identity(&database.path) == identity(&path)))
+        Ok(config.database_at(&path))
     }
 
     /// These databases as they are known, or as they are by default; none: all of the configuration, or the environment's.
     fn databases(&self, paths: &[PathBuf]) -> Result<Vec<DatabaseConfig>, Failure> {
         if paths.is_empty() {
             return match self.load()? {
-                Some(config) => Ok(config.databases),
+                Some(config) => Ok(config.find(&HashSet::new()).databases),
                 None => environment_database().map(|database| vec![database]),
             };
         }
@@ -153,11 +161,16 @@ impl ConfigArgument {
 
     /// The only database of the configuration or, without one, the environment's.
     fn only_database(&self) -> Result<DatabaseConfig, Failure> {
-        let Some(mut config) = self.load()? else { return environment_database() };
-        if config.databases.len() == 1 {
-            return Ok(config.databases.remove(0));
+        let Some(config) = self.load()? else { return environment_database() };
+        let mut databases = config.find(&HashSet::new()).databases;
+        if databases.len() == 1 {
+            return Ok(databases.remove(0));
         }
-        let paths: Vec<String> = config.databases.iter().map(|known| known.path.display().to_string()).collect();
+        let mut paths: Vec<String> = databases.iter().map(|known| known.path.display().to_string()).collect();
+        if paths.len() > PATHS_SHOWN {
+            paths.truncate(PATHS_SHOWN);
+            paths.push(format!("and {} more", databases.len() - PATHS_SHOWN));
+        }
         Err(Failure::usage(format!("which one? The configuration has {}", paths.join(", "))))
     }
 
@@ -219,6 +232,15 @@ async fn open_patiently(replica: &ReplicaUrl) -> SharedStore {
     Arc::new(Retrying::new(replica.open().await, RetryPolicy::PATIENT))
 }
 
+/// The databases that are stored for a fleet. A place that is not there yet holds none.
+async fn stored(fleet: &FleetConfig) -> Result<Vec<DatabaseConfig>, Failure> {
+    let place = open_patiently(&fleet.template().replica).await;
+    match fleet.stored(&place).await {
+        Err(error) if error.is_of_missing_directory() => Ok(Vec::new()),
+        other => Ok(other?),
+    }
+}
+
 /// Runs the command line and gives the process's exit code.
 #[must_use]
 pub fn main() -> ExitCode {
@@ -259,7 +281,7 @@ impl Command {
             Self::Replicate(arguments) => {
                 let config = arguments.config()?;
                 start_log(flags, Some(&config.log), LogLevel::Info);
-                replicate::run(config).await?;
+                replicate::run(config, arguments.reload()).await?;
             }
             Self::Run(arguments) => {
                 let config = arguments.config()?;

@@ -1,35 +1,18 @@
 //! `waltrail replicate`
 
 use std::net::SocketAddr;
-use std::sync::Arc;
 
 use clap::Args;
 use tokio::signal::unix::{SignalKind, signal};
-use tokio::sync::{Semaphore, mpsc};
-use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
 use super::exit_code::{Failure, NOT_CONFIRMED};
 use super::tell::tell;
 use super::{CONFIG_VARIABLE, ConfigArgument, SYSTEM_CONFIG, absolute};
-use crate::clock::SystemClock;
 use crate::config::units::parse_address;
 use crate::config::{Config, DatabaseConfig};
-use crate::health::drill::Driller;
-use crate::health::heartbeat::beat;
-use crate::health::server::HealthServer;
-use crate::health::{Boards, systemd};
-use crate::replicate::database::DatabaseSettings;
-use crate::replicate::database::KEPT_SHARE;
-use crate::replicate::merge::MergeSettings;
-use crate::replicate::status::Board;
-use crate::replicate::{Job, run as replicate};
-use crate::store::retry::{RetryPolicy, Retrying};
-
-/// A drill takes a processor, and room for a database.
-const DRILLS_AT_A_TIME: usize = 1;
-/// Between these, the daemon's own loops ask again, without end.
-const QUICK: RetryPolicy = RetryPolicy { attempts: 3, base_ms: 100, max_ms: 2000 };
+use crate::daemon::{self, Reload};
+use crate::health::systemd;
 
 /// Arguments of `replicate`.
 #[derive(Debug, Args)]
@@ -79,6 +62,13 @@ impl WhatArguments {
 }
 
 impl ReplicateArguments {
+    /// How to read the configuration again; `None` when it is in no file.
+    #[must_use]
+    pub fn reload(self) -> Option<Reload> {
+        let path = self.what.config.path().filter(|_| self.what.database.is_none())?;
+        Some(Box::new(move || crate::config::file::load(&path)))
+    }
+
     /// The configuration that the arguments mean.
     ///
     /// # Errors
@@ -92,17 +82,17 @@ impl ReplicateArguments {
     }
 }
 
-/// Replicates until told to stop.
+/// Replicates until told to stop. At SIGHUP `reload` reads the configuration again.
 ///
 /// # Errors
 /// The first thing that went wrong, when not everything ended as told.
-pub async fn run(config: Config) -> Result<(), Failure> {
+pub async fn run(config: Config, reload: Option<Reload>) -> Result<(), Failure> {
     let stop = CancellationToken::new();
     watch_signals(stop.clone())?;
-    let shutdown_timeout = config.shutdown_timeout;
-    let (jobs, _telling) = jobs_of(config).await?;
-    let (standing, _) = mpsc::unbounded_channel();
-    let mut failed = replicate(jobs, stop, shutdown_timeout, SystemClock::shared(), standing).await;
+    let hangup = signal(SignalKind::hangup()).map_err(cant_listen)?;
+    allow_many_files();
+    let daemon = daemon::start(config, stop, Some((hangup, reload))).await?;
+    let mut failed = daemon.replicating.await.map_err(|error| Failure::other(error.to_string()))?;
     match failed.is_empty() {
         true => {
             tracing::info!("stopped; everything is confirmed");
@@ -112,69 +102,27 @@ pub async fn run(config: Config) -> Result<(), Failure> {
     }
 }
 
-/// What is to be replicated, with its stores open; and the tasks that tell others how it is, for as long as they are kept.
-///
-/// # Errors
-/// When the address to listen at is taken, or is not ours.
-pub(super) async fn jobs_of(config: Config) -> Result<(Vec<Job>, JoinSet<()>), Failure> {
-    let (clock, mut telling) = (SystemClock::shared(), JoinSet::new());
-    let drills = Arc::new(Semaphore::new(DRILLS_AT_A_TIME));
-    let mut jobs = Vec::new();
-    for database in config.databases {
-        let (heartbeat, verify_interval) = (database.heartbeat.clone(), database.verify_interval);
-        let job = job_of(database, clock.now_ms()).await;
-        if let Some(interval) = verify_interval {
-            let driller = Driller {
-                store: job.store.clone(),
-                database: job.settings.path.clone(),
-                interval,
-                retention: job.retention,
-                board: job.board.clone(),
-                clock: clock.clone(),
-                permits: drills.clone(),
-            };
-            telling.spawn(driller.run());
-        }
-        if let Some(url) = heartbeat {
-            telling.spawn(beat(url, job.board.clone(), clock.clone()));
-        }
-        jobs.push(job);
+/// Shells and service managers allow 1,024 open files at first, for the sake of programs of another age (systemd.exec(5), "Process
+/// properties"); a process may allow itself more.
+fn allow_many_files() {
+    let mut limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
+    // SAFETY: the pointer is to a value of the right type, which lives for the call.
+    let is_known = unsafe { libc::getrlimit(libc::RLIMIT_NOFILE, &raw mut limit) } == 0;
+    limit.rlim_cur = limit.rlim_max;
+    // SAFETY: as above.
+    if !is_known || unsafe { libc::setrlimit(libc::RLIMIT_NOFILE, &raw const limit) } != 0 {
+        tracing::warn!("the number of open files stays limited: {}", std::io::Error::last_os_error());
     }
-    let boards: Boards = jobs.iter().map(|job| job.board.clone()).collect();
-    if let Some(address) = config.listen {
-        let failed = |error: std::io::Error| Failure::other(format!("can't listen at {address}: {error}"));
-        let server = HealthServer::bind(address, boards.clone(), config.healthy_lag, clock.clone()).await;
-        let server = server.map_err(failed)?;
-        tracing::info!(address = %server.address().map_err(failed)?, "serving /healthz, /readyz and /metrics");
-        telling.spawn(server.serve());
-    }
-    telling.spawn(systemd::notify(boards, clock));
-    Ok((jobs, telling))
 }
 
-async fn job_of(database: DatabaseConfig, now_ms: u64) -> Job {
-    let store = Arc::new(Retrying::new(database.replica.open().await, QUICK));
-    tracing::info!(database = %database.path.display(), replica = %database.replica, "replicating");
-    let board = Arc::new(Board::new(database.path.clone(), database.replica.to_string(), now_ms));
-    let settings = DatabaseSettings {
-        path: database.path,
-        sync_interval: database.sync_interval,
-        poll_interval: database.poll_interval,
-        checkpoint_threshold_bytes: database.checkpoint_threshold_bytes,
-        spool_limit_bytes: database.spool_limit_bytes,
-        snapshot_interval: database.snapshot_interval,
-    };
-    let kept_limit_bytes = settings.spool_limit_bytes / KEPT_SHARE;
-    let merge = MergeSettings { windows: database.merge, kept_limit_bytes };
-    let (retention, presence_interval) = (database.retention, database.presence_interval);
-    Job { settings, state_dir: database.state_dir, store, merge, retention, presence_interval, board }
+fn cant_listen(error: std::io::Error) -> Failure {
+    Failure::other(format!("can't listen for signals: {error}"))
 }
 
 /// The first SIGTERM or SIGINT asks for a stop, the second one makes it happen at once.
 fn watch_signals(stop: CancellationToken) -> Result<(), Failure> {
-    let failed = |error: std::io::Error| Failure::other(format!("can't listen for signals: {error}"));
-    let mut terminate = signal(SignalKind::terminate()).map_err(failed)?;
-    let mut interrupt = signal(SignalKind::interrupt()).map_err(failed)?;
+    let mut terminate = signal(SignalKind::terminate()).map_err(cant_listen)?;
+    let mut interrupt = signal(SignalKind::interrupt()).map_err(cant_listen)?;
     tokio::spawn(async move {
         loop {
             tokio::select! {

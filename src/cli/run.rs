@@ -1,5 +1,6 @@
 //! `waltrail run`: the entry point of a container.
 
+use std::collections::HashSet;
 use std::ffi::OsString;
 use std::io;
 use std::path::{Path, PathBuf};
@@ -7,19 +8,20 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use clap::Args;
+use futures_util::stream::{self, StreamExt};
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 
 use super::exit_code::{Failure, NOT_CONFIRMED};
 use super::recover::Recovery;
-use super::replicate::{WhatArguments, jobs_of};
+use super::replicate::WhatArguments;
 use super::report::{Reporter, RestoreOutput};
 use super::tell::tell;
-use super::{environment_database, open_patiently};
-use crate::clock::{SystemClock, format_time};
+use super::{environment_database, open_patiently, stored};
+use crate::clock::format_time;
 use crate::config::units::parse_duration;
 use crate::config::{Config, DatabaseConfig};
-use crate::replicate::run as replicate;
+use crate::daemon;
 use crate::restore::RestoreError;
 use crate::restore::history::History;
 use crate::restore::install::Manner;
@@ -27,6 +29,9 @@ use crate::restore::plan::{Target, plan};
 use crate::restore::progress::Progress;
 use crate::run::child::{Child, Signals, exit_code};
 use crate::run::place::loss_here;
+
+/// Each takes a processor, and some memory.
+const RESTORES_AT_A_TIME: usize = 4;
 
 /// Arguments of `run`.
 #[derive(Debug, Args)]
@@ -86,15 +91,12 @@ pub async fn run(arguments: RunArguments, config: Config) -> Result<u8, Failure>
         restored = restore_missing(&config, arguments.restore_timeout) => restored?,
         number = signals.asked_to_end() => return Ok(128 + number as u8),
     }
-    let databases = config.databases.len();
-    let shutdown_timeout = config.shutdown_timeout;
     let stop = CancellationToken::new();
-    let (standing, mut stands) = mpsc::unbounded_channel();
-    let (jobs, _telling) = jobs_of(config).await?;
-    let mut replicating =
-        tokio::spawn(replicate(jobs, stop.clone(), shutdown_timeout, SystemClock::shared(), standing));
+    // A hangup is the command's.
+    let mut daemon = daemon::start(config, stop.clone(), None).await?;
+    let replicating = &mut daemon.replicating;
     tokio::select! {
-        () = all_stand(&mut stands, databases) => {}
+        () = all_stand(&mut daemon.standing, daemon.databases) => {}
         () = tokio::time::sleep(arguments.start_timeout) => {
             tracing::error!("storage is not reached; the command is started all the same, and what it writes waits here");
         }
@@ -104,7 +106,7 @@ pub async fn run(arguments: RunArguments, config: Config) -> Result<u8, Failure>
             return Ok(128 + number as u8);
         }
         // It says itself what is wrong. Without replication nothing is started.
-        ended = &mut replicating => {
+        ended = &mut *replicating => {
             let failures = ended.map_err(|error| Failure::other(error.to_string()))?;
             return Err(failures.into_iter().next().map_or_else(|| Failure::other("replication ended".into()), Failure::from));
         }
@@ -148,22 +150,41 @@ async fn all_stand(stands: &mut mpsc::UnboundedReceiver<PathBuf>, databases: usi
 }
 
 async fn restore_missing(config: &Config, limit: Option<Duration>) -> Result<(), Failure> {
-    for database in &config.databases {
-        if is_there(&database.path)? {
-            continue;
+    let missing = missing(config).await?;
+    let mut restoring = stream::iter(missing.iter().map(restore)).buffer_unordered(RESTORES_AT_A_TIME);
+    let all = async {
+        while let Some(restored) = restoring.next().await {
+            restored?;
         }
-        let restoring = restore(database);
-        match limit {
-            None => restoring.await?,
-            Some(limit) => tokio::time::timeout(limit, restoring).await.map_err(|_| {
-                Failure::other(format!(
-                    "{} could not be restored within {limit:?}; the command is not started",
-                    database.path.display()
-                ))
-            })??,
+        Ok(())
+    };
+    match limit {
+        None => all.await,
+        Some(limit) => tokio::time::timeout(limit, all).await.map_err(|_| {
+            let paths: Vec<String> = missing.iter().map(|database| database.path.display().to_string()).collect();
+            Failure::other(format!(
+                "{} could not be restored within {limit:?}; the command is not started",
+                paths.join(", ")
+            ))
+        })?,
+    }
+}
+
+/// The databases to restore before the command begins: those that have a name and are not there; and all of a fleet of which nothing
+/// is there. Of another one those that are missing were deleted by somebody who had his reasons.
+async fn missing(config: &Config) -> Result<Vec<DatabaseConfig>, Failure> {
+    let mut missing = Vec::new();
+    for database in &config.databases {
+        if !is_there(&database.path)? {
+            missing.push(database.clone());
         }
     }
-    Ok(())
+    for fleet in &config.fleets {
+        if fleet.find(&HashSet::new()).databases.is_empty() {
+            missing.extend(stored(fleet).await?);
+        }
+    }
+    Ok(missing)
 }
 
 /// An empty file is what opening a database that is not there leaves.

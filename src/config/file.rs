@@ -9,11 +9,15 @@ use std::time::Duration;
 use hyper::Uri;
 use serde::{Deserialize, Deserializer};
 
+use super::fleet::FleetConfig;
 use super::replica_url::{ReplicaUrl, check_endpoint};
 use super::toml_error::explain;
 use super::units::{parse_address, parse_duration, parse_retention, parse_size};
 use super::variables::substitute;
-use super::{Config, ConfigError, DEFAULT_SHUTDOWN_TIMEOUT, DatabaseConfig, LogConfig, LogFormat, LogLevel, identity};
+use super::{
+    Config, ConfigError, DEFAULT_OPEN_DATABASES, DEFAULT_SHUTDOWN_TIMEOUT, DatabaseConfig, LogConfig, LogFormat,
+    LogLevel, identity,
+};
 use crate::health::DEFAULT_HEALTHY_LAG;
 
 #[derive(Deserialize)]
@@ -24,6 +28,7 @@ struct ConfigFile {
     #[serde(default)]
     http: HttpTable,
     shutdown_timeout: Option<DurationText>,
+    open_databases: Option<usize>,
     #[serde(default)]
     database: Vec<DatabaseTable>,
 }
@@ -302,18 +307,54 @@ pub fn load(path: &Path) -> Result<Config, ConfigError> {
 /// A sentence that says what is wrong, and where.
 pub fn parse(text: &str) -> Result<Config, String> {
     let file: ConfigFile = toml::from_str(text).map_err(|error| explain(text, &error))?;
-    let databases = file.database.into_iter().map(DatabaseTable::resolve).collect::<Result<Vec<_>, _>>()?;
-    if databases.is_empty() {
+    let (mut databases, mut fleets) = (Vec::new(), Vec::new());
+    for table in file.database {
+        let has_state_dir = table.state_dir.is_some();
+        let database = table.resolve()?;
+        let shown = database.path.display();
+        match FleetConfig::of(&database, has_state_dir).map_err(|why| format!("database '{shown}': {why}"))? {
+            Some(_) if database.heartbeat.is_some() => {
+                return Err(format!(
+                    "database '{shown}': a heartbeat-url is for one database; for many, watch /healthz"
+                ));
+            }
+            Some(fleet) => fleets.push(fleet),
+            None => databases.push(database),
+        }
+    }
+    if databases.is_empty() && fleets.is_empty() {
         return Err("there is no [[database]] in it".into());
     }
     check_apart(&databases)?;
+    check_fleets_apart(&databases, &fleets)?;
     Ok(Config {
         log: LogConfig { level: file.log.level, format: file.log.format },
         listen: file.http.listen.map(|AddressText(address)| address),
         healthy_lag: file.http.healthy_lag.map_or(DEFAULT_HEALTHY_LAG, |DurationText(lag)| lag),
         shutdown_timeout: file.shutdown_timeout.map_or(DEFAULT_SHUTDOWN_TIMEOUT, |DurationText(timeout)| timeout),
+        open_databases: file.open_databases.unwrap_or(DEFAULT_OPEN_DATABASES),
         databases,
+        fleets,
     })
+}
+
+/// A fleet's databases go to places below its own, whatever they are called: nobody else may store there.
+fn check_fleets_apart(databases: &[DatabaseConfig], fleets: &[FleetConfig]) -> Result<(), String> {
+    for (index, fleet) in fleets.iter().enumerate() {
+        let (server, below) = place(&fleet.template().replica);
+        let others = fleets[index + 1..].iter().map(FleetConfig::template).chain(databases);
+        for other in others {
+            let (other_server, other_place) = place(&other.replica);
+            if server == other_server && (other_place.starts_with(&below) || below.starts_with(&other_place)) {
+                return Err(format!(
+                    "'{}' and '{}' go to one place; many databases need one that nobody else is in",
+                    fleet.template().path.display(),
+                    other.path.display()
+                ));
+            }
+        }
+    }
+    Ok(())
 }
 
 /// No two databases may share a file, a replica or a state directory, however they are spelt.

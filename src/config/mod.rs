@@ -2,23 +2,28 @@
 
 pub mod environment;
 pub mod file;
+pub mod fleet;
 pub mod replica_url;
 mod toml_error;
 pub mod units;
 mod variables;
 
+use std::collections::HashSet;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use hyper::Uri;
 
+use self::fleet::{FleetConfig, Found};
 use self::replica_url::ReplicaUrl;
 use crate::health::DEFAULT_HEALTHY_LAG;
 use crate::retain::RetentionSettings;
 
 /// How long a stop may take. Docker kills after 10 seconds.
 pub const DEFAULT_SHUTDOWN_TIMEOUT: Duration = Duration::from_secs(8);
+/// So many databases are held open, unless told otherwise.
+pub const DEFAULT_OPEN_DATABASES: usize = 16;
 
 /// The whole configuration.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -31,8 +36,12 @@ pub struct Config {
     pub healthy_lag: Duration,
     /// At a stop, shipping what is left may take so long.
     pub shutdown_timeout: Duration,
-    /// The databases; at least one.
+    /// No more databases than this are held open, apart from those that are written to.
+    pub open_databases: usize,
+    /// The databases that have a name.
     pub databases: Vec<DatabaseConfig>,
+    /// Those that are found by a pattern or in a directory. There is at least one of either kind.
+    pub fleets: Vec<FleetConfig>,
 }
 
 impl Config {
@@ -44,8 +53,32 @@ impl Config {
             listen: None,
             healthy_lag: DEFAULT_HEALTHY_LAG,
             shutdown_timeout: DEFAULT_SHUTDOWN_TIMEOUT,
+            open_databases: DEFAULT_OPEN_DATABASES,
             databases,
+            fleets: Vec::new(),
         }
+    }
+
+    /// All databases, those of the fleets as far as they are there. What one of them is called by name comes first. `known` as
+    /// in [`FleetConfig::find`].
+    #[must_use]
+    pub fn find(&self, known: &HashSet<PathBuf>) -> Found {
+        let mut all = Found { databases: self.databases.clone(), ..Found::default() };
+        let mut taken: HashSet<PathBuf> = self.databases.iter().map(|database| identity(&database.path)).collect();
+        for fleet in &self.fleets {
+            let found = fleet.find(known);
+            all.databases.extend(found.databases.into_iter().filter(|database| taken.insert(identity(&database.path))));
+            all.directories.extend(found.directories);
+            all.troubles.extend(found.troubles);
+        }
+        all
+    }
+
+    /// The configuration of the database at `path`, whether it is there or not.
+    #[must_use]
+    pub fn database_at(&self, path: &Path) -> Option<DatabaseConfig> {
+        let named = self.databases.iter().find(|database| identity(&database.path) == identity(path));
+        named.cloned().or_else(|| self.fleets.iter().find_map(|fleet| fleet.database_at(path)))
     }
 }
 

@@ -5,8 +5,11 @@ use std::path::PathBuf;
 use std::str::FromStr;
 use std::sync::Arc;
 
+use tokio::sync::Semaphore;
+
 use crate::store::SharedStore;
 use crate::store::directory::DirectoryStore;
+use crate::store::limited::Limited;
 use crate::store::s3::{S3Options, S3Store};
 
 /// Query parameters that an `s3://` URL may have.
@@ -150,6 +153,41 @@ impl ReplicaUrl {
             Self::S3(options) => Arc::new(S3Store::open(options).await),
             Self::Directory(path) => Arc::new(DirectoryStore::new(path.clone())),
         }
+    }
+}
+
+/// The stores of one process. Replicas on one server share its connections, and all of them a limit of requests at a time: a
+/// thousand databases that begin at once are no storm.
+#[derive(Debug)]
+pub struct Stores {
+    servers: Vec<(S3Options, S3Store)>,
+    requests: Arc<Semaphore>,
+}
+
+impl Stores {
+    /// With so many requests at a time.
+    #[must_use]
+    pub fn new(requests: usize) -> Self {
+        Self { servers: Vec::new(), requests: Arc::new(Semaphore::new(requests)) }
+    }
+
+    /// Opens a replica's store. Nothing is sent: whether it can be reached is seen at the first request.
+    pub async fn open(&mut self, replica: &ReplicaUrl) -> SharedStore {
+        let inner: SharedStore = match replica {
+            ReplicaUrl::S3(options) => Arc::new(self.server(options).await.at(options)),
+            ReplicaUrl::Directory(_) => replica.open().await,
+        };
+        Arc::new(Limited::new(inner, self.requests.clone()))
+    }
+
+    async fn server(&mut self, options: &S3Options) -> S3Store {
+        let server = options.server();
+        if let Some((_, store)) = self.servers.iter().find(|(known, _)| *known == server) {
+            return store.clone();
+        }
+        let store = S3Store::open(options).await;
+        self.servers.push((server, store.clone()));
+        store
     }
 }
 

@@ -6,20 +6,12 @@ pub mod metrics;
 pub mod server;
 pub mod systemd;
 
-use std::sync::Arc;
 use std::time::Duration;
 
-use crate::replicate::status::{Board, Phase, Status};
+use crate::replicate::status::{Phase, Status};
 
 /// What is confirmed later than this after its capture is reported as unhealthy, unless told otherwise.
 pub const DEFAULT_HEALTHY_LAG: Duration = Duration::from_secs(300);
-
-/// All databases of the process.
-pub type Boards = Vec<Arc<Board>>;
-
-fn all(boards: &Boards) -> Vec<Status> {
-    boards.iter().map(|board| board.status()).collect()
-}
 
 /// Whether everything that is written to any of the databases from now on is captured.
 #[must_use]

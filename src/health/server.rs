@@ -17,8 +17,9 @@ use hyper_util::rt::{TokioIo, TokioTimer};
 use tokio::net::TcpListener;
 use tokio::sync::Semaphore;
 
-use super::{Boards, all, is_ready, metrics, troubles};
+use super::{is_ready, metrics, troubles};
 use crate::clock::Clock;
+use crate::replicate::status::Boards;
 
 /// So many connections are answered at a time; others wait.
 const CONNECTIONS: usize = 32;
@@ -32,7 +33,7 @@ pub struct HealthServer {
 }
 
 struct Answerer {
-    boards: Boards,
+    boards: Arc<Boards>,
     healthy_lag: Duration,
     clock: Arc<dyn Clock>,
 }
@@ -44,7 +45,7 @@ impl HealthServer {
     /// When the address can't be listened at.
     pub async fn bind(
         address: SocketAddr,
-        boards: Boards,
+        boards: Arc<Boards>,
         healthy_lag: Duration,
         clock: Arc<dyn Clock>,
     ) -> io::Result<Self> {
@@ -96,7 +97,7 @@ impl Answerer {
         if !matches!(*request.method(), Method::GET | Method::HEAD) {
             return plain(StatusCode::METHOD_NOT_ALLOWED, "only GET is answered\n".into());
         }
-        let (statuses, now_ms) = (all(&self.boards), self.clock.now_ms());
+        let (statuses, now_ms) = (self.boards.statuses(), self.clock.now_ms());
         match request.uri().path() {
             "/healthz" => match troubles(&statuses, now_ms, self.healthy_lag) {
                 troubles if troubles.is_empty() => plain(StatusCode::OK, "ok\n".into()),

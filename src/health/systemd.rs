@@ -5,8 +5,9 @@ use std::time::Duration;
 
 use sd_notify::NotifyState;
 
-use super::{Boards, all, is_ready, summary};
+use super::{is_ready, summary};
 use crate::clock::Clock;
+use crate::replicate::status::Boards;
 
 /// The status line is renewed this often.
 const INTERVAL: Duration = Duration::from_secs(5);
@@ -14,7 +15,7 @@ const INTERVAL: Duration = Duration::from_secs(5);
 const START_INTERVAL: Duration = Duration::from_millis(100);
 
 /// Tells systemd, as long as it is not dropped. Does nothing for a process that systemd does not wait for.
-pub async fn notify(boards: Boards, clock: Arc<dyn Clock>) {
+pub async fn notify(boards: Arc<Boards>, clock: Arc<dyn Clock>) {
     if std::env::var_os("NOTIFY_SOCKET").is_none() {
         return;
     }
@@ -22,7 +23,7 @@ pub async fn notify(boards: Boards, clock: Arc<dyn Clock>) {
     let watchdog = sd_notify::watchdog_enabled().map(|limit| limit / 2);
     let mut is_ready_told = false;
     loop {
-        let statuses = all(&boards);
+        let statuses = boards.statuses();
         let text = summary(&statuses, clock.now_ms());
         let mut states = vec![NotifyState::Status(&text)];
         if !is_ready_told && is_ready(&statuses) {

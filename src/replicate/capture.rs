@@ -39,8 +39,12 @@ impl Capture {
     ///
     /// # Errors
     /// What SQLite or the operating system answers.
-    pub fn attach(live: LiveDatabase, left_at: Option<WalPosition>) -> Result<(Self, bool), SqliteError> {
-        let (follower, continues) = Follower::attach(&live.files, page_hash, left_at)?;
+    pub fn attach(
+        live: LiveDatabase,
+        left_at: Option<WalPosition>,
+        main_is_whole: bool,
+    ) -> Result<(Self, bool), SqliteError> {
+        let (follower, continues) = Follower::attach(&live.files, page_hash, left_at, main_is_whole)?;
         Ok((Self { live, follower, pin_is_at_zero: false }, continues))
     }
 
@@ -72,6 +76,15 @@ impl Capture {
     /// As the operating system answers.
     pub fn is_behind(&self) -> Result<bool, SqliteError> {
         Ok(self.follower.is_behind(&self.live.files.wal_index()?))
+    }
+
+    /// Whether all that was captured, and nothing else, stands in the main file.
+    ///
+    /// # Errors
+    /// As the operating system answers.
+    pub fn is_all_in_main(&self) -> Result<bool, SqliteError> {
+        let index = self.live.files.wal_index()?;
+        Ok(index.is_checkpointed() && !self.follower.is_behind(&index))
     }
 
     /// Whether frames stand in the WAL that are not in the main file.

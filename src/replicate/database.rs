@@ -6,18 +6,19 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot};
 
 use super::capture::Capture;
 use super::claim::Claimed;
 use super::control::State;
 use super::ledger::{FOLD_AT_ENTRIES, Ledger};
 use super::record::{Ignore, RecordError, Recorder, Start};
+use super::rest::{Opening, RESTS_AFTER, Rested, Seen, is_settled};
 use super::ship::{Job, Progress};
 use super::snapshots::{Advance, Snapshots};
 use super::spool::{self, Spool};
 use super::start::{Started, start};
-use super::state::{LocalState, StateDirectory, wal_field};
+use super::state::{LocalState, StateDirectory, boot_id, wal_field};
 use super::wake::{Event, Mailbox};
 use crate::clock::Clock;
 use crate::format::Position;
@@ -40,10 +41,17 @@ const FIRST_LOOK_AGAIN: Duration = Duration::from_millis(1);
 const PIN_MOVES_AFTER: Duration = Duration::from_millis(500);
 /// How soon a snapshot is read on when the store was not ready for more.
 const SNAPSHOT_PAUSE: Duration = Duration::from_millis(4);
+/// How soon a snapshot that is due asks again whether it may be read: so many are read at a time.
+const SNAPSHOT_PERMIT_RETRY: Duration = Duration::from_millis(50);
+/// A database that can't be restored yet makes others wait for no longer than this to be taken up.
+const START_PATIENCE: Duration = Duration::from_secs(5);
 /// A segment is cut when it has so many bytes of page images, whatever the time.
 const SEGMENT_RAW_LIMIT: u64 = 32 << 20;
 /// After a database has not been written to for so long, what is left in the WAL is checkpointed.
 const QUIET_AFTER: Duration = Duration::from_secs(1);
+/// Then it is polled no more often than this, as long as events come.
+const IDLE_AFTER: Duration = Duration::from_secs(5);
+const IDLE_POLL_INTERVAL: Duration = Duration::from_secs(10);
 /// A checkpoint of a quiet database that others hold up is tried again after this.
 const QUIET_RETRY: Duration = Duration::from_secs(60);
 /// A barrier that was not to be had is tried again after this at first, then at doubling intervals.
@@ -80,6 +88,9 @@ pub enum DatabaseError {
     /// From the local state: ledger, spool, state file.
     #[error("the local state directory failed: {0}")]
     Local(#[from] io::Error),
+    /// A mistake in this program ended the thread or the task that followed it.
+    #[error("an internal error: {0}")]
+    Panicked(String),
     /// More waits to be shipped than may.
     #[error("{waiting_bytes} bytes wait to be shipped, more than the spool's limit")]
     SpoolFull {
@@ -124,16 +135,33 @@ pub struct Surroundings {
     pub progress: Arc<Progress>,
     /// Time.
     pub clock: Arc<dyn Clock>,
+    /// Who may read a snapshot.
+    pub snapshot_permits: Arc<Semaphore>,
+    /// Tells whether it should rest.
+    pub opening: Opening,
 }
 
-/// Follows a database until told to stop; returns the last captured transaction, if an epoch was claimed.
+/// How following ended.
+#[derive(Debug)]
+pub enum Ended {
+    /// As told, with this transaction captured last, if an epoch was claimed.
+    Stopped(Option<Position>),
+    /// Nobody writes, and others want to be held open.
+    AtRest(Box<Rested>),
+}
+
+/// Follows a database until told to stop, or until it may rest. `rested` is what an earlier call gave, `start` the place among those
+/// that are taken up.
 ///
 /// # Errors
 /// See [`DatabaseError`]. What was captured before is in the spool, and the next call carries on.
-pub fn follow(around: Surroundings, directory: Arc<StateDirectory>) -> Result<Option<Position>, DatabaseError> {
-    let mut following = Following::begin(around, directory)?;
-    following.run()?;
-    following.end()
+pub fn follow(
+    around: Surroundings,
+    directory: Arc<StateDirectory>,
+    rested: Option<Box<Rested>>,
+    start: Option<OwnedSemaphorePermit>,
+) -> Result<Ended, DatabaseError> {
+    Following::begin(around, directory, rested)?.run(start)
 }
 
 /// A database that is being followed, turn by turn.
@@ -145,10 +173,16 @@ pub struct Following {
     recorder: Option<Recorder>,
     claimed: Option<Claimed>,
     snapshots: Snapshots,
+    /// Held while a snapshot is being made.
+    snapshot_permit: Option<OwnedSemaphorePermit>,
     syncs_wanted: Vec<oneshot::Sender<State>>,
     last_cut: Option<Duration>,
+    /// Nothing is known to have been committed since the beginning before the first of these.
     last_commit: Duration,
+    has_commits: bool,
     last_look: Duration,
+    /// Whether polling has found what no event told of: some file systems tell nothing.
+    misses_events: bool,
     last_advance: Duration,
     busy_looks: u32,
     look_again: Option<Duration>,
@@ -158,11 +192,16 @@ pub struct Following {
 }
 
 impl Following {
-    /// Opens the database, finds out what can be proven of the time when nobody watched, and asks for an epoch.
+    /// Opens the database, finds out what can be proven of the time when nobody watched, and asks for an epoch, unless it goes on
+    /// in the one that it rested in.
     ///
     /// # Errors
     /// See [`DatabaseError`].
-    pub fn begin(around: Surroundings, directory: Arc<StateDirectory>) -> Result<Self, DatabaseError> {
+    pub fn begin(
+        around: Surroundings,
+        directory: Arc<StateDirectory>,
+        rested: Option<Box<Rested>>,
+    ) -> Result<Self, DatabaseError> {
         let live = LiveDatabase::open(&around.settings.path)?;
         if live.was_switched_to_wal {
             tracing::info!(database = %around.settings.path.display(), "switched to WAL mode");
@@ -174,7 +213,7 @@ impl Following {
             None => (None, None, None),
         };
         let now = around.clock.monotonic();
-        let following = Self {
+        let mut following = Self {
             snapshots: Snapshots::new(around.settings.snapshot_interval, snapshot),
             around,
             directory,
@@ -182,10 +221,13 @@ impl Following {
             capture,
             recorder,
             claimed: None,
+            snapshot_permit: None,
             syncs_wanted: Vec::new(),
             last_cut: None,
             last_commit: now,
+            has_commits: false,
             last_look: now,
+            misses_events: false,
             last_advance: now,
             busy_looks: 0,
             look_again: None,
@@ -193,9 +235,21 @@ impl Following {
             barrier_retry: FIRST_BARRIER_RETRY,
             barrier_due: now,
         };
-        following.around.progress.board.note_opened(following.around.clock.now_ms());
-        let leftovers = following.spool.waiting()?;
-        following.send(Job::Claim { continuing, leftovers });
+        let rested = rested.filter(|rested| continuing.as_ref().is_some_and(|left| left.is_of(&rested.claimed)));
+        match (&mut following.recorder, rested) {
+            (Some(recorder), Some(rested)) => {
+                recorder.set_epoch(rested.claimed.record.epoch);
+                following.snapshots = rested.snapshots;
+                following.claimed = Some(rested.claimed);
+                following.has_commits = recorder.last().position != rested.captured.position;
+                following.note_captured();
+            }
+            _ => {
+                following.around.progress.board.note_opened(following.around.clock.now_ms());
+                let leftovers = following.spool.waiting()?;
+                following.send(Job::Claim { continuing, leftovers });
+            }
+        }
         Ok(following)
     }
 
@@ -210,17 +264,55 @@ impl Following {
         }
     }
 
-    fn run(&mut self) -> Result<(), DatabaseError> {
+    fn run(mut self, mut start: Option<OwnedSemaphorePermit>) -> Result<Ended, DatabaseError> {
+        let begun = self.now();
         loop {
+            // Once it can be restored, or does not soon, the next one is taken up.
+            if self.snapshots.confirmed().is_some() && self.claimed.is_some() || self.now() - begun > START_PATIENCE {
+                start = None;
+            }
+            if self.around.opening.should_rest()
+                && let Some(rested) = self.rest()?
+            {
+                return Ok(Ended::AtRest(Box::new(rested)));
+            }
             let (is_woken, events) = self.around.mailbox.wait(self.time_to_wait()?);
             if is_woken {
                 self.coalesce();
                 self.look_again = Some(if self.is_busy() { BUSY_WAKE_INTERVAL } else { FIRST_LOOK_AGAIN });
             }
-            if self.turn(events)? {
-                return self.settle(self.now() + STOP_PATIENCE);
+            let (is_told, captured_at) =
+                (is_woken || !events.is_empty() || self.look_again.is_some(), self.last_commit);
+            let is_stopping = self.turn(events)?;
+            self.misses_events |= !is_told && self.last_commit != captured_at;
+            if is_stopping {
+                drop(start);
+                self.settle(self.now() + STOP_PATIENCE)?;
+                return self.end().map(Ended::Stopped);
             }
         }
+    }
+
+    /// Lays the database to rest, if nothing is written to it and nothing is to be done: the local state then says all that is to
+    /// be known. `None` when it stays open.
+    ///
+    /// # Errors
+    /// See [`DatabaseError`]; this value must not be used any more.
+    pub fn rest(&mut self) -> Result<Option<Rested>, DatabaseError> {
+        let (now, now_ms) = (self.now(), self.around.clock.now_ms());
+        let is_quiet = !self.has_commits || now.saturating_sub(self.last_commit) >= RESTS_AFTER;
+        let is_idle = self.snapshots.may_rest() && self.syncs_wanted.is_empty() && self.look_again.is_none();
+        let (true, Some(captured)) = (is_quiet && is_idle, self.captured()) else { return Ok(None) };
+        let is_confirmed = *self.around.progress.confirmed.borrow() >= captured.position.txid;
+        // Looked at first: what is written from here on makes another look of the files.
+        let files = Seen::now(&self.around.settings.path)?;
+        if !is_confirmed || !files.may_rest() || !self.capture.is_all_in_main()? {
+            return Ok(None);
+        }
+        self.save_state(true)?;
+        let (Some(claimed), snapshots) = (self.claimed.take(), self.snapshots.take()) else { return Ok(None) };
+        let due_in = snapshots.due_in(now_ms);
+        Ok(Some(Rested { claimed, snapshots, captured, files, due_in }))
     }
 
     /// Takes events in, captures what there is, and does what is due; tells whether it is time to stop.
@@ -256,13 +348,27 @@ impl Following {
         }
     }
 
+    /// Polling is for events that did not come. Where they do, a database that nobody writes to is polled seldom.
+    fn poll_interval(&self, now: Duration) -> Duration {
+        let poll_interval = self.around.settings.poll_interval;
+        let is_idle = now.saturating_sub(self.last_commit) > IDLE_AFTER && self.capture.wal_len_bytes() == 0;
+        match is_idle && !self.misses_events {
+            true => poll_interval.max(IDLE_POLL_INTERVAL),
+            false => poll_interval,
+        }
+    }
+
     fn time_to_wait(&self) -> Result<Duration, DatabaseError> {
         let now = self.now();
-        let mut wait = self.around.settings.poll_interval;
+        let mut wait = self.poll_interval(now);
         let cut_due = self.recorder.as_ref().and_then(Recorder::open_len_bytes).and(self.last_cut);
         let cut_due = cut_due.filter(|_| self.claimed.is_some()).map(|last| last + self.around.settings.sync_interval);
         let barrier_due = self.is_barrier_wanted().then_some(self.barrier_due);
-        let snapshot_due = self.snapshots.next_step(now, SNAPSHOT_PAUSE).filter(|_| self.claimed.is_some());
+        let snapshot_due = match self.snapshots.is_due(now, self.around.clock.now_ms()) {
+            true => Some(now + SNAPSHOT_PERMIT_RETRY),
+            false => self.snapshots.next_step(now, SNAPSHOT_PAUSE),
+        };
+        let snapshot_due = snapshot_due.filter(|_| self.claimed.is_some());
         for due in [cut_due, barrier_due, snapshot_due, self.quiet_checkpoint_due].into_iter().flatten() {
             wait = wait.min(due.saturating_sub(now));
         }
@@ -298,10 +404,15 @@ impl Following {
         Some(State { position, time_ms })
     }
 
-    fn note_commits(&mut self) {
+    fn note_captured(&self) {
         if let Some(state) = self.captured() {
             self.around.progress.board.note_captured(state, self.around.clock.now_ms());
         }
+    }
+
+    fn note_commits(&mut self) {
+        self.note_captured();
+        self.has_commits = true;
         self.last_commit = self.now();
         self.quiet_checkpoint_due = Some(self.last_commit + QUIET_AFTER);
     }
@@ -432,9 +543,17 @@ impl Following {
     /// Begins the snapshot that is due, or reads a few extents of the one under way.
     fn read_snapshot(&mut self) -> Result<Advance, DatabaseError> {
         let (Some(recorder), true) = (&mut self.recorder, self.claimed.is_some()) else { return Ok(Advance::Nothing) };
+        if !self.snapshots.is_under_way() {
+            self.snapshot_permit = None;
+        }
         let clock = &self.around.clock;
-        if self.snapshots.begin_if_due(clock.monotonic(), clock.now_ms()) {
-            self.send(Job::FindBase);
+        if self.snapshots.is_due(clock.monotonic(), clock.now_ms()) {
+            // Of many that are due at once, a few begin.
+            if let Ok(permit) = self.around.snapshot_permits.clone().try_acquire_owned() {
+                self.snapshot_permit = Some(permit);
+                self.snapshots.await_base();
+                self.send(Job::FindBase);
+            }
             return Ok(Advance::Nothing);
         }
         let advance = self.snapshots.advance(&self.capture, recorder)?;
@@ -510,6 +629,9 @@ impl Following {
             // Transactions that are in no segment are not captured yet, as far as the state goes: it stays at the last cut.
             return Ok(());
         }
+        // Looked at under the pin: nothing can be in the main file that is not captured.
+        let main = self.capture.files().main_identity()?;
+        let is_whole = durably && is_settled(main) && self.capture.is_all_in_main()?;
         let state = LocalState {
             replica: claimed.replica.clone(),
             writer: claimed.record.writer.clone(),
@@ -520,7 +642,8 @@ impl Following {
             schema_cookie: last.schema_cookie,
             fingerprint,
             wal: wal_field(self.capture.follower().position()),
-            main: self.capture.files().main_identity()?,
+            main,
+            whole_in_boot: if is_whole { boot_id() } else { None },
             snapshot: self.snapshots.confirmed(),
             is_restored: false,
         };

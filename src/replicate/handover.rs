@@ -74,6 +74,7 @@ impl Handover {
             fingerprint: restored.fingerprint,
             wal: None,
             main: FileIdentity::of(target)?,
+            whole_in_boot: None,
             snapshot: Some(restored.snapshot),
             is_restored: true,
         };

@@ -111,28 +111,56 @@ impl Snapshots {
         self.confirmed
     }
 
+    /// Takes them out of here, for when the database rests.
+    #[must_use]
+    pub fn take(&mut self) -> Self {
+        let confirmed = self.confirmed;
+        std::mem::replace(self, Self::new(self.interval, confirmed))
+    }
+
     /// Asks for one: at once, or after the one that is on its way. `reply` hears of it when it is stored.
     pub fn ask(&mut self, now: Duration, reply: oneshot::Sender<State>) {
         self.due = Some(now);
         self.asked.push(reply);
     }
 
-    /// Whether the base of a snapshot that is due is to be looked up now.
-    pub fn begin_if_due(&mut self, now: Duration, now_ms: u64) -> bool {
+    /// Whether one is due and none is being made.
+    #[must_use]
+    pub fn is_due(&self, now: Duration, now_ms: u64) -> bool {
         let is_outdated =
             self.due.is_none() && self.confirmed.as_ref().is_none_or(|note| note.is_outdated(self.interval, now_ms));
-        let begins = matches!(self.stage, Stage::Idle) && (is_outdated || self.due.is_some_and(|due| due <= now));
-        if begins {
-            self.due = None;
-            self.stage = Stage::AwaitsBase;
-        }
-        begins
+        matches!(self.stage, Stage::Idle) && (is_outdated || self.due.is_some_and(|due| due <= now))
+    }
+
+    /// Begins the one that is due: its base is to be looked up now.
+    pub fn await_base(&mut self) {
+        self.due = None;
+        self.stage = Stage::AwaitsBase;
     }
 
     /// Whether one is being made and is not wholly read yet, or none is confirmed and the first one is about to begin.
     #[must_use]
     pub fn has_first_to_read(&self) -> bool {
         self.confirmed.is_none() && !matches!(self.stage, Stage::Storing(_))
+    }
+
+    /// Whether one is being made.
+    #[must_use]
+    pub fn is_under_way(&self) -> bool {
+        !matches!(self.stage, Stage::Idle)
+    }
+
+    /// Whether one is confirmed, and none is being made or asked for.
+    #[must_use]
+    pub fn may_rest(&self) -> bool {
+        self.confirmed.is_some() && !self.is_under_way() && self.due.is_none() && self.asked.is_empty()
+    }
+
+    /// How long until the next one is due, if anything was written since the last one.
+    #[must_use]
+    pub fn due_in(&self, now_ms: u64) -> Option<Duration> {
+        let note = self.confirmed.filter(|note| note.log_len_bytes > 0)?;
+        Some(self.interval.saturating_sub(Duration::from_millis(now_ms.saturating_sub(note.begun_ms))))
     }
 
     /// When to come back without being woken.

@@ -1,6 +1,7 @@
 //! Taking up a database: what can be proven of the time when nobody watched. In this order, the first that holds:
 //!
-//! - *resume*: the WAL goes on from the place we left, and the main file was not touched, or holds page for page what we know;
+//! - *resume*: the WAL goes on from the place we left, and the main file was not touched, or holds page for page what we know; or
+//!   the main file held everything and was not touched, and the WAL was begun anew;
 //! - *delta*: the ledger tells what the database was; what differs now is recorded as one transaction;
 //! - *re-anchor*: nothing is known; a new epoch begins with the database as it is.
 
@@ -14,7 +15,7 @@ use super::ledger::Ledger;
 use super::record::{Recorder, Start};
 use super::snapshots::SnapshotNote;
 use super::spool::Spool;
-use super::state::{LocalState, StateDirectory};
+use super::state::{LocalState, StateDirectory, boot_id};
 use crate::clock::Clock;
 use crate::sqlite::live::LiveDatabase;
 
@@ -49,7 +50,11 @@ pub fn start(
 ) -> Result<Started, DatabaseError> {
     let saved = directory.load().filter(|(state, _)| state.page_size == live.files.page_size);
     let left_at = saved.as_ref().and_then(|(state, _)| state.wal_position());
-    let (mut capture, wal_continues) = Capture::attach(live, left_at)?;
+    // The pin stands already: the main file that is looked at here is the one that the WAL belongs to.
+    let main = live.files.main_identity()?;
+    let is_whole = |state: &LocalState| state.whole_in_boot.is_some() && state.whole_in_boot == boot_id();
+    let main_is_whole = saved.as_ref().is_some_and(|(state, _)| is_whole(state) && state.main == main);
+    let (mut capture, wal_continues) = Capture::attach(live, left_at, main_is_whole)?;
     let Some((state, overlay)) = saved else { return Ok(Started { capture, resumed: None }) };
     let ledger_path = directory.ledger_path();
     let ledger = Ledger::open(&ledger_path, state.page_size, state.size_pages, state.fingerprint, overlay);

@@ -42,6 +42,9 @@ pub struct LocalState {
     pub wal: Option<([u8; 8], u32, (u32, u32))>,
     /// The main file when the state was written.
     pub main: FileIdentity,
+    /// Set when `main` holds everything that was captured, and a write since would have changed its times: to the boot in which it
+    /// was so. After another boot nobody knows what of it had reached the disk.
+    pub whole_in_boot: Option<String>,
     /// The last snapshot that is confirmed and that the line of this epoch can be restored from; `None` when there is none.
     pub snapshot: Option<SnapshotNote>,
     /// Whether a restore left this state: then the next start forks an epoch here, whatever came after in the replica.
@@ -58,6 +61,12 @@ impl LocalState {
             checksum: Checksum(first, second),
         })
     }
+}
+
+/// The id of this boot of the machine (random(4)); `None` where the kernel does not tell.
+#[must_use]
+pub fn boot_id() -> Option<String> {
+    Some(fs::read_to_string("/proc/sys/kernel/random/boot_id").ok()?.trim().to_owned()).filter(|id| !id.is_empty())
 }
 
 /// The form that [`LocalState::wal`] has.

@@ -1,6 +1,7 @@
 //! What is known of a database's replication, for whoever asks: `waltrail status`, the health check, the metrics.
 
-use std::path::PathBuf;
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -107,6 +108,28 @@ pub struct Link {
 pub struct Board {
     status: Mutex<Status>,
     link: Mutex<Option<Link>>,
+}
+
+/// The boards of all databases that the process follows, or should.
+#[derive(Debug, Default)]
+pub struct Boards(Mutex<BTreeMap<PathBuf, Arc<Board>>>);
+
+impl Boards {
+    /// A database is followed from now on.
+    pub fn insert(&self, database: PathBuf, board: Arc<Board>) {
+        locked(&self.0).insert(database, board);
+    }
+
+    /// A database was let go of.
+    pub fn remove(&self, database: &Path) {
+        locked(&self.0).remove(database);
+    }
+
+    /// What is known of all of them now, in the order of their paths.
+    #[must_use]
+    pub fn statuses(&self) -> Vec<Status> {
+        locked(&self.0).values().map(|board| board.status()).collect()
+    }
 }
 
 fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {

@@ -1,18 +1,19 @@
 //! Waking: file-system events, coalesced into one flag a database, and the mailbox of a database's thread.
 
 use std::collections::{HashMap, VecDeque};
-use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Duration;
 
-use tokio::sync::oneshot;
+use tokio::sync::{Notify, oneshot};
 
+use notify::event::ModifyKind;
 use notify::{EventKind, RecommendedWatcher, RecursiveMode, Watcher};
 
 use super::base::Base;
 use super::claim::Claimed;
 use super::control::State;
+use crate::sqlite::sidecar;
 
 /// What a database's thread is told.
 #[derive(Debug)]
@@ -37,7 +38,10 @@ pub enum Event {
 #[derive(Debug, Default)]
 pub struct Mailbox {
     inbox: Mutex<Inbox>,
+    /// For the thread of a database that is held open.
     changed: Condvar,
+    /// For the task of one that is at rest.
+    stirred: Notify,
 }
 
 #[derive(Debug, Default)]
@@ -57,6 +61,7 @@ impl Mailbox {
         if !inbox.is_woken {
             inbox.is_woken = true;
             self.changed.notify_one();
+            self.stirred.notify_one();
         }
     }
 
@@ -64,6 +69,7 @@ impl Mailbox {
     pub fn send(&self, event: Event) {
         self.inbox().events.push_back(event);
         self.changed.notify_one();
+        self.stirred.notify_one();
     }
 
     /// Waits for a wake or an event, at most `timeout`; tells whether a file changed, and gives all events.
@@ -75,8 +81,47 @@ impl Mailbox {
     }
 }
 
-/// Names in a directory, and whom to wake when one of them changes.
-type Watched = HashMap<PathBuf, Vec<(OsString, Weak<Mailbox>)>>;
+impl Mailbox {
+    /// Waits, without a thread, for a wake or an event, at most `timeout`; takes neither.
+    pub async fn stirred(&self, timeout: Duration) {
+        let is_empty = |inbox: &Inbox| !inbox.is_woken && inbox.events.is_empty();
+        let stirs = async {
+            while is_empty(&self.inbox()) {
+                self.stirred.notified().await;
+            }
+        };
+        tokio::time::timeout(timeout, stirs).await.ok();
+    }
+
+    /// Takes the wake, if there is one; events stay, and the answer says what they are.
+    pub fn take_wake(&self) -> Stirring {
+        let mut inbox = self.inbox();
+        inbox.is_woken = false;
+        match inbox.events.iter().all(|event| matches!(event, Event::Stop)) {
+            _ if inbox.events.is_empty() => Stirring::Nothing,
+            true => Stirring::Stop,
+            false => Stirring::Work,
+        }
+    }
+}
+
+/// What a database at rest was told.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Stirring {
+    /// Nothing, or that a file changed.
+    Nothing,
+    /// To end.
+    Stop,
+    /// Something else.
+    Work,
+}
+
+/// Files, and whom to wake when one of them changes; directories, and whom to tell of what comes and goes in them.
+#[derive(Debug, Default)]
+struct Watched {
+    files: HashMap<PathBuf, Vec<Weak<Mailbox>>>,
+    directories: HashMap<PathBuf, Weak<Notify>>,
+}
 
 /// The process's one watcher: the number of inotify instances a user may have is small.
 #[derive(Debug)]
@@ -89,13 +134,13 @@ impl WatchHub {
     /// Starts watching. Where the operating system gives no events, polling alone has to do; the log says so.
     #[must_use]
     pub fn new() -> Self {
-        let watched = Arc::new(Mutex::new(Watched::new()));
+        let watched = Arc::new(Mutex::new(Watched::default()));
         let shared = watched.clone();
         let handler = move |event: notify::Result<notify::Event>| {
             if let Ok(event) = event
                 && !matches!(event.kind, EventKind::Access(_))
             {
-                dispatch(&shared, &event.paths);
+                dispatch(&shared, &event);
             }
         };
         let watcher = match notify::recommended_watcher(handler) {
@@ -108,20 +153,53 @@ impl WatchHub {
         Self { watched, watcher }
     }
 
-    /// Wakes `mailbox` when the database at `path` or its WAL changes, as long as the mailbox lives.
-    pub fn watch(&self, path: &Path, mailbox: &Arc<Mailbox>) {
-        let (Some(directory), Some(name)) = (path.parent(), path.file_name()) else { return };
-        let mut wal = name.to_owned();
-        wal.push("-wal");
-        let mut watched = self.watched.lock().unwrap_or_else(PoisonError::into_inner);
-        let entries = watched.entry(directory.to_owned()).or_default();
-        entries.retain(|(_, mailbox)| mailbox.strong_count() > 0);
-        entries.extend([name.to_owned(), wal].map(|name| (name, Arc::downgrade(mailbox))));
+    fn watched(&self) -> MutexGuard<'_, Watched> {
+        self.watched.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Wakes `mailbox` when the database at `path` or its WAL changes, as long as the mailbox lives; tells whether events are to
+    /// be had.
+    pub fn watch(&self, path: &Path, mailbox: &Arc<Mailbox>) -> bool {
+        let mut watched = self.watched();
+        for file in [path.to_owned(), sidecar(path, "-wal")] {
+            let mailboxes = watched.files.entry(file).or_default();
+            mailboxes.retain(|mailbox| mailbox.strong_count() > 0);
+            mailboxes.push(Arc::downgrade(mailbox));
+        }
         drop(watched);
-        let Some(watcher) = &self.watcher else { return };
+        path.parent().is_some_and(|directory| self.watch_directory(directory))
+    }
+
+    /// Lets go of what [`WatchHub::watch`] remembers of a database that is not followed any more.
+    pub fn forget(&self, path: &Path) {
+        let mut watched = self.watched();
+        for file in [path.to_owned(), sidecar(path, "-wal")] {
+            if let Some(mailboxes) = watched.files.get_mut(&file) {
+                mailboxes.retain(|mailbox| mailbox.strong_count() > 0);
+                if mailboxes.is_empty() {
+                    watched.files.remove(&file);
+                }
+            }
+        }
+    }
+
+    /// Tells `changed` when something comes into `directory` or goes, as long as it lives.
+    pub fn watch_names(&self, directory: &Path, changed: &Arc<Notify>) {
+        // Events come under the name that a directory was watched by; a database's is the canonical one.
+        let directory = std::fs::canonicalize(directory).unwrap_or_else(|_| directory.to_owned());
+        self.watched().directories.insert(directory.clone(), Arc::downgrade(changed));
+        self.watch_directory(&directory);
+    }
+
+    fn watch_directory(&self, directory: &Path) -> bool {
+        let Some(watcher) = &self.watcher else { return false };
         let mut watcher = watcher.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Err(error) = watcher.watch(directory, RecursiveMode::NonRecursive) {
-            tracing::debug!(%error, directory = %directory.display(), "not watched; polled");
+        match watcher.watch(directory, RecursiveMode::NonRecursive) {
+            Ok(()) => true,
+            Err(error) => {
+                tracing::debug!(%error, directory = %directory.display(), "not watched; polled");
+                false
+            }
         }
     }
 }
@@ -132,16 +210,17 @@ impl Default for WatchHub {
     }
 }
 
-fn dispatch(watched: &Mutex<Watched>, paths: &[PathBuf]) {
+fn dispatch(watched: &Mutex<Watched>, event: &notify::Event) {
     let watched = watched.lock().unwrap_or_else(PoisonError::into_inner);
-    for path in paths {
-        let Some(entries) = path.parent().and_then(|directory| watched.get(directory)) else { continue };
-        for (name, mailbox) in entries {
-            if path.file_name() == Some(name)
-                && let Some(mailbox) = mailbox.upgrade()
-            {
-                mailbox.wake();
-            }
+    let is_name =
+        matches!(event.kind, EventKind::Create(_) | EventKind::Remove(_) | EventKind::Modify(ModifyKind::Name(_)));
+    for path in &event.paths {
+        for mailbox in watched.files.get(path).into_iter().flatten().filter_map(Weak::upgrade) {
+            mailbox.wake();
+        }
+        let directory = path.parent().filter(|_| is_name).and_then(|directory| watched.directories.get(directory));
+        if let Some(changed) = directory.and_then(Weak::upgrade) {
+            changed.notify_one();
         }
     }
 }

@@ -134,9 +134,18 @@ impl Follower {
     /// and its checksum, takes the state there. The second value tells which: `true` means that nothing between
     /// `left_at` and now is missing from the WAL.
     ///
+    /// `main_is_whole` tells that all there was when `left_at` was noted stood in the main file, and that the file was not touched
+    /// since: a WAL that was begun anew then holds everything that came after, from its first frame on. (Beginning it anew once
+    /// more would have taken a checkpoint, which touches the main file.)
+    ///
     /// # Errors
     /// As [`Follower::read_published`].
-    pub fn attach(files: &Files, hash: PageHash, left_at: Option<WalPosition>) -> Result<(Self, bool), SqliteError> {
+    pub fn attach(
+        files: &Files,
+        hash: PageHash,
+        left_at: Option<WalPosition>,
+        main_is_whole: bool,
+    ) -> Result<(Self, bool), SqliteError> {
         for _ in 0..20 {
             let mut follower = Self {
                 hash,
@@ -151,7 +160,7 @@ impl Follower {
                 in_wal: HashMap::new(),
                 window: Window::default(),
             };
-            match follower.attach_once(files, left_at) {
+            match follower.attach_once(files, left_at, main_is_whole) {
                 Err(SqliteError::Unsettled { .. }) => {}
                 Err(other) => return Err(other),
                 Ok(continues) => return Ok((follower, continues)),
@@ -160,18 +169,28 @@ impl Follower {
         Err(SqliteError::Unsettled { path: files.path().to_owned() })
     }
 
-    fn attach_once(&mut self, files: &Files, left_at: Option<WalPosition>) -> Result<bool, SqliteError> {
+    fn attach_once(
+        &mut self,
+        files: &Files,
+        left_at: Option<WalPosition>,
+        main_is_whole: bool,
+    ) -> Result<bool, SqliteError> {
         let index = files.wal_index()?;
         // A wal-index made anew over an empty WAL does not know the size; then SQLite, too, asks the file.
         self.size_pages = if index.size_pages == 0 { files.main_size_pages()? } else { index.size_pages };
         if index.frame_count == 0 {
             self.commit_counter = Some(index.commit_counter);
-            return Ok(false);
+            return Ok(main_is_whole);
         }
         self.begin_generation(files, &index)?;
+        let is_left = |left_at: WalPosition| self.header.is_some_and(|header| header.salts == left_at.salts);
+        if main_is_whole && !left_at.is_some_and(is_left) {
+            self.size_pages = files.main_size_pages()?;
+            return Ok(true);
+        }
         let ignore = &mut |_: &WalTransaction<'_>, _: &mut Images<'_>| Ok::<(), SqliteError>(());
         if let Some(left_at) = left_at
-            && self.header.is_some_and(|header| header.salts == left_at.salts)
+            && is_left(left_at)
             && left_at.frame_count <= index.frame_count
         {
             self.read_frames(files, left_at.frame_count, ignore)?;

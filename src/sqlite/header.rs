@@ -3,7 +3,8 @@
 /// Length of the database header in bytes.
 pub const HEADER_LEN: usize = 100;
 
-const MAGIC: &[u8; 16] = b"SQLite format 3\0";
+/// What a database begins with ("Database File Format", section 1.3.1).
+pub const MAGIC: &[u8; 16] = b"SQLite format 3\0";
 
 /// The parts of a database header that matter here.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

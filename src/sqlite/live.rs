@@ -62,6 +62,18 @@ impl FileIdentity {
         }
     }
 
+    /// The file's length in bytes.
+    #[must_use]
+    pub fn len_bytes(&self) -> u64 {
+        self.len_bytes
+    }
+
+    /// Whether what was last written to it lies further back than `age`; `now_ms` is the machine's time in milliseconds since 1970.
+    #[must_use]
+    pub fn is_older_than(&self, age: Duration, now_ms: u64) -> bool {
+        self.modified_ns < (i128::from(now_ms) - age.as_millis() as i128) * 1_000_000
+    }
+
     /// Whether both are the same file, in whatever state.
     #[must_use]
     pub fn is_same_file(&self, other: &Self) -> bool {

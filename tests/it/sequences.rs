@@ -138,6 +138,12 @@ impl Play {
                 self.trace.push("stop".into());
                 self.machine.stop();
             }
+            28 => {
+                self.pass(Duration::from_secs(11));
+                self.machine.turns(3);
+                let rests = self.machine.rest();
+                self.trace.push(format!("rest: {rests}"));
+            }
             _ => {
                 self.trace.push("crash".into());
                 self.machine.crash();

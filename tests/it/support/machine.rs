@@ -20,6 +20,7 @@ use waltrail::replicate::database::{DatabaseSettings, Following, Surroundings};
 use waltrail::replicate::handover::{Handover, Restored};
 use waltrail::replicate::merge::MergeSettings;
 use waltrail::replicate::merger::Merger;
+use waltrail::replicate::rest::{Openings, Rested};
 use waltrail::replicate::ship::{Progress, ShipError, Shipper};
 use waltrail::replicate::snapshots::SnapshotNote;
 use waltrail::replicate::spool::Spool;
@@ -61,7 +62,11 @@ impl Clock for ManualClock {
 
 /// The daemon's parts, as `waltrail replicate` puts them together.
 struct Daemon {
-    following: Following,
+    /// `None` while it rests.
+    following: Option<Following>,
+    rested: Option<Box<Rested>>,
+    around: Box<dyn Fn() -> Surroundings>,
+    directory: Arc<StateDirectory>,
     mailbox: Arc<Mailbox>,
     confirmed: watch::Receiver<u64>,
     shipping: JoinHandle<Result<(), ShipError>>,
@@ -93,7 +98,7 @@ pub struct Machine {
     pub newest: Option<Position>,
     /// Images and times of the commits since the last sync, while the daemon sees each of them.
     commits: Vec<Known>,
-    sees_all: bool,
+    pub sees_all: bool,
     /// Whether a start may have left the newest state's line.
     started_since_sync: bool,
     /// States that have a name in the replica.
@@ -240,12 +245,17 @@ impl Machine {
         let (jobs, queue) = mpsc::unbounded_channel();
         let spool = Spool::new(directory.spool_path());
         let clock: Arc<dyn Clock> = self.clock.clone();
-        let around = Surroundings {
-            settings: self.settings.clone(),
-            mailbox: mailbox.clone(),
-            jobs,
-            progress: progress.clone(),
-            clock: clock.clone(),
+        let openings = Arc::new(Openings::new(0));
+        let permits = Arc::new(Semaphore::new(1));
+        let (settings, told, seen, time) = (self.settings.clone(), mailbox.clone(), progress.clone(), clock.clone());
+        let around = move || Surroundings {
+            settings: settings.clone(),
+            mailbox: told.clone(),
+            jobs: jobs.clone(),
+            progress: seen.clone(),
+            clock: time.clone(),
+            snapshot_permits: permits.clone(),
+            opening: openings.open(true),
         };
         let (kept, merging) = mpsc::unbounded_channel();
         let merger = Merger {
@@ -259,9 +269,11 @@ impl Machine {
         let (store, told) = (self.store.clone(), mailbox.clone());
         let shipper = Shipper { store, mailbox: told, progress, clock, spool, kept };
         let shipping = runtime.spawn(shipper.run(queue));
-        let following = Following::begin(around, directory).unwrap();
+        let following = Some(Following::begin(around(), directory.clone(), None).unwrap());
         drop(guard);
-        self.daemon = Some(Daemon { following, mailbox, confirmed, shipping, runtime });
+        let around = Box::new(around);
+        let daemon = Daemon { following, rested: None, around, directory, mailbox, confirmed, shipping, runtime };
+        self.daemon = Some(daemon);
         self.sees_all = false;
         self.started_since_sync = true;
     }
@@ -273,10 +285,33 @@ impl Machine {
         }
     }
 
+    /// Lays the daemon to rest, if it is ready for that; the next turn wakes it. Between the two nobody watches the database.
+    pub fn rest(&mut self) -> bool {
+        self.turn();
+        for suffix in ["", "-wal"] {
+            let path = format!("{}{suffix}", self.database().display());
+            // As if nobody had written for a while.
+            let file = std::fs::File::options().append(true).open(path).unwrap();
+            file.set_modified(std::time::SystemTime::UNIX_EPOCH + Duration::from_secs(1_000_000_000)).unwrap();
+        }
+        let daemon = self.daemon.as_mut().unwrap();
+        daemon.rested = daemon.following.as_mut().unwrap().rest().unwrap().map(Box::new);
+        if daemon.rested.is_none() {
+            return false;
+        }
+        daemon.following = None;
+        self.sees_all = false;
+        true
+    }
+
     fn turn(&mut self) {
         let daemon = self.daemon.as_mut().unwrap();
+        let rested = daemon.rested.take();
+        let following = daemon
+            .following
+            .get_or_insert_with(|| Following::begin((daemon.around)(), daemon.directory.clone(), rested).unwrap());
         let (_, events) = daemon.mailbox.wait(Duration::ZERO);
-        daemon.following.turn(events).unwrap();
+        following.turn(events).unwrap();
         daemon.runtime.block_on(async {
             for _ in 0..10 {
                 tokio::task::yield_now().await;
@@ -295,7 +330,7 @@ impl Machine {
                 return ended.unwrap_err();
             }
             let (_, events) = daemon.mailbox.wait(Duration::ZERO);
-            daemon.following.turn(events).unwrap();
+            daemon.following.as_mut().unwrap().turn(events).unwrap();
             daemon.runtime.block_on(async { tokio::time::sleep(Duration::from_micros(200)).await });
         }
         panic!("shipping does not end");
@@ -364,10 +399,11 @@ impl Machine {
 
     /// As SIGTERM does it.
     pub fn stop(&mut self) {
-        let Daemon { mut following, mailbox, shipping, runtime, .. } = self.daemon.take().unwrap();
-        let (_, events) = mailbox.wait(Duration::ZERO);
-        following.turn(events).unwrap();
-        following.end().unwrap();
+        self.turn();
+        let Daemon { following, around, shipping, runtime, .. } = self.daemon.take().unwrap();
+        following.unwrap().end().unwrap();
+        // With it goes the last one who could give orders.
+        drop(around);
         runtime
             .block_on(async { tokio::time::timeout(Duration::from_secs(20), shipping).await })
             .expect("shipping ends")

@@ -53,6 +53,11 @@ impl Daemon {
         Self { child }
     }
 
+    /// Its process id.
+    pub fn id(&self) -> u32 {
+        self.child.id()
+    }
+
     /// Sends SIGTERM and waits; gives the exit code.
     pub fn terminate(mut self) -> Option<i32> {
         self.signal(libc::SIGTERM);

@@ -1,0 +1,250 @@
+//! The daemon: which databases are to be followed, by a configuration that may change, among files that come and go; and who is told
+//! how they are.
+
+mod job;
+
+use std::collections::{BTreeMap, BTreeSet, HashSet};
+use std::io;
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::signal::unix::Signal;
+use tokio::sync::{Notify, mpsc};
+use tokio::task::{JoinHandle, JoinSet};
+use tokio_util::sync::CancellationToken;
+
+use self::job::JobMaker;
+use crate::clock::{Clock, SystemClock};
+use crate::config::fleet::Found;
+use crate::config::{Config, ConfigError, DatabaseConfig};
+use crate::health::server::HealthServer;
+use crate::health::systemd;
+use crate::replicate::status::Boards;
+use crate::replicate::wake::WatchHub;
+use crate::replicate::{Order, ReplicateError, Replication};
+
+/// Where databases may turn up is looked at this often, for the case that an event got lost.
+const LOOK_INTERVAL: Duration = Duration::from_secs(10);
+/// Many files that turn up at once are one look.
+const LOOK_PAUSE: Duration = Duration::from_millis(200);
+
+/// Why a daemon can't begin.
+#[derive(Debug, thiserror::Error)]
+pub enum StartError {
+    /// Health and metrics can't be served.
+    #[error("can't listen at {address}: {source}")]
+    Listen {
+        /// Where.
+        address: SocketAddr,
+        /// The operating system's error.
+        source: io::Error,
+    },
+}
+
+/// Reads the configuration again.
+pub type Reload = Box<dyn Fn() -> Result<Config, ConfigError> + Send>;
+
+/// A daemon at work.
+pub struct Daemon {
+    /// Ends when all is stopped; gives what went wrong.
+    pub replicating: JoinHandle<Vec<ReplicateError>>,
+    /// Hears of each database as soon as everything that is written to it from then on is captured.
+    pub standing: mpsc::UnboundedReceiver<PathBuf>,
+    /// How many databases are followed from the beginning.
+    pub databases: usize,
+    /// What goes on beside it, for as long as the daemon is kept.
+    _beside: JoinSet<()>,
+}
+
+/// Begins to follow what `config` names, until `stop` is cancelled. At each `hangup` (SIGHUP) the configuration is read again.
+///
+/// # Errors
+/// See [`StartError`].
+pub async fn start(
+    config: Config,
+    stop: CancellationToken,
+    hangup: Option<(Signal, Option<Reload>)>,
+) -> Result<Daemon, StartError> {
+    let (clock, boards, hub) = (SystemClock::shared(), Arc::new(Boards::default()), Arc::new(WatchHub::new()));
+    let mut beside = JoinSet::new();
+    if let Some(address) = config.listen {
+        let failed = |source| StartError::Listen { address, source };
+        let server = HealthServer::bind(address, boards.clone(), config.healthy_lag, clock.clone()).await;
+        let server = server.map_err(failed)?;
+        tracing::info!(address = %server.address().map_err(failed)?, "serving /healthz, /readyz and /metrics");
+        beside.spawn(server.serve());
+    }
+    let (standing_sender, standing) = mpsc::unbounded_channel();
+    let (orders, queue) = mpsc::unbounded_channel();
+    let replication = Replication::new(
+        hub.clone(),
+        boards.clone(),
+        standing_sender,
+        clock.clone(),
+        config.shutdown_timeout,
+        config.open_databases,
+    );
+    let mut roster = Roster {
+        orders,
+        maker: JobMaker::new(clock.clone()),
+        hub,
+        followed: BTreeMap::new(),
+        ever_followed: HashSet::new(),
+        watched: BTreeSet::new(),
+        changed: Arc::new(Notify::new()),
+        troubles: Vec::new(),
+        clock: clock.clone(),
+    };
+    roster.look(&config).await;
+    let databases = roster.followed.len();
+    let replicating = tokio::spawn(replication.run(queue, stop));
+    beside.spawn(systemd::notify(boards, clock));
+    beside.spawn(roster.keep(config, hangup));
+    Ok(Daemon { replicating, standing, databases, _beside: beside })
+}
+
+/// Who is followed, and who should be.
+struct Roster {
+    orders: mpsc::UnboundedSender<Order>,
+    maker: JobMaker,
+    hub: Arc<WatchHub>,
+    followed: BTreeMap<PathBuf, DatabaseConfig>,
+    /// Not to be opened any more to see what they are: see [`crate::config::fleet::FleetConfig::find`].
+    ever_followed: HashSet<PathBuf>,
+    watched: BTreeSet<PathBuf>,
+    changed: Arc<Notify>,
+    troubles: Vec<String>,
+    clock: Arc<dyn Clock>,
+}
+
+impl Roster {
+    /// Keeps it right, for ever.
+    async fn keep(mut self, mut config: Config, hangup: Option<(Signal, Option<Reload>)>) {
+        let (mut signal, reload) = hangup.map_or((None, None), |(signal, reload)| (Some(signal), reload));
+        loop {
+            let hung_up = async {
+                match &mut signal {
+                    Some(signal) => signal.recv().await,
+                    None => std::future::pending().await,
+                }
+            };
+            let is_looked_for = !config.fleets.is_empty();
+            tokio::select! {
+                _ = hung_up => {
+                    if let Some(new) = read_again(reload.as_ref(), &config) {
+                        config = new;
+                    }
+                }
+                () = self.changed.notified(), if is_looked_for => tokio::time::sleep(LOOK_PAUSE).await,
+                () = tokio::time::sleep(LOOK_INTERVAL), if is_looked_for => {}
+            }
+            self.look(&config).await;
+        }
+    }
+
+    /// Finds out who should be followed now, and gives the orders for that.
+    async fn look(&mut self, config: &Config) {
+        let (looked_at, known) = (config.clone(), self.ever_followed.clone());
+        // Reading directories blocks.
+        let found = tokio::task::spawn_blocking(move || looked_at.find(&known)).await;
+        let Found { databases, directories, troubles } = match found {
+            Ok(found) => found,
+            Err(error) => return tracing::error!(%error, "could not look for databases"),
+        };
+        for directory in directories.difference(&self.watched) {
+            self.hub.watch_names(directory, &self.changed);
+        }
+        self.watched = directories;
+        for trouble in troubles.iter().filter(|trouble| !self.troubles.contains(trouble)) {
+            tracing::error!("while looking for databases: {trouble}");
+        }
+        self.troubles = troubles;
+        let wanted = databases.into_iter().map(|database| (database.path.clone(), database)).collect();
+        for change in changes(&self.followed, &wanted) {
+            match change {
+                Change::LetGo(path) => {
+                    tracing::info!(database = %path.display(), "not to be followed any more");
+                    self.order(Order::LetGo(path));
+                }
+                Change::Follow(database) => {
+                    self.ever_followed.insert(database.path.clone());
+                    let order = self.maker.make(*database, self.clock.now_ms()).await;
+                    self.order(order);
+                }
+            }
+        }
+        self.followed = wanted;
+        self.order(Order::StayWithout(!config.fleets.is_empty()));
+    }
+
+    /// Nobody takes orders any more when all has ended.
+    fn order(&self, order: Order) {
+        self.orders.send(order).ok();
+    }
+}
+
+/// A difference between who is followed and who should be.
+#[derive(Debug, PartialEq, Eq)]
+enum Change {
+    LetGo(PathBuf),
+    Follow(Box<DatabaseConfig>),
+}
+
+/// What is to be done; nothing to those that stay as they are. One of which something is said anew is let go of and taken up again.
+fn changes(followed: &BTreeMap<PathBuf, DatabaseConfig>, wanted: &BTreeMap<PathBuf, DatabaseConfig>) -> Vec<Change> {
+    let is_let_go = |&(path, database): &(&PathBuf, &DatabaseConfig)| wanted.get(path) != Some(database);
+    let is_new = |&(path, database): &(&PathBuf, &DatabaseConfig)| followed.get(path) != Some(database);
+    let let_go = followed.iter().filter(is_let_go).map(|(path, _)| Change::LetGo(path.clone()));
+    let follow = wanted.iter().filter(is_new).map(|(_, database)| Change::Follow(Box::new(database.clone())));
+    let_go.chain(follow).collect()
+}
+
+/// The configuration as it is now; `None` when the old one stays.
+fn read_again(reload: Option<&Reload>, old: &Config) -> Option<Config> {
+    let Some(reload) = reload else {
+        tracing::warn!("told to read the configuration again, but there is no file to read: all stays as it is");
+        return None;
+    };
+    match reload() {
+        Ok(new) => {
+            let at_start = |config: &Config| {
+                (config.log.clone(), config.listen, config.healthy_lag, config.shutdown_timeout, config.open_databases)
+            };
+            if at_start(&new) != at_start(old) {
+                tracing::warn!("of the configuration only databases are read again; the rest takes a restart");
+            }
+            tracing::info!("the configuration was read again");
+            Some(new)
+        }
+        Err(error) => {
+            tracing::error!(%error, "the configuration is wrong; what it said before holds on");
+            None
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_what_differs_is_touched() {
+        let of = |path: &str| DatabaseConfig::new(path.into(), format!("s3://b{path}").parse().unwrap());
+        let all = |databases: &[DatabaseConfig]| -> BTreeMap<PathBuf, DatabaseConfig> {
+            databases.iter().map(|database| (database.path.clone(), database.clone())).collect()
+        };
+        let before = all(&[of("/a"), of("/b"), of("/c")]);
+        assert_eq!(changes(&before, &before), []);
+        let changed = DatabaseConfig { sync_interval: Duration::from_secs(9), ..of("/b") };
+        let after = all(&[changed.clone(), of("/c"), of("/d")]);
+        let expected = [
+            Change::LetGo("/a".into()),
+            Change::LetGo("/b".into()),
+            Change::Follow(Box::new(changed)),
+            Change::Follow(Box::new(of("/d"))),
+        ];
+        assert_eq!(changes(&before, &after), expected);
+    }
+}

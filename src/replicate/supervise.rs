@@ -1,0 +1,381 @@
+//! Watching over one database: it is followed again and again, whatever happens, until told to stop or until going on makes no
+//! sense.
+
+use std::io;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use tokio::sync::{mpsc, oneshot};
+use tokio::task::JoinSet;
+use tokio_util::sync::CancellationToken;
+
+use super::database::{DatabaseError, DatabaseSettings, Ended, Surroundings, follow};
+use super::merger::Merger;
+use super::presence::Presence;
+use super::pruner::Pruner;
+use super::rest::{LOOK_INTERVAL, Rested, Seen};
+use super::ship::{self, Progress, ShipError, Shipper};
+use super::spool::{self, Spool, Spooled};
+use super::state::{StateDirectory, StateDirectoryError};
+use super::status::{Link, Phase};
+use super::wake::{Event, Mailbox, Stirring};
+use super::{Job, ReplicateError, Replication, control};
+use crate::clock::Clock;
+use crate::format::Position;
+use crate::sqlite::SqliteError;
+use crate::store::retry::RetryPolicy;
+
+/// How a database that fails is taken up again.
+const RESTART: RetryPolicy = RetryPolicy { attempts: u32::MAX, base_ms: 1000, max_ms: 30_000 };
+
+/// Follows a database, again and again, until told to stop or until going on makes no sense.
+pub async fn supervise(job: Job, shared: &Replication, stop: CancellationToken) -> Result<(), ReplicateError> {
+    let clock = &shared.clock;
+    let directory = Arc::new(open_state_directory(&job, &stop, clock).await?);
+    let path = job.settings.path.clone();
+    let database = path.display().to_string();
+    // It ends with this function.
+    let mut beside = JoinSet::new();
+    match control::listen(directory.path()) {
+        Ok(listener) => drop(beside.spawn(control::serve(listener, job.board.clone()))),
+        Err(error) => {
+            tracing::warn!(%error, "the control socket can't be made: `sync`, `status` and the like can't ask");
+        }
+    }
+    let mut failures = 0;
+    let mut is_waiting = false;
+    let mut panicked = None;
+    loop {
+        let begun = clock.monotonic();
+        let is_last_try = stop.is_cancelled();
+        match follow_once(&job, &directory, shared, &stop).await? {
+            None => break,
+            Some(DatabaseError::Sqlite(SqliteError::NotThere { .. })) => {
+                if !is_waiting {
+                    tracing::info!(database, "not there yet; waiting for the application to make it");
+                }
+                job.board.enter(Phase::Waiting, None, clock.now_ms());
+                shared.standing.send(path.clone()).ok();
+                is_waiting = true;
+                failures = 0;
+                sleep_or_stop(job.settings.poll_interval, &stop).await;
+                // An application that makes it and ends at once would otherwise be stopped before anybody has looked.
+                if !is_last_try {
+                    continue;
+                }
+            }
+            Some(error) => {
+                is_waiting = false;
+                if clock.monotonic().saturating_sub(begun) > Duration::from_secs(60) {
+                    failures = 0;
+                }
+                let wait = RESTART.wait(failures).max(Duration::from_secs(1));
+                failures += 1;
+                report(&database, &error, wait);
+                job.board.enter(Phase::Failing, Some(error.to_string()), clock.now_ms());
+                if error.disproves_state() {
+                    forget(&directory, &error);
+                }
+                sleep_or_stop(wait, &stop).await;
+                if let DatabaseError::Panicked(what) = &error {
+                    panicked = Some(what.clone());
+                }
+                if stop.is_cancelled() {
+                    // What it holds may not be captured: that is no clean end.
+                    return Err(ReplicateError::Database { database: path, source: error });
+                }
+            }
+        }
+        if stop.is_cancelled() {
+            break;
+        }
+    }
+    // It went on after that; but somebody should hear of it.
+    match panicked {
+        None => Ok(()),
+        Some(what) => Err(ReplicateError::Panicked { database: path, what }),
+    }
+}
+
+fn report(database: &str, error: &DatabaseError, wait: Duration) {
+    let wait_ms = wait.as_millis() as u64;
+    match error {
+        DatabaseError::Sqlite(SqliteError::Unsettled { .. } | SqliteError::Replaced { .. }) => {
+            tracing::warn!(database, %error, wait_ms, "taking the database up again");
+        }
+        _ => tracing::error!(database, %error, wait_ms, "the database can't be followed; trying again"),
+    }
+}
+
+/// Discards local state that is not to be relied on. A spool that outgrew its limit goes, too.
+fn forget(directory: &StateDirectory, error: &DatabaseError) {
+    let discard = || -> io::Result<()> {
+        directory.discard()?;
+        if matches!(error, DatabaseError::SpoolFull { .. }) {
+            let waiting = Spool::new(directory.spool_path()).waiting()?;
+            for spooled in &waiting {
+                spool::remove(&spooled.path)?;
+            }
+            tracing::error!(
+                segments = waiting.len(),
+                "the spool is full and was dropped: this history is lost; a new snapshot follows when storage is back"
+            );
+        }
+        Ok(())
+    };
+    if let Err(error) = discard() {
+        tracing::error!(%error, "the local state can't be discarded");
+    }
+}
+
+async fn sleep_or_stop(wait: Duration, stop: &CancellationToken) {
+    tokio::select! {
+        () = tokio::time::sleep(wait) => {}
+        () = stop.cancelled() => {}
+    }
+}
+
+/// The directory of a database that is not there yet may not be there either.
+async fn open_state_directory(
+    job: &Job,
+    stop: &CancellationToken,
+    clock: &Arc<dyn Clock>,
+) -> Result<StateDirectory, ReplicateError> {
+    let mut complained = None;
+    loop {
+        match StateDirectory::open(&job.state_dir) {
+            Ok(directory) => return Ok(directory),
+            Err(locked @ StateDirectoryError::Locked(_)) => return Err(locked.into()),
+            Err(error) => {
+                let now = clock.monotonic();
+                if complained.is_none_or(|at| now.saturating_sub(at) > Duration::from_secs(60)) {
+                    complained = Some(now);
+                    tracing::error!(%error, "waiting for the state directory");
+                }
+                sleep_or_stop(Duration::from_secs(1), stop).await;
+                if stop.is_cancelled() {
+                    return Err(error.into());
+                }
+            }
+        }
+    }
+}
+
+/// Follows a database once. `Ok(None)` when it was told to stop and all is confirmed, `Ok(Some(_))` when it failed in a way
+/// that a new try may mend.
+async fn follow_once(
+    job: &Job,
+    directory: &Arc<StateDirectory>,
+    shared: &Replication,
+    stop: &CancellationToken,
+) -> Result<Option<DatabaseError>, ReplicateError> {
+    let (database, clock) = (job.settings.path.clone(), &shared.clock);
+    // SQLite keeps `-wal` and `-shm` beside the file that a symbolic link leads to, and events come from there.
+    let mut settings = job.settings.clone();
+    settings.path = std::fs::canonicalize(&database).unwrap_or(settings.path);
+    let mailbox = Arc::new(Mailbox::default());
+    let progress = Arc::new(Progress { board: job.board.clone(), ..Progress::default() });
+    let has_events = shared.hub.watch(&settings.path, &mailbox);
+    let (jobs, queue) = mpsc::unbounded_channel();
+    let spool = Spool::new(directory.spool_path());
+    let (kept, kept_queue) = mpsc::unbounded_channel();
+    // What runs in there ends with this function, whatever it is doing: a merge or a deletion can be done again.
+    let mut beside = JoinSet::new();
+    spawn_beside(&mut beside, job, shared, &progress, &spool, kept_queue);
+    job.board.set_link(Some(Link { mailbox: mailbox.clone(), confirmed: progress.confirmed.subscribe() }));
+    let shipper = Shipper {
+        store: job.store.clone(),
+        mailbox: mailbox.clone(),
+        progress: progress.clone(),
+        clock: clock.clone(),
+        spool,
+        kept,
+    };
+    let mut shipping = tokio::spawn(shipper.run(queue));
+    let follower = Follower { settings, directory: directory.clone(), mailbox: mailbox.clone(), jobs, has_events };
+    let mut following = std::pin::pin!(follower.run(progress.clone(), shared, stop));
+    let mut claimed = progress.confirmed.subscribe();
+    let mut stands = false;
+    let mut stopped_at = None;
+    let mut shipped = None;
+    let captured = loop {
+        tokio::select! {
+            () = stop.cancelled(), if stopped_at.is_none() => {
+                stopped_at = Some(clock.monotonic());
+                mailbox.send(Event::Stop);
+            }
+            Ok(()) = claimed.changed(), if !stands => {
+                stands = true;
+                shared.standing.send(database.clone()).ok();
+            }
+            ended = &mut following => break ended,
+            // It ends with the thread's last job, or before it when it can't go on: then the thread has to end, too.
+            ended = &mut shipping, if shipped.is_none() => {
+                shipped = Some(ended);
+                mailbox.send(Event::Stop);
+            }
+        }
+    };
+    if let (None, Some(stopped_at)) = (&shipped, stopped_at) {
+        let used = clock.monotonic().saturating_sub(stopped_at);
+        shipped = tokio::time::timeout(shared.shutdown_timeout.saturating_sub(used), &mut shipping).await.ok();
+    }
+    shipping.abort();
+    job.board.set_link(None);
+    let has_shipped = shipped.is_some();
+    match shipped {
+        Some(Err(panic)) => return Ok(Some(DatabaseError::Panicked(panic.to_string()))),
+        Some(Ok(Err(ShipError::Spool(what)))) => return Ok(Some(DatabaseError::Local(io::Error::other(what)))),
+        Some(Ok(Err(source))) => return Err(ReplicateError::Ship { database, source }),
+        Some(Ok(Ok(()))) | None => {}
+    }
+    let captured = match captured {
+        Err(error) if stopped_at.is_none() => return Ok(Some(error)),
+        Err(DatabaseError::Sqlite(SqliteError::NotThere { .. })) => return Ok(None),
+        captured => captured.map_err(|source| ReplicateError::Database { database: database.clone(), source })?,
+    };
+    let confirmed_txid = *progress.confirmed.borrow();
+    match not_confirmed(captured, confirmed_txid, progress.snapshot_is_missing.load(Ordering::Relaxed)) {
+        Some(what) => Err(ReplicateError::NotConfirmed { database, what }),
+        None if has_shipped => Ok(None),
+        None => Err(ReplicateError::NotConfirmed { database, what: "storage did not answer in time".into() }),
+    }
+}
+
+/// What goes on in storage beside shipping.
+fn spawn_beside(
+    beside: &mut JoinSet<()>,
+    job: &Job,
+    shared: &Replication,
+    progress: &Progress,
+    spool: &Spool,
+    kept: mpsc::UnboundedReceiver<Spooled>,
+) {
+    let merger = Merger {
+        store: job.store.clone(),
+        spool: spool.clone(),
+        settings: job.merge.clone(),
+        permits: shared.merges.clone(),
+    };
+    let pruner = Pruner {
+        store: job.store.clone(),
+        settings: job.retention,
+        clock: shared.clock.clone(),
+        confirmed: progress.confirmed.subscribe(),
+        permits: shared.prunes.clone(),
+    };
+    let presence = Presence {
+        store: job.store.clone(),
+        interval: job.presence_interval,
+        clock: shared.clock.clone(),
+        claimed: progress.claimed.subscribe(),
+        confirmed: progress.confirmed.subscribe(),
+    };
+    beside.spawn(merger.run(kept));
+    beside.spawn(pruner.run());
+    beside.spawn(presence.run());
+}
+
+/// Follows a database on a thread, and watches it without one while it rests.
+struct Follower {
+    settings: DatabaseSettings,
+    directory: Arc<StateDirectory>,
+    mailbox: Arc<Mailbox>,
+    /// Dropped at the end: then shipping ends, too.
+    jobs: mpsc::UnboundedSender<ship::Job>,
+    /// Without events nobody would wake a database that rests.
+    has_events: bool,
+}
+
+impl Follower {
+    /// Until it is told to stop: gives the last captured transaction, if an epoch was claimed.
+    async fn run(
+        self,
+        progress: Arc<Progress>,
+        shared: &Replication,
+        stop: &CancellationToken,
+    ) -> Result<Option<Position>, DatabaseError> {
+        let mut rested: Option<Box<Rested>> = None;
+        let mut start = tokio::select! {
+            permit = shared.openings.start() => permit,
+            // There is no time left to wait for others.
+            () = stop.cancelled() => None,
+        };
+        loop {
+            let around = Surroundings {
+                settings: self.settings.clone(),
+                mailbox: self.mailbox.clone(),
+                jobs: self.jobs.clone(),
+                progress: progress.clone(),
+                clock: shared.clock.clone(),
+                snapshot_permits: shared.snapshots.clone(),
+                opening: shared.openings.open(self.has_events),
+            };
+            let (directory, start, was_at_rest) = (self.directory.clone(), start.take(), rested.take());
+            let name = self.settings.path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+            match on_thread(name, move || follow(around, directory, was_at_rest, start)).await? {
+                Ended::Stopped(captured) => return Ok(captured),
+                Ended::AtRest(at_rest) => {
+                    if self.is_told_to_stop_while(&at_rest).await? {
+                        return Ok(Some(at_rest.captured.position));
+                    }
+                    rested = Some(at_rest);
+                }
+            }
+        }
+    }
+
+    /// Waits until something is to be done for a database at rest; tells whether it was told to stop and nothing is.
+    async fn is_told_to_stop_while(&self, rested: &Rested) -> Result<bool, DatabaseError> {
+        let mut left = rested.due_in;
+        loop {
+            let wait = left.map_or(LOOK_INTERVAL, |left| left.min(LOOK_INTERVAL));
+            self.mailbox.stirred(wait).await;
+            // Cleared before the files are looked at: what is written after the look wakes again.
+            let stirring = self.mailbox.take_wake();
+            let is_as_it_was = Seen::now(&self.settings.path)? == rested.files;
+            match stirring {
+                Stirring::Stop if is_as_it_was => return Ok(true),
+                Stirring::Nothing if is_as_it_was => {}
+                _ => return Ok(false),
+            }
+            left = left.map(|left| left.saturating_sub(wait));
+            if left.is_some_and(|left| left.is_zero()) {
+                return Ok(false);
+            }
+        }
+    }
+}
+
+/// Does work that blocks, for as long as it likes, on a thread of its own; a panic in it is an error like others.
+async fn on_thread<T: Send + 'static>(
+    name: String,
+    work: impl FnOnce() -> Result<T, DatabaseError> + Send + 'static,
+) -> Result<T, DatabaseError> {
+    let (sender, done) = oneshot::channel();
+    std::thread::Builder::new().name(name).spawn(move || {
+        let result = catch_unwind(AssertUnwindSafe(work)).unwrap_or_else(|panic| {
+            let text = panic.downcast_ref::<String>().map(String::as_str);
+            let text = text.or_else(|| panic.downcast_ref::<&str>().copied());
+            Err(DatabaseError::Panicked(text.unwrap_or("a panic").to_owned()))
+        });
+        sender.send(result).ok();
+    })?;
+    done.await.unwrap_or_else(|_| Err(DatabaseError::Panicked("its thread was lost".into())))
+}
+
+/// What is missing when the time for shipping is over, in words; `None` when nothing is.
+fn not_confirmed(captured: Option<Position>, confirmed_txid: u64, snapshot_is_missing: bool) -> Option<String> {
+    match captured {
+        None => Some("storage could not be reached".into()),
+        Some(Position { txid, .. }) if txid > confirmed_txid => {
+            Some(format!("captured up to {txid}, confirmed up to {confirmed_txid}; the next start ships the rest"))
+        }
+        Some(_) if snapshot_is_missing => {
+            Some("the first snapshot is not stored yet; the next start begins it again".into())
+        }
+        Some(_) => None,
+    }
+}
