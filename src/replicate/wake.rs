@@ -2,6 +2,7 @@
 
 use std::collections::{HashMap, VecDeque};
 use std::path::{Path, PathBuf};
+use std::sync::mpsc::SyncSender;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Duration;
 
@@ -30,6 +31,8 @@ pub enum Event {
     SyncWanted(oneshot::Sender<State>),
     /// Somebody wants a snapshot, and to know the state that it serves when it is stored.
     SnapshotWanted(oneshot::Sender<State>),
+    /// Another one who follows the database wants the pin moved up, and to know when it is.
+    PinWanted(SyncSender<()>),
     /// Capture what there is and end.
     Stop,
 }
@@ -70,6 +73,12 @@ impl Mailbox {
         self.inbox().events.push_back(event);
         self.changed.notify_one();
         self.stirred.notify_one();
+    }
+
+    /// Waits for an event, at most `timeout`, whatever files do.
+    pub fn pause(&self, timeout: Duration) {
+        let inbox = self.inbox();
+        drop(self.changed.wait_timeout_while(inbox, timeout, |inbox| inbox.events.is_empty()));
     }
 
     /// Waits for a wake or an event, at most `timeout`; tells whether a file changed, and gives all events.

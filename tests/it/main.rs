@@ -16,6 +16,7 @@ mod merging;
 mod month;
 mod objects;
 mod recover;
+mod replicas;
 mod replicate;
 mod rest;
 mod restore;

@@ -20,6 +20,7 @@ use waltrail::replicate::database::{DatabaseSettings, Following, Surroundings};
 use waltrail::replicate::handover::{Handover, Restored};
 use waltrail::replicate::merge::MergeSettings;
 use waltrail::replicate::merger::Merger;
+use waltrail::replicate::neighbours::Neighbourhoods;
 use waltrail::replicate::rest::{Openings, Rested};
 use waltrail::replicate::ship::{Progress, ShipError, Shipper};
 use waltrail::replicate::snapshots::SnapshotNote;
@@ -246,7 +247,7 @@ impl Machine {
         let spool = Spool::new(directory.spool_path());
         let clock: Arc<dyn Clock> = self.clock.clone();
         let openings = Arc::new(Openings::new(0));
-        let permits = Arc::new(Semaphore::new(1));
+        let (permits, neighbourhoods) = (Arc::new(Semaphore::new(1)), Neighbourhoods::default());
         let (settings, told, seen, time) = (self.settings.clone(), mailbox.clone(), progress.clone(), clock.clone());
         let around = move || Surroundings {
             settings: settings.clone(),
@@ -256,6 +257,7 @@ impl Machine {
             clock: time.clone(),
             snapshot_permits: permits.clone(),
             opening: openings.open(true),
+            neighbour: neighbourhoods.join(&settings.path, &told),
         };
         let (kept, merging) = mpsc::unbounded_channel();
         let merger = Merger {
