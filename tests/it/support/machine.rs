@@ -36,7 +36,7 @@ use waltrail::retain::prune::{Outcome, prune};
 use waltrail::retain::tails::TailCache;
 use waltrail::retain::{Now, RetainError, RetentionSettings};
 use waltrail::store::memory::MemoryStore;
-use waltrail::store::{ObjectInfo, SharedStore};
+use waltrail::store::{ObjectInfo, PutMode, SharedStore};
 
 const BEGINNING_MS: u64 = 1_790_000_000_000;
 
@@ -460,6 +460,11 @@ impl Machine {
     /// What is in the store.
     pub fn stored(&self) -> Vec<ObjectInfo> {
         block_on(self.memory.list("", None)).unwrap()
+    }
+
+    /// Puts an object past the daemon.
+    pub fn put(&self, key: &str, body: &'static [u8]) {
+        block_on(self.memory.put(key, body.into(), PutMode::Overwrite)).unwrap();
     }
 
     /// The snapshot objects that a restore reads from.
