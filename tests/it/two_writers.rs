@@ -82,9 +82,9 @@ async fn many_claims_in_one_moment() {
         let memory: SharedStore = Arc::new(MemoryStore::new());
         let store: SharedStore = if honours { memory } else { Quirky::shared(memory, Quirk::IgnoresConditions) };
         let store = Quirky::shared(store, Quirk::Interleaves);
-        let replica = open_replica(&store).await.unwrap();
-        assert_eq!(replica.has_conditional_puts, honours);
         let clock = SystemClock::new();
+        let replica = open_replica(&store, &clock).await.unwrap();
+        assert_eq!(replica.has_conditional_puts, honours);
         let claims = (0..6).map(|_| claim(&store, &replica, None, &clock));
         let claimed = futures_util::future::join_all(claims).await;
         let mut epochs: Vec<u32> = claimed.iter().map(|claimed| claimed.as_ref().unwrap().record.epoch).collect();
