@@ -11,6 +11,13 @@ pub trait Clock: Send + Sync + 'static {
     fn now_ms(&self) -> u64;
     /// Time since some fixed moment. Never runs backwards.
     fn monotonic(&self) -> Duration;
+    /// A new name that nobody else has: 128 random bits. A simulation gives names that follow from its seed.
+    ///
+    /// # Errors
+    /// When the operating system has no source of randomness.
+    fn random_id(&self) -> Result<[u8; 16], getrandom::Error> {
+        random_bytes()
+    }
 }
 
 /// The machine's own clocks.

@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 
-use crate::clock::{Clock, jitter_below, random_bytes};
+use crate::clock::{Clock, jitter_below};
 use crate::format::key::{
     EPOCHS_PREFIX, EpochKey, MARKER_KEY, SegmentKey, SnapshotKey, Span, log_prefix, snapshot_prefix,
 };
@@ -96,8 +96,8 @@ pub struct Claimed {
     pub time_floor_ms: u64,
 }
 
-fn random_id() -> Result<String, ClaimError> {
-    Ok(random_bytes::<16>()?.iter().map(|byte| format!("{byte:02x}")).collect())
+fn random_id(clock: &dyn Clock) -> Result<String, ClaimError> {
+    Ok(clock.random_id()?.iter().map(|byte| format!("{byte:02x}")).collect())
 }
 
 fn bad_object<'a>(store: &'a SharedStore, key: &'a str) -> impl FnOnce(FormatError) -> ClaimError + 'a {
@@ -108,11 +108,11 @@ fn bad_object<'a>(store: &'a SharedStore, key: &'a str) -> impl FnOnce(FormatErr
 ///
 /// # Errors
 /// When the store fails, or the replica is of a format that this program does not know.
-pub async fn open_replica(store: &SharedStore) -> Result<OpenReplica, ClaimError> {
+pub async fn open_replica(store: &SharedStore, clock: &dyn Clock) -> Result<OpenReplica, ClaimError> {
     let marker = match store.get(MARKER_KEY, RECORD_LIMIT).await {
         Ok(bytes) => bytes,
         Err(error) if matches!(error.kind, StoreErrorKind::NotFound) || error.is_of_missing_directory() => {
-            let marker = Bytes::from(ReplicaMarker { format: FORMAT_VERSION, replica: random_id()? }.encode());
+            let marker = Bytes::from(ReplicaMarker { format: FORMAT_VERSION, replica: random_id(clock)? }.encode());
             match store.put(MARKER_KEY, marker.clone(), PutMode::IfAbsent).await {
                 Ok(()) => marker,
                 Err(error) if error.kind == StoreErrorKind::AlreadyExists => {
@@ -156,7 +156,7 @@ pub async fn claim(
     continuing: Option<&Continuing>,
     clock: &dyn Clock,
 ) -> Result<Claimed, ClaimError> {
-    let writer = random_id()?;
+    let writer = random_id(clock)?;
     for _ in 0..CLAIM_ATTEMPTS {
         let claims = list_claims(store, None).await?;
         let newest_known = match records(&claims).next_back() {

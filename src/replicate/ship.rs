@@ -220,7 +220,7 @@ impl Shipper {
     }
 
     async fn try_claim(&self, continuing: Option<&Continuing>, leftovers: &[Spooled]) -> Result<Claimed, ShipError> {
-        let replica = open_replica(&self.store).await?;
+        let replica = open_replica(&self.store, self.clock.as_ref()).await?;
         if !leftovers.is_empty() {
             self.ship_leftovers(leftovers).await?;
         }

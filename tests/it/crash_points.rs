@@ -44,10 +44,10 @@ pub struct Play {
     application: Connection,
     n: i64,
     /// What the application had at each commit since the last sync.
-    commits: Vec<Vec<String>>,
+    pub commits: Vec<Vec<String>>,
     /// Whether the daemon has seen each of them as one.
     pub sees_all: bool,
-    confirmed: BTreeMap<Position, Vec<String>>,
+    pub confirmed: BTreeMap<Position, Vec<String>>,
 }
 
 impl Play {
@@ -141,7 +141,7 @@ impl Play {
     }
 
     /// All that the daemon does; `None` when it has died on the way.
-    fn act(&mut self, daemon: &mut Daemon) -> Option<()> {
+    pub fn act(&mut self, daemon: &mut Daemon) -> Option<()> {
         self.commit();
         self.sync(daemon)?;
         for round in 0..4 {

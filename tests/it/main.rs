@@ -6,6 +6,7 @@ mod crash_points;
 mod descriptors;
 mod doctor;
 mod downtime;
+mod durability;
 mod entry_point;
 mod fleet;
 mod format;

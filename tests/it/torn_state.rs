@@ -8,6 +8,8 @@ use std::process::Command;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
+use waltrail::format::Position;
+
 use crate::support::syscalls::{CHANGES, Call, Verdict};
 use crate::support::{Daemon, run, wait_for};
 
@@ -18,6 +20,8 @@ const AT_A_TIME: usize = 8;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 enum Damage {
+    /// Then what waited in the spool is shipped, too.
+    None,
     Deleted,
     CutInHalf,
     Zeroed,
@@ -85,6 +89,7 @@ impl Damage {
         let bytes = std::fs::read(file).unwrap();
         let len = bytes.len();
         let damaged = match self {
+            Self::None => return,
             Self::Deleted => return std::fs::remove_file(file).unwrap(),
             Self::CutInHalf => bytes[..len / 2].to_vec(),
             Self::Zeroed => vec![0; len],
@@ -134,7 +139,15 @@ fn play(victim: Victim, damage: Damage, writes_on: bool) -> &'static str {
         play.commit();
         wait_for("a segment in the spool", || (segments_in(&state_dir.join("spool")).len() >= waiting).then_some(()));
     }
+    // The kill may come before the state that tells of the last one was saved.
+    let newest = *play.confirmed.keys().next_back().unwrap();
+    let waiting: Vec<Vec<String>> = play.commits.iter().take(2).cloned().collect();
     daemon.kill();
+    if damage == Damage::None {
+        for (txid, content) in (newest.txid + 1..).zip(waiting) {
+            play.confirmed.insert(Position { txid, ..newest }, content);
+        }
+    }
     if writes_on {
         play.checkpoint("TRUNCATE");
         play.commit();
@@ -165,6 +178,7 @@ fn play(victim: Victim, damage: Damage, writes_on: bool) -> &'static str {
     let start = Play::start_told(&play.scene.log()[said_before..]);
     // Without the state nothing is proven; without a segment that storage has not got, neither.
     let proves_nothing = match victim {
+        _ if damage == Damage::None => false,
         Victim::State | Victim::Both | Victim::Everything | Victim::FirstWaiting | Victim::AllWaiting => true,
         // The kill may have come before the state that tells of it was saved.
         Victim::LastWaiting => false,
@@ -183,6 +197,7 @@ fn damaged_state_is_never_believed() {
         .into_iter()
         .enumerate()
         .flat_map(|(index, victim)| DAMAGES.iter().zip(index..).map(move |(&damage, at)| (victim, damage, at % 2 == 0)))
+        .chain([(Victim::Everything, Damage::None, false), (Victim::Everything, Damage::None, true)])
         .collect();
     let (next, starts) = (AtomicUsize::new(0), Mutex::new(BTreeMap::<(Victim, &str), u32>::new()));
     std::thread::scope(|scope| {

@@ -4,7 +4,8 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use waltrail::clock::SystemClock;
+use waltrail::clock::{Clock, SystemClock};
+use waltrail::format::key::{SegmentKey, Span};
 use waltrail::replicate::claim::{claim, open_replica};
 use waltrail::replicate::ship::ShipError;
 use waltrail::restore::history::History;
@@ -81,9 +82,9 @@ async fn many_claims_in_one_moment() {
         let memory: SharedStore = Arc::new(MemoryStore::new());
         let store: SharedStore = if honours { memory } else { Quirky::shared(memory, Quirk::IgnoresConditions) };
         let store = Quirky::shared(store, Quirk::Interleaves);
-        let replica = open_replica(&store).await.unwrap();
-        assert_eq!(replica.has_conditional_puts, honours);
         let clock = SystemClock::new();
+        let replica = open_replica(&store, &clock).await.unwrap();
+        assert_eq!(replica.has_conditional_puts, honours);
         let claims = (0..6).map(|_| claim(&store, &replica, None, &clock));
         let claimed = futures_util::future::join_all(claims).await;
         let mut epochs: Vec<u32> = claimed.iter().map(|claimed| claimed.as_ref().unwrap().record.epoch).collect();
@@ -97,5 +98,34 @@ async fn many_claims_in_one_moment() {
             let record = claimed.unwrap().record;
             assert_eq!(history.epochs[&record.epoch].record, record);
         }
+    }
+}
+
+/// An object stands where the next segment belongs, and it is not what a put of ours with a lost answer would have left.
+#[test]
+fn somebody_elses_object_is_not_taken_for_ours() {
+    for ours in [true, false] {
+        let mut machine = Machine::new("PRAGMA page_size=4096", |store| store);
+        machine.start();
+        machine.commit(INSERT);
+        let before = machine.sync();
+        machine.pass(Duration::from_secs(2));
+        // The time stands still, so the next segment's name is known.
+        let txid = before.txid + 1;
+        let span = Span { epoch: before.epoch, first_txid: txid, last_txid: txid, time_ms: machine.clock.now_ms() };
+        let key = SegmentKey(span).to_string();
+        machine.commit(INSERT);
+        if ours {
+            let after = machine.sync();
+            assert!(machine.stored().iter().any(|object| object.key == key), "{key} is not the name");
+            machine.check(after);
+            continue;
+        }
+        machine.put(&key, b"somebody else's");
+        match machine.shipping_error() {
+            ShipError::Foreign { key: named, .. } => assert_eq!(named, key),
+            other => panic!("{other}"),
+        }
+        machine.check(before);
     }
 }

@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicI64, AtomicU64, Ordering};
 use std::time::Duration;
 
 use rusqlite::Connection;
@@ -37,27 +37,56 @@ use waltrail::retain::prune::{Outcome, prune};
 use waltrail::retain::tails::TailCache;
 use waltrail::retain::{Now, RetainError, RetentionSettings};
 use waltrail::store::memory::MemoryStore;
-use waltrail::store::{ObjectInfo, SharedStore};
+use waltrail::store::{ObjectInfo, PutMode, SharedStore};
+
+use super::gate::Gate;
 
 const BEGINNING_MS: u64 = 1_790_000_000_000;
 
-/// Time in milliseconds since the machine was made.
+/// Time in milliseconds since the machine was made; names in the order in which they are asked for.
 #[derive(Debug, Default)]
-pub struct ManualClock(AtomicU64);
+pub struct ManualClock {
+    passed_ms: AtomicU64,
+    /// How far the wall clock is ahead of the true time.
+    ahead_ms: AtomicI64,
+    latest_ms: AtomicU64,
+    names: AtomicU64,
+}
 
 impl ManualClock {
     pub fn advance(&self, time: Duration) {
-        self.0.fetch_add(time.as_millis() as u64, Ordering::SeqCst);
+        self.passed_ms.fetch_add(time.as_millis() as u64, Ordering::SeqCst);
+    }
+
+    /// What the time is everywhere else.
+    pub fn true_ms(&self) -> u64 {
+        BEGINNING_MS + self.passed_ms.load(Ordering::SeqCst)
+    }
+
+    /// The latest time that anybody was told.
+    pub fn latest_ms(&self) -> u64 {
+        self.latest_ms.load(Ordering::SeqCst).max(self.now_ms())
+    }
+
+    /// Somebody sets the clock.
+    pub fn jump(&self, ms: i64) {
+        self.ahead_ms.fetch_add(ms, Ordering::SeqCst);
     }
 }
 
 impl Clock for ManualClock {
     fn now_ms(&self) -> u64 {
-        BEGINNING_MS + self.0.load(Ordering::SeqCst)
+        let now_ms = self.true_ms().saturating_add_signed(self.ahead_ms.load(Ordering::SeqCst));
+        self.latest_ms.fetch_max(now_ms, Ordering::SeqCst);
+        now_ms
     }
 
     fn monotonic(&self) -> Duration {
-        Duration::from_millis(self.0.load(Ordering::SeqCst))
+        Duration::from_millis(self.passed_ms.load(Ordering::SeqCst))
+    }
+
+    fn random_id(&self) -> Result<[u8; 16], getrandom::Error> {
+        Ok(u128::from(self.names.fetch_add(1, Ordering::SeqCst)).to_be_bytes())
     }
 }
 
@@ -90,6 +119,7 @@ pub struct Machine {
     bare: Arc<MemoryStore>,
     /// What the daemon sees of it.
     pub store: SharedStore,
+    pub gate: Arc<Gate>,
     pub application: Option<Connection>,
     pub settings: DatabaseSettings,
     pub merge: MergeSettings,
@@ -111,6 +141,7 @@ pub struct Machine {
 /// What several machines can share.
 struct Storage {
     store: SharedStore,
+    gate: Arc<Gate>,
     memory: SharedStore,
     bare: Arc<MemoryStore>,
     clock: Arc<ManualClock>,
@@ -118,13 +149,14 @@ struct Storage {
 
 impl Machine {
     fn of(directory: tempfile::TempDir, settings: DatabaseSettings, merge: MergeSettings, storage: Storage) -> Self {
-        let Storage { store, memory, bare, clock } = storage;
+        let Storage { store, gate, memory, bare, clock } = storage;
         Self {
             directory,
             clock,
             memory,
             bare,
             store,
+            gate,
             application: None,
             settings,
             merge,
@@ -155,8 +187,10 @@ impl Machine {
         };
         let windows = vec![Duration::from_secs(60), Duration::from_secs(3600)];
         let merge = MergeSettings { windows, kept_limit_bytes: 1 << 20 };
-        let store = stack(memory.clone());
-        let mut machine = Self::of(directory, settings, merge, Storage { store, memory, bare, clock: Arc::default() });
+        let gate = Gate::new(stack(memory.clone()));
+        let store: SharedStore = gate.clone();
+        let mut machine =
+            Self::of(directory, settings, merge, Storage { store, gate, memory, bare, clock: Arc::default() });
         machine.open_application();
         let setup =
             format!("{pragmas}; PRAGMA journal_mode=WAL; CREATE TABLE item(id INTEGER PRIMARY KEY, body BLOB, n INT)");
@@ -178,7 +212,7 @@ impl Machine {
         assert!(status.success());
         let settings = DatabaseSettings { path, ..self.settings.clone() };
         let (store, memory, bare) = (self.store.clone(), self.memory.clone(), self.bare.clone());
-        let storage = Storage { store, memory, bare, clock: self.clock.clone() };
+        let storage = Storage { store, gate: self.gate.clone(), memory, bare, clock: self.clock.clone() };
         let mut clone = Self::of(directory, settings, self.merge.clone(), storage);
         clone.window = self.window;
         clone.open_application();
@@ -230,7 +264,7 @@ impl Machine {
     /// Time passes, here and at the store.
     pub fn pass(&self, time: Duration) {
         self.clock.advance(time);
-        self.bare.set_now_ms(self.clock.now_ms());
+        self.bare.set_now_ms(self.clock.true_ms());
     }
 
     pub fn is_running(&self) -> bool {
@@ -239,7 +273,8 @@ impl Machine {
 
     pub fn start(&mut self) {
         assert!(self.daemon.is_none());
-        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        let runtime =
+            tokio::runtime::Builder::new_current_thread().enable_all().max_blocking_threads(1).build().unwrap();
         let guard = runtime.enter();
         let directory = Arc::new(StateDirectory::open(&self.state_dir()).unwrap());
         let (mailbox, progress) = (Arc::new(Mailbox::default()), Arc::new(Progress::default()));
@@ -314,11 +349,7 @@ impl Machine {
             .get_or_insert_with(|| Following::begin((daemon.around)(), daemon.directory.clone(), rested).unwrap());
         let (_, events) = daemon.mailbox.wait(Duration::ZERO);
         following.turn(events).unwrap();
-        daemon.runtime.block_on(async {
-            for _ in 0..10 {
-                tokio::task::yield_now().await;
-            }
-        });
+        settle(&daemon.runtime, &self.gate);
         assert!(!daemon.shipping.is_finished(), "{:?}", daemon.runtime.block_on(&mut daemon.shipping));
     }
 
@@ -420,6 +451,14 @@ impl Machine {
         self.sees_all = false;
     }
 
+    /// The same, with requests under way, carried out or not: which ones follows from the number.
+    pub fn crash_in_requests(&mut self, number: u64) {
+        self.gate.set_hanging(Some(number));
+        self.turn();
+        self.crash();
+        self.gate.set_hanging(None);
+    }
+
     pub fn lose_state(&mut self) {
         assert!(self.daemon.is_none());
         std::fs::remove_dir_all(self.state_dir()).ok();
@@ -434,7 +473,8 @@ impl Machine {
     /// The states that must be restorable: those that came in the window, the newest one if it still was the newest in it, and
     /// those with a mark.
     pub fn kept(&self) -> Vec<Position> {
-        let start_ms = self.clock.now_ms() - self.window.as_millis() as u64;
+        // What was let go when the clock stood later does not come back.
+        let start_ms = self.clock.latest_ms() - self.window.as_millis() as u64;
         let is_kept = |(position, known): &(&Position, &Known)| {
             let is_newest = self.newest == Some(**position) && !self.started_since_sync;
             let is_newest = is_newest && self.commits.first().is_none_or(|next| next.committed_ms >= start_ms);
@@ -462,6 +502,16 @@ impl Machine {
     /// What is in the store.
     pub fn stored(&self) -> Vec<ObjectInfo> {
         block_on(self.memory.list("", None)).unwrap()
+    }
+
+    /// Puts an object past the daemon.
+    pub fn put(&self, key: &str, body: &'static [u8]) {
+        block_on(self.memory.put(key, body.into(), PutMode::Overwrite)).unwrap();
+    }
+
+    /// An object's bytes.
+    pub fn object(&self, object: &ObjectInfo) -> Vec<u8> {
+        block_on(self.memory.get(&object.key, object.len_bytes)).unwrap().to_vec()
     }
 
     /// The snapshot objects that a restore reads from.
@@ -518,6 +568,25 @@ impl Machine {
         self.newest = None;
         self.commits.clear();
         self.open_application();
+    }
+}
+
+/// Lets storage, merges and what else goes on beside the daemon's thread come as far as they come.
+fn settle(runtime: &Runtime, gate: &Gate) {
+    let mut still = 0;
+    while still < 3 {
+        runtime.block_on(async {
+            for _ in 0..10 {
+                tokio::task::yield_now().await;
+            }
+            // There is one thread for what blocks, and it takes one after another: what was begun before is done.
+            tokio::task::spawn_blocking(|| ()).await.unwrap();
+        });
+        still = if gate.is_still() { still + 1 } else { 0 };
+        if still == 0 {
+            // A request is about to be asked again.
+            runtime.block_on(async { tokio::time::sleep(Duration::from_micros(200)).await });
+        }
     }
 }
 

@@ -1,0 +1,220 @@
+#!/usr/bin/env python3
+"""Breaks the code on purpose, in one place after another, and shows that a test finds each break.
+
+  python3 tests/breaks.py [--work DIRECTORY] [NAME ...]
+
+All breaks are built into one copy of the tree, each behind its name in WALTRAIL_BREAK, so there is one build. Without a name
+the tests must pass there; with it the ones that are named here must fail. Prints a table; ends with exit code 1 when a break
+is not found. --work keeps the copy and what was built for the next time.
+"""
+import argparse, json, os, shutil, subprocess, sys, tempfile, time
+
+TREE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+SWITCH = """
+/// Whether this mistake is to be made.
+pub(crate) fn is_broken(name: &str) -> bool {
+    static NAME: std::sync::OnceLock<String> = std::sync::OnceLock::new();
+    NAME.get_or_init(|| std::env::var("WALTRAIL_BREAK").unwrap_or_default()) == name
+}
+"""
+
+
+class Break:
+    def __init__(self, name, what, file, search, replace, tests):
+        self.name, self.what, self.file, self.search, self.replace, self.tests = name, what, file, search, replace, tests
+
+
+BREAKS = [
+    Break("frame-checksum", "the checksums of frames are not looked at", "src/sqlite/wal.rs",
+          "page_number != 0 && checksum == Checksum(",
+          'page_number != 0 && crate::is_broken("frame-checksum") || checksum == Checksum(',
+          ["sqlite::", "downtime::"]),
+    Break("old-pin-first", "the old pin is ended before the capture", "src/sqlite/live.rs",
+          "        begin_read(&self.files.path, &self.pins[spare])?;\n        let captured = capture(&self.files);\n",
+          """        if crate::is_broken("old-pin-first") {
+            end_read(&self.files.path, &self.pins[self.pinned])?;
+            let captured = capture(&self.files);
+            begin_read(&self.files.path, &self.pins[spare])?;
+            self.pinned = spare;
+            return captured;
+        }
+        begin_read(&self.files.path, &self.pins[spare])?;
+        let captured = capture(&self.files);
+""",
+          ["the_application_comes_first", "every_transaction_byte_for_byte", "the_wal_stays_small_under_load"]),
+    Break("barrier-blind", "the barrier does not capture under the write lock", "src/sqlite/live.rs",
+          "        capture(&self.files)?;\n        let path = &self.files.path;",
+          '        if !crate::is_broken("barrier-blind") {\n            capture(&self.files)?;\n        }\n        let path = &self.files.path;',
+          ["the_wal_stays_small_under_load", "every_transaction_byte_for_byte"]),
+    Break("close-descriptor", "a descriptor of the main file is opened and closed", "src/sqlite/live.rs",
+          "    pub fn check_still_there(&self) -> Result<(), SqliteError> {\n",
+          """    pub fn check_still_there(&self) -> Result<(), SqliteError> {
+        if crate::is_broken("close-descriptor") {
+            drop(File::open(&self.path));
+        }
+""",
+          ["no_descriptor_of_the_database"]),
+    Break("reused-wal", "a WAL that was begun anew is taken for the one that was left", "src/sqlite/follow.rs",
+          "            if (self.frame_count, self.checksum) == (left_at.frame_count, left_at.checksum) {",
+          '            if crate::is_broken("reused-wal") || (self.frame_count, self.checksum) == (left_at.frame_count, left_at.checksum) {',
+          ["downtime::"]),
+    Break("first-image", "of a page that a transaction holds several times the first image counts", "src/sqlite/follow.rs",
+          "            images.insert(frame.page_number, InWal { frame: next, hash });",
+          """            match images.entry(frame.page_number) {
+                std::collections::btree_map::Entry::Occupied(_) if crate::is_broken("first-image") => {}
+                std::collections::btree_map::Entry::Occupied(mut entry) => drop(entry.insert(InWal { frame: next, hash })),
+                std::collections::btree_map::Entry::Vacant(entry) => drop(entry.insert(InWal { frame: next, hash })),
+            }""",
+          ["a_large_transaction", "random_sequences"]),
+    Break("main-file-believed", "a main file that was touched is not compared", "src/replicate/start.rs",
+          "    let is_proven = is_untouched\n",
+          '    let is_proven = is_untouched\n        || crate::is_broken("main-file-believed")\n',
+          ["a_wal_that_continues_over_another_file"]),
+    Break("early-confirmation", "a segment is confirmed before the store has answered", "src/replicate/ship.rs",
+          "                    self.ship(&spooled, claimed.as_ref()).await?;\n",
+          """                    if crate::is_broken("early-confirmation") {
+                        self.note_confirmed(&spooled);
+                    }
+                    self.ship(&spooled, claimed.as_ref()).await?;
+""",
+          ["a_stop_that_can_not_confirm_says_so", "crash_points::"]),
+    Break("early-letting-go", "a segment leaves the spool before it is confirmed", "src/replicate/ship.rs",
+          "        let key = spooled.key.to_string();\n        let is_conditional",
+          """        let early = match crate::is_broken("early-letting-go") {
+            true => Some(self.spool.keep(spooled).map_err(|error| ShipError::Spool(error.to_string()))?),
+            false => None,
+        };
+        let spooled = early.as_ref().unwrap_or(spooled);
+        let key = spooled.key.to_string();
+        let is_conditional""",
+          ["what_must_outlive_a_power_failure", "damaged_state_is_never_believed"]),
+    Break("foreign-accepted", "an object of somebody else is taken for ours", "src/replicate/ship.rs",
+          "        Ok(local.is_ok_and(|local| local == stored))",
+          '        Ok(crate::is_broken("foreign-accepted") || local.is_ok_and(|local| local == stored))',
+          ["somebody_elses_object_is_not_taken_for_ours"]),
+    Break("ship-behind-gap", "what waits behind a lost segment is shipped", "src/replicate/ship.rs",
+          "if first_txid <= reached.txid + 1 && spooled.is_whole()",
+          'if (crate::is_broken("ship-behind-gap") || first_txid <= reached.txid + 1) && spooled.is_whole()',
+          ["damaged_state_is_never_believed"]),
+    Break("claim-behind-gap", "an epoch is continued behind a lost segment", "src/replicate/claim.rs",
+          "    if last_known(record, &spans).0.txid != last_txid {",
+          '    if crate::is_broken("claim-behind-gap") {\n        return Ok(true);\n    }\n    if last_known(record, &spans).0.txid != last_txid {',
+          ["damaged_state_is_never_believed"]),
+    Break("snapshot-early", "a snapshot is completed before its transactions are confirmed", "src/replicate/ship.rs",
+          "confirmed.wait_for(|&confirmed| confirmed >= wanted)",
+          'confirmed.wait_for(|&confirmed| crate::is_broken("snapshot-early") || confirmed >= wanted)',
+          ["a_snapshot_is_not_there_before_what_it_needs"]),
+    Break("state-late", "the state that tells of a segment is saved after it was shipped", "src/replicate/database.rs",
+          "        self.snapshots.note_cut(spooled.len_bytes);\n        self.save_state(false)?;\n",
+          '        self.snapshots.note_cut(spooled.len_bytes);\n        if !crate::is_broken("state-late") {\n            self.save_state(false)?;\n        }\n',
+          ["what_must_outlive_a_power_failure"]),
+    Break("state-not-synced", "the state of a clean stop is not synced", "src/replicate/state.rs",
+          "        if durably {\n            file.sync_all()?;",
+          '        if durably && !crate::is_broken("state-not-synced") {\n            file.sync_all()?;',
+          ["what_must_outlive_a_power_failure"]),
+    Break("overlay-dropped", "the state is saved without the ledger's overlay", "src/replicate/state.rs",
+          "    for (page_number, hash) in overlay {",
+          '    for (page_number, hash) in overlay.iter().filter(|_| !crate::is_broken("overlay-dropped")) {',
+          ["a_restart_uploads_one_small_object"]),
+    Break("ledger-believed", "a ledger that does not give the fingerprint is used", "src/replicate/ledger.rs",
+          "        if ledger.sum()? != fingerprint {",
+          '        if !crate::is_broken("ledger-believed") && ledger.sum()? != fingerprint {',
+          ["damaged_state_is_never_believed"]),
+    Break("merge-across-gap", "segments that do not follow each other are merged", "src/replicate/merge.rs",
+          "                && before_span.last_txid + 1 == span.first_txid\n",
+          '                && (crate::is_broken("merge-across-gap") || before_span.last_txid + 1 == span.first_txid)\n',
+          ["what_does_not_follow_is_not_merged"]),
+    Break("object-not-synced", "an object of a directory gets its name before it is on the disk", "src/store/directory.rs",
+          "        let path = self.path(key)?;\n        file.as_file().sync_all()?;",
+          '        let path = self.path(key)?;\n        if !crate::is_broken("object-not-synced") {\n            file.as_file().sync_all()?;\n        }',
+          ["what_must_outlive_a_power_failure"]),
+    Break("pruned-too-much", "one segment in seven is pruned that the window needs", "src/retain/plan.rs",
+          "                Some(why) => plan.staying.push(Staying { key, len_bytes, why: why.clone() }),\n                None => {",
+          """                Some(why)
+                    if !crate::is_broken("pruned-too-much")
+                        || !matches!(&key, ObjectKey::Segment(key) if key.0.first_txid % 7 == 3) =>
+                {
+                    plan.staying.push(Staying { key, len_bytes, why: why.clone() });
+                }
+                _ => {""",
+          ["every_state_of_the_window_survives_every_prune", "random_sequences"]),
+    Break("no-fingerprint", "a restore does not check the fingerprint", "src/restore/execute.rs",
+          "    if found != plan.fingerprint {",
+          '    if !crate::is_broken("no-fingerprint") && found != plan.fingerprint {',
+          ["only_the_fingerprint_tells"]),
+]
+
+
+def make_copy(work):
+    copy = os.path.join(work, "tree")
+    shutil.rmtree(copy, ignore_errors=True)
+    names = subprocess.run(["git", "ls-files", "-z"], cwd=TREE, check=True, capture_output=True, text=True).stdout
+    for name in filter(None, names.split("\0")):
+        os.makedirs(os.path.dirname(os.path.join(copy, name)), exist_ok=True)
+        shutil.copy2(os.path.join(TREE, name), os.path.join(copy, name))
+    for it in BREAKS:
+        path = os.path.join(copy, it.file)
+        text = open(path).read()
+        if text.count(it.search) != 1:
+            sys.exit(f"{it.name}: its place is in {it.file} {text.count(it.search)} times, not once")
+        open(path, "w").write(text.replace(it.search, it.replace))
+    with open(os.path.join(copy, "src/lib.rs"), "a") as library:
+        library.write(SWITCH)
+    return copy
+
+
+def build(copy, work):
+    command = [os.environ.get("CARGO", "cargo"), "test", "--locked", "--no-run", "--lib", "--test", "it", "--message-format=json"]
+    environment = {**os.environ, "CARGO_TARGET_DIR": os.path.join(work, "target")}
+    built = subprocess.run(command, cwd=copy, env=environment, stdout=subprocess.PIPE, text=True)
+    if built.returncode != 0:
+        for line in built.stdout.splitlines():
+            message = json.loads(line).get("message", {})
+            if isinstance(message, dict) and message.get("level") == "error":
+                print(message["rendered"], file=sys.stderr)
+        sys.exit("the broken tree can't be built")
+    artifacts = [json.loads(line) for line in built.stdout.splitlines()]
+    return [artifact["executable"] for artifact in artifacts
+            if artifact.get("executable") and artifact["profile"]["test"]]
+
+
+def failures(executables, copy, tests, broken):
+    """The tests that fail, by their names."""
+    failed = set()
+    for executable in executables:
+        done = subprocess.run([executable, *tests], cwd=copy, env={**os.environ, "WALTRAIL_BREAK": broken, "RUST_BACKTRACE": "0"},
+                              stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+        failed |= {line.split()[1] for line in done.stdout.splitlines() if line.startswith("test ") and line.endswith("FAILED")}
+    return failed
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", help="keep the copy and what was built there")
+    parser.add_argument("names", nargs="*", help="only these breaks")
+    arguments = parser.parse_args()
+    chosen = [it for it in BREAKS if not arguments.names or it.name in arguments.names]
+    work = arguments.work or tempfile.mkdtemp(prefix="breaks-")
+    try:
+        copy = make_copy(work)
+        executables = build(copy, work)
+        unbroken = failures(executables, copy, sorted({test for it in chosen for test in it.tests}), "")
+        if unbroken:
+            sys.exit(f"fails without any break: {', '.join(sorted(unbroken))}")
+        missed = []
+        print("| what is broken | found by |\n| --- | --- |")
+        for it in chosen:
+            begun = time.time()
+            found = sorted(failures(executables, copy, it.tests, it.name))
+            missed += [] if found else [it.name]
+            names = ", ".join(f"`{name.rsplit('::', 1)[-1]}`" for name in found) or "**nothing**"
+            print(f"| {it.what} | {names} |", flush=True)
+            print(f"{it.name}: {time.time() - begun:.0f} s", file=sys.stderr)
+        return f"not found: {', '.join(missed)}" if missed else 0
+    finally:
+        if not arguments.work:
+            shutil.rmtree(work, ignore_errors=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
