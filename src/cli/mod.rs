@@ -6,6 +6,7 @@ pub mod demo;
 pub mod doctor;
 pub mod exit_code;
 pub mod generate;
+pub mod health;
 mod interrupt;
 pub mod log;
 pub mod mark;
@@ -80,6 +81,8 @@ enum Command {
     Sync(ask::AskArguments),
     /// Show how replication is: what is captured, what is confirmed, what is wrong
     Status(status::StatusArguments),
+    /// Ask a daemon's /healthz whether all is well, as a container's health check
+    Health(health::HealthArguments),
     /// Have the daemon make a snapshot now, and wait until it is confirmed
     Snapshot(ask::AskArguments),
     /// Give a state a name; it stays restorable for as long as the name is there
@@ -320,6 +323,7 @@ impl Command {
             Self::Log(arguments) => log::run(arguments).await?,
             Self::Sync(arguments) => ask::sync(arguments).await?,
             Self::Status(arguments) => status::run(arguments).await?,
+            Self::Health(arguments) => health::run(arguments).await?,
             Self::Snapshot(arguments) => ask::snapshot(arguments).await?,
             Self::Mark(arguments) => mark::mark(arguments).await?,
             Self::Marks(arguments) => mark::marks(arguments).await?,

@@ -397,9 +397,10 @@ mod tests {
     #[test]
     fn the_shipped_files_are_right() {
         let full = parse(include_str!("../../config/waltrail.toml")).unwrap();
-        assert_eq!(full.databases.len(), 2);
+        assert_eq!((full.databases.len(), full.fleets.len()), (3, 1));
         let intervals: Vec<_> = full.databases.iter().map(|database| database.presence_interval).collect();
-        assert_eq!(intervals, [Some(Duration::from_secs(300)), None]);
+        assert_eq!(intervals, [Some(Duration::from_secs(300)), None, None]);
+        assert_eq!(full.open_databases, DEFAULT_OPEN_DATABASES);
         let minimal = parse(include_str!("../../config/waltrail.minimal.toml")).unwrap();
         assert_eq!(minimal.shutdown_timeout, DEFAULT_SHUTDOWN_TIMEOUT);
     }
