@@ -312,7 +312,7 @@ impl Following {
         let is_confirmed = *self.around.progress.confirmed.borrow() >= captured.position.txid;
         // Looked at first: what is written from here on makes another look of the files.
         let files = Seen::now(&self.around.settings.path)?;
-        if !is_confirmed || !files.may_rest() || !self.capture.is_all_in_main()? {
+        if !is_confirmed || !files.may_rest(self.around.clock.as_ref()) || !self.capture.is_all_in_main()? {
             return Ok(None);
         }
         self.save_state(true)?;
@@ -641,7 +641,7 @@ impl Following {
         }
         // Looked at under the pin: nothing can be in the main file that is not captured.
         let main = self.capture.files().main_identity()?;
-        let is_whole = durably && is_settled(main) && self.capture.is_all_in_main()?;
+        let is_whole = durably && is_settled(main, self.around.clock.as_ref()) && self.capture.is_all_in_main()?;
         let state = LocalState {
             replica: claimed.replica.clone(),
             writer: claimed.record.writer.clone(),
