@@ -682,6 +682,9 @@ impl Following {
             }
         } else if self.quiet_checkpoint_due.is_some_and(|due| due <= now) {
             self.quiet_checkpoint_due = None;
+            if let Some(recorder) = &mut self.recorder {
+                recorder.release_memory();
+            }
             if self.capture.has_frames_to_checkpoint()? {
                 let is_done = self.capture.passive_checkpoint()?;
                 // Lets the pin go to mark 0, so that the next writer begins the WAL anew.
