@@ -288,8 +288,8 @@ impl Show {
         let history = History::load(store).await?;
         let (mut count, mut stored_bytes, mut image_bytes) = (0, 0, 0);
         for stored in history.epochs.values().flat_map(|epoch| &epoch.segments) {
-            let (footer, transactions) = read_table(store, &history.location, stored).await?;
-            let pages: usize = transactions.iter().map(|transaction| transaction.page_numbers.len()).sum();
+            let (footer, table) = read_table(store, &history.location, stored).await?;
+            let pages: usize = table.transactions.iter().map(|transaction| transaction.page_numbers.len()).sum();
             count += 1;
             stored_bytes += stored.len_bytes;
             image_bytes += pages as u64 * u64::from(footer.page_size);

@@ -142,8 +142,9 @@ async fn show(
         }
         if arguments.transactions {
             for stored in not_superseded(epoch) {
-                let (footer, transactions) = read_table(store, &history.location, stored).await?;
-                let lines: Vec<Line> = transactions
+                let (footer, table) = read_table(store, &history.location, stored).await?;
+                let lines: Vec<Line> = table
+                    .transactions
                     .iter()
                     .map(|transaction| Line::Transaction {
                         epoch: epoch.record.epoch,

@@ -29,6 +29,7 @@ use clap::{Args, Parser, Subcommand};
 use tracing_subscriber::EnvFilter;
 
 use self::exit_code::Failure;
+use crate::config::fleet::FleetConfig;
 use crate::config::replica_url::ReplicaUrl;
 use crate::config::{Config, DatabaseConfig, LogConfig, LogFormat, LogLevel, environment, file};
 use crate::store::SharedStore;
@@ -229,6 +230,15 @@ impl Source {
 /// Opens a replica for a command that a person or a job waits for.
 async fn open_patiently(replica: &ReplicaUrl) -> SharedStore {
     Arc::new(Retrying::new(replica.open().await, RetryPolicy::PATIENT))
+}
+
+/// The databases that are stored for a fleet. A place that is not there yet holds none.
+async fn stored(fleet: &FleetConfig) -> Result<Vec<DatabaseConfig>, Failure> {
+    let place = open_patiently(&fleet.template().replica).await;
+    match fleet.stored(&place).await {
+        Err(error) if error.is_of_missing_directory() => Ok(Vec::new()),
+        other => Ok(other?),
+    }
 }
 
 /// Runs the command line and gives the process's exit code.

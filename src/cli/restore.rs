@@ -1,5 +1,6 @@
 //! `waltrail restore`
 
+use std::collections::HashSet;
 use std::fmt;
 use std::io::{self, IsTerminal};
 use std::path::{Path, PathBuf};
@@ -13,9 +14,9 @@ use super::moment::{parse_moment, parse_txid, parse_zone};
 use super::recover::{Recovered, Recovery, to_stdout};
 use super::report::{Cost, Reporter, RestoreOutput};
 use super::tell::tell;
-use super::{ConfigArgument, Source, open_patiently};
+use super::{ConfigArgument, Source, environment_database, open_patiently, stored};
 use crate::clock::{Clock, SystemClock};
-use crate::config::default_state_dir;
+use crate::config::{DatabaseConfig, default_state_dir};
 use crate::restore::RestoreError;
 use crate::restore::history::History;
 use crate::restore::install::{Manner, partial_path};
@@ -127,27 +128,43 @@ async fn restore(arguments: RestoreArguments) -> Result<(), Failure> {
 
 /// One after another; all are tried, and the first failure is the one that is told.
 async fn restore_all(arguments: &RestoreArguments, directory: &Path) -> Result<(), Failure> {
-    let databases = arguments.config.databases(&[])?;
-    let mut outputs: Vec<PathBuf> = Vec::new();
-    for database in &databases {
-        let output = directory.join(database.path.file_name().unwrap_or_default());
-        if outputs.contains(&output) {
-            let shown = output.display();
-            return Err(Failure::usage(format!("two databases would go to {shown}; restore them one by one")));
-        }
-        outputs.push(output);
+    let all = everything(arguments).await?;
+    let mut outputs: HashSet<&Path> = HashSet::new();
+    if let Some((_, name)) = all.iter().find(|(_, name)| !outputs.insert(name)) {
+        let shown = directory.join(name);
+        return Err(Failure::usage(format!("two databases would go to {}; restore them one by one", shown.display())));
     }
-    std::fs::create_dir_all(directory)
-        .map_err(|error| Failure::other(format!("{} can't be made: {error}", directory.display())))?;
     let mut failures = Vec::new();
-    for (database, output) in databases.into_iter().zip(outputs) {
+    for (database, name) in &all {
         let source = Source { replica: database.replica.clone(), database: None };
+        let output = directory.join(name);
+        let parent = output.parent().unwrap_or(directory);
+        std::fs::create_dir_all(parent)
+            .map_err(|error| Failure::other(format!("{} can't be made: {error}", parent.display())))?;
         if let Err(failure) = restore_one(arguments, &source, Some(Output::File(output))).await {
             tell(format_args!("{}: {failure}", database.path.display()));
             failures.push(failure);
         }
     }
     failures.into_iter().next().map_or(Ok(()), Err)
+}
+
+/// All databases with the names that they are restored under: of a fleet those that are stored, because of those on this machine
+/// nothing may be left; they keep their folders.
+async fn everything(arguments: &RestoreArguments) -> Result<Vec<(DatabaseConfig, PathBuf)>, Failure> {
+    let (databases, fleets) = match arguments.config.load()? {
+        Some(config) => (config.databases, config.fleets),
+        None => (vec![environment_database()?], Vec::new()),
+    };
+    let name = |database: &DatabaseConfig| PathBuf::from(database.path.file_name().unwrap_or_default());
+    let mut all: Vec<_> = databases.into_iter().map(|database| (database.clone(), name(&database))).collect();
+    for fleet in fleets {
+        for database in stored(&fleet).await? {
+            let below = database.path.strip_prefix(&fleet.root).unwrap_or(&database.path).to_owned();
+            all.push((database, below));
+        }
+    }
+    Ok(all)
 }
 
 impl RestoreArguments {

@@ -1,5 +1,6 @@
 //! `waltrail run`: the entry point of a container.
 
+use std::collections::HashSet;
 use std::ffi::OsString;
 use std::io;
 use std::path::{Path, PathBuf};
@@ -7,6 +8,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use clap::Args;
+use futures_util::stream::{self, StreamExt};
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 
@@ -15,7 +17,7 @@ use super::recover::Recovery;
 use super::replicate::WhatArguments;
 use super::report::{Reporter, RestoreOutput};
 use super::tell::tell;
-use super::{environment_database, open_patiently};
+use super::{environment_database, open_patiently, stored};
 use crate::clock::format_time;
 use crate::config::units::parse_duration;
 use crate::config::{Config, DatabaseConfig};
@@ -27,6 +29,9 @@ use crate::restore::plan::{Target, plan};
 use crate::restore::progress::Progress;
 use crate::run::child::{Child, Signals, exit_code};
 use crate::run::place::loss_here;
+
+/// Each takes a processor, and some memory.
+const RESTORES_AT_A_TIME: usize = 4;
 
 /// Arguments of `run`.
 #[derive(Debug, Args)]
@@ -145,22 +150,41 @@ async fn all_stand(stands: &mut mpsc::UnboundedReceiver<PathBuf>, databases: usi
 }
 
 async fn restore_missing(config: &Config, limit: Option<Duration>) -> Result<(), Failure> {
-    for database in &config.databases {
-        if is_there(&database.path)? {
-            continue;
+    let missing = missing(config).await?;
+    let mut restoring = stream::iter(missing.iter().map(restore)).buffer_unordered(RESTORES_AT_A_TIME);
+    let all = async {
+        while let Some(restored) = restoring.next().await {
+            restored?;
         }
-        let restoring = restore(database);
-        match limit {
-            None => restoring.await?,
-            Some(limit) => tokio::time::timeout(limit, restoring).await.map_err(|_| {
-                Failure::other(format!(
-                    "{} could not be restored within {limit:?}; the command is not started",
-                    database.path.display()
-                ))
-            })??,
+        Ok(())
+    };
+    match limit {
+        None => all.await,
+        Some(limit) => tokio::time::timeout(limit, all).await.map_err(|_| {
+            let paths: Vec<String> = missing.iter().map(|database| database.path.display().to_string()).collect();
+            Failure::other(format!(
+                "{} could not be restored within {limit:?}; the command is not started",
+                paths.join(", ")
+            ))
+        })?,
+    }
+}
+
+/// The databases to restore before the command begins: those that have a name and are not there; and all of a fleet of which nothing
+/// is there. Of another one those that are missing were deleted by somebody who had his reasons.
+async fn missing(config: &Config) -> Result<Vec<DatabaseConfig>, Failure> {
+    let mut missing = Vec::new();
+    for database in &config.databases {
+        if !is_there(&database.path)? {
+            missing.push(database.clone());
         }
     }
-    Ok(())
+    for fleet in &config.fleets {
+        if fleet.find(&HashSet::new()).databases.is_empty() {
+            missing.extend(stored(fleet).await?);
+        }
+    }
+    Ok(missing)
 }
 
 /// An empty file is what opening a database that is not there leaves.

@@ -12,9 +12,13 @@ use walkdir::{DirEntry, WalkDir};
 use super::DatabaseConfig;
 use super::replica_url::ReplicaUrl;
 use crate::sqlite::header::MAGIC;
+use crate::store::{SharedStore, StoreError};
 
 /// Begins the part of a path that is a pattern (`{a,b}` is one, too).
 const WILDCARDS: [char; 4] = ['*', '?', '[', '{'];
+/// Every replica has this folder, and no replica lies so deep.
+const EPOCHS: &str = "epochs";
+const DEEPEST: usize = 32;
 /// What SQLite keeps beside a database.
 const SIDECARS: [&str; 3] = ["-wal", "-shm", "-journal"];
 
@@ -114,6 +118,29 @@ impl FleetConfig {
         let is_kind = entry.file_type().is_dir() || entry.file_type().is_file();
         let is_ours = self.has_state_dir && entry.path() == self.template.state_dir;
         is_kind && !is_ours && !name.starts_with('.') && !SIDECARS.iter().any(|suffix| name.ends_with(suffix))
+    }
+
+    /// The databases that are stored in the fleet's place, whether they are on this machine or not.
+    ///
+    /// # Errors
+    /// When the place can't be listed.
+    pub async fn stored(&self, place: &SharedStore) -> Result<Vec<DatabaseConfig>, StoreError> {
+        let mut found = Vec::new();
+        let mut folders = vec![String::new()];
+        while let Some(prefix) = folders.pop() {
+            let names = place.folders(&prefix).await?;
+            // A replica has none of its own below it: its database is a file.
+            if !prefix.is_empty() && names.iter().any(|name| name == EPOCHS) {
+                found.extend(self.database_at(&self.root.join(prefix.trim_end_matches('/'))));
+                continue;
+            }
+            let depth = prefix.matches('/').count();
+            if depth < self.depth.unwrap_or(DEEPEST) {
+                folders.extend(names.iter().map(|name| format!("{prefix}{name}/")));
+            }
+        }
+        found.sort_by(|one, other| one.path.cmp(&other.path));
+        Ok(found)
     }
 
     /// The configuration of the database at `path`, if it is one of the fleet's, whether it is there or not.

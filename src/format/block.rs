@@ -15,11 +15,8 @@ use super::{Fields, FormatError};
 pub const BLOCK_HEADER_LEN: usize = 12;
 /// No block holds more raw bytes than this.
 pub const BLOCK_RAW_LIMIT: usize = 8 << 20;
-/// How many raw bytes this program puts into a block.
-const BLOCK_RAW_LEN: usize = 4 << 20;
-/// The largest window of zstd's, as the power of two of its bytes, that a reader has to bear: 32 MiB.
-const WINDOW_LOG_LIMIT: u32 = 25;
-const LEVEL: i32 = 3;
+/// The largest window of zstd's, as the power of two of its bytes, that a reader has to bear: 8 MiB.
+const WINDOW_LOG_LIMIT: u32 = 23;
 
 /// The header of a block.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -55,21 +52,43 @@ impl BlockHeader {
     }
 }
 
-/// How far back a writer looks for what stood there before. It costs memory of that size, in the writer and in the reader.
+/// How a section is compressed: what it costs to write, and to read.
+///
+/// Page images are written in the order of their numbers, so what is alike stands close together: a small window finds it.
+/// It takes its memory in the writer and in the reader, of which a merge has many.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub enum Window {
-    /// 8 MiB.
+pub enum Compression {
+    /// Tables and indexes, of which there is one an object.
     #[default]
-    Usual,
-    /// 32 MiB, for what is written seldom and kept long.
-    Wide,
+    Table,
+    /// The pages of a segment that is shipped as soon as it is there: compressed well, because it is uploaded at once.
+    FreshPages,
+    /// The pages of a segment that others were merged into: most of them differ little from the one before.
+    MergedPages,
 }
 
-impl Window {
-    fn log(self) -> u32 {
+impl Compression {
+    fn level(self) -> i32 {
         match self {
-            Self::Usual => 23,
-            Self::Wide => WINDOW_LOG_LIMIT,
+            Self::Table | Self::FreshPages => 3,
+            Self::MergedPages => 2,
+        }
+    }
+
+    /// The window's size, as the power of two of its bytes.
+    fn window_log(self) -> u32 {
+        match self {
+            Self::Table => WINDOW_LOG_LIMIT,
+            Self::FreshPages => 20,
+            Self::MergedPages => 19,
+        }
+    }
+
+    /// How many raw bytes go into a block. For pages as many as zstd compresses at a time.
+    fn block_raw_len(self) -> usize {
+        match self {
+            Self::Table => 4 << 20,
+            Self::FreshPages | Self::MergedPages => 128 << 10,
         }
     }
 }
@@ -80,28 +99,26 @@ impl Window {
 /// compressed with its size pledged, so that zstd takes tables of that size and not of the window's.
 #[derive(Default)]
 pub struct BlockWriter {
-    window: Window,
+    compression: Compression,
     raw: Vec<u8>,
     encoder: Option<zstd::stream::write::Encoder<'static, Vec<u8>>>,
     /// Number of blocks written.
     pub block_count: u32,
     /// Bytes written, headers included.
     pub len_bytes: u64,
-    /// Raw bytes taken in.
-    pub raw_len_bytes: u64,
 }
 
 impl std::fmt::Debug for BlockWriter {
     fn fmt(&self, out: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        out.debug_struct("BlockWriter").field("raw_len_bytes", &self.raw_len_bytes).finish_non_exhaustive()
+        out.debug_struct("BlockWriter").field("len_bytes", &self.len_bytes).finish_non_exhaustive()
     }
 }
 
 impl BlockWriter {
-    /// A writer with such a window.
+    /// A writer that compresses so.
     #[must_use]
-    pub fn with_window(window: Window) -> Self {
-        Self { window, ..Self::default() }
+    pub fn new(compression: Compression) -> Self {
+        Self { compression, ..Self::default() }
     }
 
     /// Adds content; writes a block each time that one is full. `unit` is never split between blocks.
@@ -109,11 +126,10 @@ impl BlockWriter {
     /// # Errors
     /// When the sink or zstd fails.
     pub fn push(&mut self, sink: &mut impl Write, unit: &[u8]) -> io::Result<()> {
-        if !self.raw.is_empty() && self.raw.len() + unit.len() > BLOCK_RAW_LEN {
+        if !self.raw.is_empty() && self.raw.len() + unit.len() > self.compression.block_raw_len() {
             self.write_block(sink, None)?;
         }
         self.raw.extend_from_slice(unit);
-        self.raw_len_bytes += unit.len() as u64;
         Ok(())
     }
 
@@ -132,35 +148,35 @@ impl BlockWriter {
 
     fn write_block(&mut self, sink: &mut impl Write, pledged_len: Option<usize>) -> io::Result<()> {
         if self.encoder.is_none() {
-            self.encoder = Some(new_encoder(self.window, pledged_len)?);
+            self.encoder = Some(new_encoder(self.compression, pledged_len)?);
         }
         let Some(encoder) = self.encoder.as_mut() else { return Err(io::Error::other("no encoder")) };
         encoder.write_all(&self.raw)?;
         encoder.flush()?;
-        let compressed = std::mem::take(encoder.get_mut());
+        let compressed = encoder.get_mut();
         let mut header = Vec::with_capacity(BLOCK_HEADER_LEN);
-        for field in [self.raw.len() as u32, compressed.len() as u32, crc32fast::hash(&compressed)] {
+        for field in [self.raw.len() as u32, compressed.len() as u32, crc32fast::hash(compressed)] {
             header.extend_from_slice(&field.to_le_bytes());
         }
         sink.write_all(&header)?;
-        sink.write_all(&compressed)?;
+        sink.write_all(compressed)?;
         self.block_count += 1;
         self.len_bytes += (header.len() + compressed.len()) as u64;
+        compressed.clear();
         self.raw.clear();
         Ok(())
     }
 }
 
 fn new_encoder(
-    window: Window,
+    compression: Compression,
     pledged_len: Option<usize>,
 ) -> io::Result<zstd::stream::write::Encoder<'static, Vec<u8>>> {
-    let mut encoder = zstd::stream::write::Encoder::new(Vec::new(), LEVEL)?;
+    let mut encoder = zstd::stream::write::Encoder::new(Vec::new(), compression.level())?;
     encoder.set_pledged_src_size(pledged_len.map(|len| len as u64))?;
     encoder.include_contentsize(false)?;
-    if pledged_len.is_none_or(|len| len > 256 * 1024) {
-        encoder.set_parameter(CParameter::WindowLog(window.log()))?;
-        encoder.set_parameter(CParameter::EnableLongDistanceMatching(true))?;
+    if pledged_len.is_none() {
+        encoder.set_parameter(CParameter::WindowLog(compression.window_log()))?;
     }
     Ok(encoder)
 }

@@ -1,10 +1,14 @@
 //! Segments: consecutive transactions with their pages. Written from front to back, read from the tail.
 //!
-//! Layout: header (32 bytes), page blocks, table blocks, footer (100 bytes). `docs/FORMAT.md` has the fields.
+//! Layout: header (32 bytes), runs of page blocks, table blocks, footer (100 bytes). `docs/FORMAT.md` has the fields.
+//!
+//! A run holds the images of some transactions by ascending page number, and those of one page by age: so the versions of a
+//! page stand side by side, where compression finds in a small window that they are alike.
 
 use std::io::{self, Write};
+use std::ops::Range;
 
-use super::block::{BLOCK_HEADER_LEN, BLOCK_RAW_LIMIT, BlockReader, BlockWriter, Window, read_section};
+use super::block::{BLOCK_HEADER_LEN, BLOCK_RAW_LIMIT, BlockReader, BlockWriter, Compression, read_section};
 use super::key::{SegmentKey, Span};
 use super::{
     FOOTER_LEN, Fields, FormatError, HEADER_LEN, decode_footer, decode_header, encode_footer, encode_header,
@@ -16,6 +20,10 @@ const FOOTER_MAGIC: &[u8; 8] = b"WALTSEGE";
 
 /// Length of a transaction's record in the table, without its page numbers.
 const RECORD_LEN: u64 = 32;
+/// Length of a run's record in the table.
+const RUN_LEN: u64 = 16;
+/// A writer that does not know what comes puts images in order in memory, so many bytes of them at a time.
+const RUN_RAW_LEN: usize = 4 << 20;
 /// No table is longer than this, in bytes: a reader keeps all of it in memory. It is enough for 67 million pages, of
 /// which 512 bytes each make 34 GB.
 pub const TABLE_RAW_LIMIT: u64 = 256 << 20;
@@ -52,17 +60,35 @@ pub struct Transaction {
     pub page_numbers: Vec<u32>,
 }
 
-/// Writes a segment to `sink`, which it never seeks in.
+/// Writes a segment to `sink`, which it never seeks in. Memory: the table, and the images of one run.
 #[derive(Debug)]
 pub struct SegmentWriter<W> {
     sink: W,
     page_size: u32,
-    pages: BlockWriter,
+    compression: Compression,
+    run: OpenRun,
+    /// Records of the runs that are written.
+    runs: Vec<u8>,
+    run_count: u32,
+    pages_len: u64,
+    page_block_count: u32,
+    /// Records of the transactions.
     table: Vec<u8>,
     transaction_count: u32,
     page_count: u64,
     pages_due: usize,
     last_time_ms: u64,
+}
+
+/// The run that is being written.
+#[derive(Debug, Default)]
+struct OpenRun {
+    transaction_count: u32,
+    /// The images that have to be put in order, and the numbers of their pages.
+    images: Vec<u8>,
+    page_numbers: Vec<u32>,
+    /// Where images go that come in the run's order.
+    ordered: Option<BlockWriter>,
 }
 
 impl<W: Write> SegmentWriter<W> {
@@ -71,19 +97,24 @@ impl<W: Write> SegmentWriter<W> {
     /// # Errors
     /// When the sink fails.
     pub fn new(sink: W, page_size: u32) -> io::Result<Self> {
-        Self::with_window(sink, page_size, Window::Usual)
+        Self::with_compression(sink, page_size, Compression::FreshPages)
     }
 
-    /// Begins a segment that is compressed with such a window.
+    /// Begins a segment whose pages are compressed so.
     ///
     /// # Errors
     /// When the sink fails.
-    pub fn with_window(mut sink: W, page_size: u32, window: Window) -> io::Result<Self> {
+    pub fn with_compression(mut sink: W, page_size: u32, compression: Compression) -> io::Result<Self> {
         sink.write_all(&encode_header(HEADER_MAGIC, page_size))?;
         Ok(Self {
             sink,
             page_size,
-            pages: BlockWriter::with_window(window),
+            compression,
+            run: OpenRun::default(),
+            runs: Vec::new(),
+            run_count: 0,
+            pages_len: 0,
+            page_block_count: 0,
             table: Vec::new(),
             transaction_count: 0,
             page_count: 0,
@@ -96,8 +127,39 @@ impl<W: Write> SegmentWriter<W> {
     ///
     /// # Errors
     /// When the transaction before still wants pages, or the numbers do not ascend: a mistake of the caller that must not
-    /// reach storage. When the table would outgrow [`TABLE_RAW_LIMIT`].
+    /// reach storage. When the table would outgrow [`TABLE_RAW_LIMIT`], or the sink fails.
     pub fn begin_transaction(&mut self, info: &TransactionInfo, page_numbers: &[u32]) -> io::Result<()> {
+        let raw_len = page_numbers.len() * self.page_size as usize;
+        if self.run.ordered.is_some() || self.run.images.len() + raw_len > RUN_RAW_LEN {
+            self.end_run()?;
+        }
+        self.note_transaction(info, page_numbers)?;
+        if raw_len > RUN_RAW_LEN {
+            // Alone in its run, its pages come in order: it may be larger than memory.
+            self.run.ordered = Some(BlockWriter::new(self.compression));
+        } else {
+            self.run.page_numbers.extend_from_slice(page_numbers);
+        }
+        Ok(())
+    }
+
+    /// Begins a run of several transactions whose images follow in the run's order, as [`Run::places`] gives it.
+    ///
+    /// # Errors
+    /// As [`SegmentWriter::begin_transaction`].
+    pub fn begin_run<'a>(&mut self, transactions: impl IntoIterator<Item = &'a Transaction>) -> io::Result<()> {
+        self.end_run()?;
+        let mut page_count = 0;
+        for transaction in transactions {
+            self.note_transaction(&transaction.info, &transaction.page_numbers)?;
+            page_count += std::mem::take(&mut self.pages_due);
+        }
+        self.pages_due = page_count;
+        self.run.ordered = Some(BlockWriter::new(self.compression));
+        Ok(())
+    }
+
+    fn note_transaction(&mut self, info: &TransactionInfo, page_numbers: &[u32]) -> io::Result<()> {
         let ascends = page_numbers.is_sorted_by(|before, after| before < after);
         if self.pages_due != 0 || !ascends {
             return Err(io::Error::other("a transaction was not handed over as it must be"));
@@ -106,7 +168,9 @@ impl<W: Write> SegmentWriter<W> {
             | flag(info.coalesced, FLAG_COALESCED)
             | flag(info.schema_changed, FLAG_SCHEMA_CHANGED);
         let page_count = u32::try_from(page_numbers.len()).map_err(io::Error::other)?;
-        if self.table.len() as u64 + RECORD_LEN + u64::from(page_count) * 4 > TABLE_RAW_LIMIT {
+        // The run that it is in needs a record, too.
+        let table_len = self.table.len() as u64 + RECORD_LEN + u64::from(page_count) * 4;
+        if table_len + u64::from(self.run_count + 1) * RUN_LEN > TABLE_RAW_LIMIT {
             return Err(io::Error::other("a segment has more transactions and pages than its table can hold"));
         }
         self.table.extend_from_slice(&info.time_ms.to_le_bytes());
@@ -117,11 +181,12 @@ impl<W: Write> SegmentWriter<W> {
         self.pages_due = page_numbers.len();
         self.page_count += u64::from(page_count);
         self.transaction_count += 1;
+        self.run.transaction_count += 1;
         self.last_time_ms = info.time_ms;
         Ok(())
     }
 
-    /// Adds the image of the transaction's next page.
+    /// Adds the image of the next page: the transaction's, or the run's.
     ///
     /// # Errors
     /// When no page is due or the image has not the page size; when the sink fails.
@@ -130,13 +195,47 @@ impl<W: Write> SegmentWriter<W> {
             return Err(io::Error::other("a page was not handed over as it must be"));
         }
         self.pages_due -= 1;
-        self.pages.push(&mut self.sink, image)
+        match &mut self.run.ordered {
+            Some(blocks) => blocks.push(&mut self.sink, image),
+            None => {
+                self.run.images.extend_from_slice(image);
+                Ok(())
+            }
+        }
+    }
+
+    /// Writes what is left of the run, and its record.
+    fn end_run(&mut self) -> io::Result<()> {
+        if self.pages_due != 0 {
+            return Err(io::Error::other("a run was ended before it was whole"));
+        }
+        let OpenRun { transaction_count, images, page_numbers, ordered } = &mut self.run;
+        if *transaction_count == 0 {
+            return Ok(());
+        }
+        let mut blocks = ordered.take().unwrap_or_else(|| BlockWriter::new(self.compression));
+        for place in places(page_numbers.iter().copied(), 0) {
+            let at = place.image as usize * self.page_size as usize;
+            blocks.push(&mut self.sink, &images[at..at + self.page_size as usize])?;
+        }
+        blocks.finish(&mut self.sink)?;
+        self.runs.extend_from_slice(&blocks.len_bytes.to_le_bytes());
+        for field in [*transaction_count, blocks.block_count] {
+            self.runs.extend_from_slice(&field.to_le_bytes());
+        }
+        self.run_count += 1;
+        self.pages_len += blocks.len_bytes;
+        self.page_block_count += blocks.block_count;
+        *transaction_count = 0;
+        images.clear();
+        page_numbers.clear();
+        Ok(())
     }
 
     /// Raw bytes of page images so far.
     #[must_use]
     pub fn raw_len_bytes(&self) -> u64 {
-        self.pages.raw_len_bytes
+        self.page_count * u64::from(self.page_size)
     }
 
     /// Number of transactions so far.
@@ -150,25 +249,26 @@ impl<W: Write> SegmentWriter<W> {
     /// # Errors
     /// When there is no transaction, or pages are missing; when the sink fails.
     pub fn finish(mut self, epoch: u32, first_txid: u64) -> io::Result<(W, SegmentKey)> {
-        if self.transaction_count == 0 || self.pages_due != 0 {
+        self.end_run()?;
+        if self.transaction_count == 0 {
             return Err(io::Error::other("a segment was ended before it was whole"));
         }
-        self.pages.finish(&mut self.sink)?;
         let mut table = BlockWriter::default();
-        for part in self.table.chunks(1 << 20) {
+        for part in self.runs.chunks(1 << 20).chain(self.table.chunks(1 << 20)) {
             table.push(&mut self.sink, part)?;
         }
         table.finish(&mut self.sink)?;
         let footer = SegmentFooter {
             page_size: self.page_size,
             pages_offset: HEADER_LEN as u64,
-            pages_len: self.pages.len_bytes,
-            page_block_count: self.pages.block_count,
+            pages_len: self.pages_len,
+            page_block_count: self.page_block_count,
             table_len: table.len_bytes,
-            table_raw_len: self.table.len() as u64,
+            table_raw_len: (self.runs.len() + self.table.len()) as u64,
             table_block_count: table.block_count,
             transaction_count: self.transaction_count,
             page_count: self.page_count,
+            run_count: self.run_count,
             span: Span {
                 epoch,
                 first_txid,
@@ -217,6 +317,8 @@ pub struct SegmentFooter {
     pub transaction_count: u32,
     /// Number of page images.
     pub page_count: u64,
+    /// Number of runs.
+    pub run_count: u32,
     /// What its key must say.
     pub span: Span,
 }
@@ -235,9 +337,14 @@ impl SegmentFooter {
         ] {
             bytes.extend_from_slice(&field.to_le_bytes());
         }
-        for field in
-            [self.page_size, self.page_block_count, self.table_block_count, self.transaction_count, self.span.epoch]
-        {
+        for field in [
+            self.page_size,
+            self.page_block_count,
+            self.table_block_count,
+            self.transaction_count,
+            self.span.epoch,
+            self.run_count,
+        ] {
             bytes.extend_from_slice(&field.to_le_bytes());
         }
         encode_footer(bytes, FOOTER_MAGIC)
@@ -253,15 +360,18 @@ impl SegmentFooter {
         let (pages_len, table_len, table_raw_len) = (fields.u64()?, fields.u64()?, fields.u64()?);
         let (page_count, first_txid, last_txid, time_ms) = (fields.u64()?, fields.u64()?, fields.u64()?, fields.u64()?);
         let (page_size, page_block_count, table_block_count) = (fields.u32()?, fields.u32()?, fields.u32()?);
-        let (transaction_count, epoch) = (fields.u32()?, fields.u32()?);
+        let (transaction_count, epoch, run_count) = (fields.u32()?, fields.u32()?, fields.u32()?);
         let expected_len = [HEADER_LEN as u64, pages_len, table_len, FOOTER_LEN as u64]
             .iter()
             .try_fold(0_u64, |sum, &part| sum.checked_add(part));
-        let table_raw_due = (u64::from(transaction_count) * RECORD_LEN).saturating_add(page_count.saturating_mul(4));
+        let table_raw_due = (u64::from(run_count) * RUN_LEN)
+            .saturating_add(u64::from(transaction_count) * RECORD_LEN)
+            .saturating_add(page_count.saturating_mul(4));
         let is_consistent = expected_len == Some(object_len)
             && is_page_size(page_size)
             && transaction_count >= 1
             && last_txid.checked_sub(first_txid) == Some(u64::from(transaction_count) - 1)
+            && run_count <= transaction_count
             && table_raw_len == table_raw_due
             && table_raw_len <= TABLE_RAW_LIMIT
             && page_count.saturating_mul(u64::from(page_size)) <= u64::from(page_block_count) * BLOCK_RAW_LIMIT as u64
@@ -281,6 +391,7 @@ impl SegmentFooter {
             table_block_count,
             transaction_count,
             page_count,
+            run_count,
             span: Span { epoch, first_txid, last_txid, time_ms },
         })
     }
@@ -295,10 +406,14 @@ impl SegmentFooter {
     ///
     /// # Errors
     /// When the blocks are damaged, or the table contradicts itself or the footer.
-    pub fn decode_table(&self, blocks: &[u8]) -> Result<Vec<Transaction>, FormatError> {
+    pub fn decode_table(&self, blocks: &[u8]) -> Result<Table, FormatError> {
         let what = "the segment's table";
         let raw = read_section(blocks, self.table_block_count, self.table_raw_len, what)?;
         let mut fields = Fields::new(&raw, what);
+        // The footer's lengths bear the number of runs out.
+        let runs = (0..self.run_count)
+            .map(|_| Ok((fields.u64()?, fields.u32()?, fields.u32()?)))
+            .collect::<Result<Vec<_>, FormatError>>()?;
         let mut transactions: Vec<Transaction> = Vec::new();
         let mut page_count = 0;
         for index in 0..u64::from(self.transaction_count) {
@@ -313,7 +428,32 @@ impl SegmentFooter {
         if !fields.rest.is_empty() || page_count != self.page_count || last_time_ms != Some(self.span.time_ms) {
             return Err(FormatError::Inconsistent("the segment's table and footer contradict each other".into()));
         }
-        Ok(transactions)
+        let runs = self.place_runs(&runs, &transactions)?;
+        Ok(Table { transactions, runs })
+    }
+
+    /// Finds out where the runs lie and what they hold, from their lengths and numbers of transactions and blocks.
+    fn place_runs(&self, records: &[(u64, u32, u32)], transactions: &[Transaction]) -> Result<Vec<Run>, FormatError> {
+        let wrong = || FormatError::Inconsistent("the runs in the segment's table can't be right".into());
+        let mut runs: Vec<Run> = Vec::new();
+        let (mut offset, mut first, mut first_image, mut block_count) = (self.pages_offset, 0, 0, 0_u64);
+        for &(len_bytes, run_transaction_count, run_block_count) in records {
+            let end = first + run_transaction_count as usize;
+            let of_run = transactions.get(first..end).filter(|of_run| !of_run.is_empty()).ok_or_else(wrong)?;
+            let page_count: usize = of_run.iter().map(|transaction| transaction.page_numbers.len()).sum();
+            // What is beyond the sum of all runs is found out at the end.
+            let bytes = offset..offset.checked_add(len_bytes).ok_or_else(wrong)?;
+            if !has_room_for(len_bytes, run_block_count) {
+                return Err(wrong());
+            }
+            (offset, block_count) = (bytes.end, block_count + u64::from(run_block_count));
+            runs.push(Run { bytes, transactions: first..end, first_image, page_count, block_count: run_block_count });
+            (first, first_image) = (end, first_image + page_count);
+        }
+        let is_whole = first == transactions.len()
+            && offset == self.table_offset()
+            && block_count == u64::from(self.page_block_count);
+        if is_whole { Ok(runs) } else { Err(wrong()) }
     }
 
     fn decode_transaction(&self, txid: u64, fields: &mut Fields<'_>) -> Result<Transaction, FormatError> {
@@ -355,33 +495,116 @@ pub fn check_segment_header(bytes: &[u8], footer: &SegmentFooter) -> Result<(), 
     }
 }
 
-/// Hands out page images, block by block, in the order of the table.
+/// What a segment says of itself.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Table {
+    /// The transactions.
+    pub transactions: Vec<Transaction>,
+    /// Where their pages are.
+    pub runs: Vec<Run>,
+}
+
+/// A row of blocks that can be read without those before: the images of some transactions, in the order of [`Run::places`].
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Run {
+    /// Where its blocks are in the object.
+    pub bytes: Range<u64>,
+    /// The transactions, as indexes in the table.
+    pub transactions: Range<usize>,
+    /// The first of its images, counted through the segment in the order of the table.
+    pub first_image: usize,
+    /// How many images it holds.
+    pub page_count: usize,
+    /// How many blocks it has.
+    pub block_count: u32,
+}
+
+impl Table {
+    /// In which order the images of a run stand.
+    #[must_use]
+    pub fn places(&self, run: &Run) -> Vec<Place> {
+        run.places(&self.transactions[run.transactions.clone()])
+    }
+}
+
+impl Run {
+    /// In which order its images stand, of these transactions.
+    #[must_use]
+    pub fn places(&self, transactions: &[Transaction]) -> Vec<Place> {
+        let page_numbers = transactions.iter().flat_map(|transaction| transaction.page_numbers.iter().copied());
+        places(page_numbers, self.first_image)
+    }
+}
+
+/// Which image stands somewhere in a run.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Place {
+    /// The page.
+    pub page_number: u32,
+    /// The image, counted in the order of the table.
+    pub image: u32,
+}
+
+/// Puts images, the first of which is number `first_image`, in a run's order: by page number, and those of one page by age.
+fn places(page_numbers: impl IntoIterator<Item = u32>, first_image: usize) -> Vec<Place> {
+    // A table has room for less than 2^26 images.
+    let images = first_image as u32..;
+    let mut places: Vec<Place> =
+        page_numbers.into_iter().zip(images).map(|(page_number, image)| Place { page_number, image }).collect();
+    places.sort_unstable();
+    places
+}
+
+/// Reads the images of a run, block by block.
 pub struct PageStream {
     blocks: BlockReader,
     page_size: usize,
     raw: Vec<u8>,
+    /// Bytes of `raw` that were handed out.
+    taken: usize,
+    places: std::vec::IntoIter<Place>,
 }
 
 impl PageStream {
-    /// At the first block.
+    /// Before the first block of a run whose images stand so.
     ///
     /// # Errors
     /// When zstd can't be set up.
-    pub fn new(footer: &SegmentFooter) -> Result<Self, FormatError> {
+    pub fn new(page_size: u32, places: Vec<Place>) -> Result<Self, FormatError> {
         let blocks = BlockReader::new("the segment's pages")?;
-        Ok(Self { blocks, page_size: footer.page_size as usize, raw: Vec::new() })
+        Ok(Self { blocks, page_size: page_size as usize, raw: Vec::new(), taken: 0, places: places.into_iter() })
     }
 
-    /// Reads the block at the start of `bytes`; gives the images in it, and how many bytes it took.
+    /// Reads the block at the start of `bytes`, and tells how many bytes it took. Its images are handed out from now on.
     ///
     /// # Errors
-    /// When the block is damaged or holds no whole pages.
-    pub fn read_block(&mut self, bytes: &[u8]) -> Result<(std::slice::ChunksExact<'_, u8>, usize), FormatError> {
-        let taken = self.blocks.read(bytes, &mut self.raw)?;
+    /// When the block is damaged, holds no whole pages, or more than are due.
+    pub fn read_block(&mut self, bytes: &[u8]) -> Result<usize, FormatError> {
+        let len = self.blocks.read(bytes, &mut self.raw)?;
+        self.taken = 0;
         if self.raw.is_empty() || !self.raw.len().is_multiple_of(self.page_size) {
             return Err(FormatError::Inconsistent("a block of the segment's pages holds no whole pages".into()));
         }
-        Ok((self.raw.chunks_exact(self.page_size), taken))
+        if self.raw.len() / self.page_size > self.places.len() { Err(contradicts_table()) } else { Ok(len) }
+    }
+
+    /// The next image of the block that was read, and what it is; `None` when another block must be read, or all were.
+    pub fn next_image(&mut self) -> Option<(Place, &[u8])> {
+        let image = self.raw.get(self.taken..self.taken + self.page_size)?;
+        self.taken += self.page_size;
+        Some((self.places.next()?, image))
+    }
+
+    /// What the next image is, of whatever block; `None` after the last one.
+    #[must_use]
+    pub fn next_place(&self) -> Option<Place> {
+        self.places.as_slice().first().copied()
+    }
+
+    /// Whether the block that was read has another image.
+    #[must_use]
+    pub fn has_image(&self) -> bool {
+        self.taken < self.raw.len()
     }
 }
 
@@ -395,38 +618,38 @@ pub struct Segment {
 }
 
 impl Segment {
-    /// Reads a segment and hands each page's image to `page` with the index of its transaction and its number.
+    /// Reads a segment and hands each page's image to `page` with the index of its transaction and its number: run after run,
+    /// in the order in which they stand there.
     ///
     /// # Errors
     /// When any byte of it is not as it was written.
     pub fn decode(bytes: &[u8], mut page: impl FnMut(usize, u32, &[u8])) -> Result<Self, FormatError> {
         let footer = SegmentFooter::decode(bytes, bytes.len() as u64)?;
         check_segment_header(bytes, &footer)?;
-        // The footer's lengths add up to the object's, so these are inside.
-        let (blocks, rest) = bytes[HEADER_LEN..].split_at(footer.pages_len as usize);
-        let transactions = footer.decode_table(&rest[..footer.table_len as usize])?;
-        let mut expected = transactions
-            .iter()
-            .enumerate()
-            .flat_map(|(index, transaction)| transaction.page_numbers.iter().map(move |&number| (index, number)));
-        let mut stream = PageStream::new(&footer)?;
-        let mut at = 0;
-        for _ in 0..footer.page_block_count {
-            let (images, taken) = stream.read_block(blocks.get(at..).unwrap_or_default())?;
-            at += taken;
-            for image in images {
-                let (index, number) = expected.next().ok_or_else(too_many)?;
-                page(index, number, image);
+        // The footer's lengths add up to the object's, so these are inside; and so are the runs'.
+        let table = footer.table_offset() as usize..footer.table_offset() as usize + footer.table_len as usize;
+        let table = footer.decode_table(&bytes[table])?;
+        for run in &table.runs {
+            let of_run = run.transactions.clone().zip(&table.transactions[run.transactions.clone()]);
+            let owners: Vec<usize> =
+                of_run.flat_map(|(index, transaction)| transaction.page_numbers.iter().map(move |_| index)).collect();
+            let mut blocks = &bytes[run.bytes.start as usize..run.bytes.end as usize];
+            let mut pages = PageStream::new(footer.page_size, table.places(run))?;
+            for _ in 0..run.block_count {
+                let len = pages.read_block(blocks)?;
+                blocks = &blocks[len..];
+                while let Some((place, image)) = pages.next_image() {
+                    page(owners[place.image as usize - run.first_image], place.page_number, image);
+                }
+            }
+            if pages.next_place().is_some() || !blocks.is_empty() {
+                return Err(contradicts_table());
             }
         }
-        if expected.next().is_some() || at != blocks.len() {
-            return Err(too_many());
-        }
-        drop(expected);
-        Ok(Self { footer, transactions })
+        Ok(Self { footer, transactions: table.transactions })
     }
 }
 
-fn too_many() -> FormatError {
+fn contradicts_table() -> FormatError {
     FormatError::Inconsistent("the segment's pages and table contradict each other".into())
 }

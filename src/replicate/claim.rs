@@ -111,7 +111,7 @@ fn bad_object<'a>(store: &'a SharedStore, key: &'a str) -> impl FnOnce(FormatErr
 pub async fn open_replica(store: &SharedStore, clock: &dyn Clock) -> Result<OpenReplica, ClaimError> {
     let marker = match store.get(MARKER_KEY, RECORD_LIMIT).await {
         Ok(bytes) => bytes,
-        Err(error) if matches!(error.kind, StoreErrorKind::NotFound) || is_missing_directory(store, &error) => {
+        Err(error) if matches!(error.kind, StoreErrorKind::NotFound) || error.is_of_missing_directory() => {
             let marker = Bytes::from(ReplicaMarker { format: FORMAT_VERSION, replica: random_id(clock)? }.encode());
             match store.put(MARKER_KEY, marker.clone(), PutMode::IfAbsent).await {
                 Ok(()) => marker,
@@ -130,11 +130,6 @@ pub async fn open_replica(store: &SharedStore, clock: &dyn Clock) -> Result<Open
     };
     let id = ReplicaMarker::decode(&marker).map_err(bad_object(store, MARKER_KEY))?.replica;
     Ok(OpenReplica { id, has_conditional_puts: honours_conditions(store, &marker).await? })
-}
-
-/// A directory that is not there yet is made by the first put; a bucket is not.
-fn is_missing_directory(store: &SharedStore, error: &StoreError) -> bool {
-    error.kind == StoreErrorKind::NoSuchBucket && store.location().starts_with("file://")
 }
 
 /// Asked twice, because a put whose answer was lost and that was asked again counts as done.

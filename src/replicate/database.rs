@@ -49,6 +49,9 @@ const START_PATIENCE: Duration = Duration::from_secs(5);
 const SEGMENT_RAW_LIMIT: u64 = 32 << 20;
 /// After a database has not been written to for so long, what is left in the WAL is checkpointed.
 const QUIET_AFTER: Duration = Duration::from_secs(1);
+/// Then it is polled no more often than this, as long as events come.
+const IDLE_AFTER: Duration = Duration::from_secs(5);
+const IDLE_POLL_INTERVAL: Duration = Duration::from_secs(10);
 /// A checkpoint of a quiet database that others hold up is tried again after this.
 const QUIET_RETRY: Duration = Duration::from_secs(60);
 /// A barrier that was not to be had is tried again after this at first, then at doubling intervals.
@@ -178,6 +181,8 @@ pub struct Following {
     last_commit: Duration,
     has_commits: bool,
     last_look: Duration,
+    /// Whether polling has found what no event told of: some file systems tell nothing.
+    misses_events: bool,
     last_advance: Duration,
     busy_looks: u32,
     look_again: Option<Duration>,
@@ -222,6 +227,7 @@ impl Following {
             last_commit: now,
             has_commits: false,
             last_look: now,
+            misses_events: false,
             last_advance: now,
             busy_looks: 0,
             look_again: None,
@@ -275,7 +281,11 @@ impl Following {
                 self.coalesce();
                 self.look_again = Some(if self.is_busy() { BUSY_WAKE_INTERVAL } else { FIRST_LOOK_AGAIN });
             }
-            if self.turn(events)? {
+            let (is_told, captured_at) =
+                (is_woken || !events.is_empty() || self.look_again.is_some(), self.last_commit);
+            let is_stopping = self.turn(events)?;
+            self.misses_events |= !is_told && self.last_commit != captured_at;
+            if is_stopping {
                 drop(start);
                 self.settle(self.now() + STOP_PATIENCE)?;
                 return self.end().map(Ended::Stopped);
@@ -338,9 +348,19 @@ impl Following {
         }
     }
 
+    /// Polling is for events that did not come. Where they do, a database that nobody writes to is polled seldom.
+    fn poll_interval(&self, now: Duration) -> Duration {
+        let poll_interval = self.around.settings.poll_interval;
+        let is_idle = now.saturating_sub(self.last_commit) > IDLE_AFTER && self.capture.wal_len_bytes() == 0;
+        match is_idle && !self.misses_events {
+            true => poll_interval.max(IDLE_POLL_INTERVAL),
+            false => poll_interval,
+        }
+    }
+
     fn time_to_wait(&self) -> Result<Duration, DatabaseError> {
         let now = self.now();
-        let mut wait = self.around.settings.poll_interval;
+        let mut wait = self.poll_interval(now);
         let cut_due = self.recorder.as_ref().and_then(Recorder::open_len_bytes).and(self.last_cut);
         let cut_due = cut_due.filter(|_| self.claimed.is_some()).map(|last| last + self.around.settings.sync_interval);
         let barrier_due = self.is_barrier_wanted().then_some(self.barrier_due);

@@ -4,6 +4,8 @@
 //! The small ones are not deleted here. As soon as the large one is confirmed they are superseded, because whoever reads
 //! takes the segment that goes furthest (`restore::run`); pruning takes them away later.
 
+use std::cmp::Reverse;
+use std::collections::BinaryHeap;
 use std::fs::File;
 use std::io::{self, BufWriter};
 use std::ops::Range;
@@ -12,10 +14,13 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use super::spool::Spooled;
-use crate::format::block::{BLOCK_HEADER_LEN, BlockHeader, Window};
+use crate::format::block::{BLOCK_HEADER_LEN, BlockHeader, Compression};
 use crate::format::key::SegmentKey;
-use crate::format::segment::{PageStream, SegmentFooter, SegmentWriter};
+use crate::format::segment::{PageStream, Run, SegmentFooter, SegmentWriter, Table, Transaction};
 use crate::format::{FOOTER_LEN, FormatError};
+
+/// So many runs become one at a time. Each needs memory to be read: a window of up to 1 MiB, and half as much again.
+const RUNS_AT_A_TIME: usize = 8;
 
 /// What is merged, and how much may be kept for it.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -36,8 +41,8 @@ impl MergeSettings {
 /// What to do with the segments that are kept.
 #[derive(Debug, PartialEq, Eq)]
 pub enum Step {
-    /// Make these one, and write it in such a way.
-    Merge(Range<usize>, Window),
+    /// Make these one.
+    Merge(Range<usize>),
     /// There is nothing more to gain by keeping this one.
     LetGo(usize),
     /// Nothing, until more is confirmed.
@@ -58,8 +63,7 @@ pub fn next_step(kept: &[Spooled], settings: &MergeSettings, newest_ms: u64) -> 
             group.len() > 1 && window_of(&kept[group.start], *window) < newest_ms / window_ms(*window)
         };
         if let Some(group) = groups(kept, *window, settings).into_iter().find(ripe) {
-            // The last time it is written.
-            return Step::Merge(group, if window == coarsest { Window::Wide } else { Window::Usual });
+            return Step::Merge(group);
         }
     }
     let coarse_groups = groups(kept, *coarsest, settings);
@@ -78,7 +82,7 @@ pub fn next_step(kept: &[Spooled], settings: &MergeSettings, newest_ms: u64) -> 
     // Too much for the window to be waited out.
     let len_of = |group: &Range<usize>| kept[group.clone()].iter().map(|spooled| spooled.len_bytes).sum::<u64>();
     match coarse_groups.into_iter().filter(|group| group.len() > 1).max_by_key(len_of) {
-        Some(group) => Step::Merge(group, Window::Usual),
+        Some(group) => Step::Merge(group),
         None => Step::LetGo(0),
     }
 }
@@ -128,34 +132,61 @@ pub fn held_by_others(kept: &[Spooled]) -> Vec<usize> {
     (0..kept.len()).filter(|&index| kept.iter().any(|outer| holds(outer, &kept[index]))).collect()
 }
 
-/// Makes one segment of `inputs`, which follow each other, in the empty file `output`; gives its key. Memory: a few blocks.
+/// Makes one segment of `inputs`, which follow each other, in the empty file `output`; gives its key. As many runs as memory
+/// allows become one; the next merge goes on from there.
 ///
 /// # Errors
 /// When a file can't be read or is damaged, or the output can't be written.
-pub fn merge_files(inputs: &[PathBuf], output: File, window: Window) -> io::Result<SegmentKey> {
-    let mut output = Some(output);
-    let mut writer: Option<SegmentWriter<BufWriter<File>>> = None;
-    let mut start = None;
-    for path in inputs {
-        let mut input = SegmentFile::open(path)?;
-        start.get_or_insert(input.footer.span);
-        let writer = match &mut writer {
-            Some(writer) => writer,
-            None => {
-                let file = output.take().ok_or_else(|| io::Error::other("there is no file to merge into"))?;
-                let file = BufWriter::with_capacity(256 * 1024, file);
-                writer.insert(SegmentWriter::with_window(file, input.footer.page_size, window)?)
+pub fn merge_files(inputs: &[PathBuf], output: File) -> io::Result<SegmentKey> {
+    let inputs = inputs.iter().map(|path| SegmentFile::open(path)).collect::<io::Result<Vec<_>>>()?;
+    let Some(first) = inputs.first() else { return Err(io::Error::other("there is nothing to merge")) };
+    let file = BufWriter::with_capacity(256 * 1024, output);
+    let mut writer = SegmentWriter::with_compression(file, first.footer.page_size, Compression::MergedPages)?;
+    let run_count: usize = inputs.iter().map(|input| input.footer.run_count as usize).sum();
+    // Parts of like size: the last one is not to be a single small run.
+    let part = run_count.div_ceil(run_count.div_ceil(RUNS_AT_A_TIME));
+    let (mut transactions, mut cursors) = (Vec::new(), Vec::new());
+    for input in &inputs {
+        let table = input.table()?;
+        let mut rest = table.transactions.into_iter();
+        for run in table.runs {
+            let start = transactions.len();
+            transactions.extend(rest.by_ref().take(run.transactions.len()));
+            cursors.push(Cursor::new(input, &transactions[start..], &run)?);
+            if cursors.len() == part {
+                merge_runs(&mut writer, &std::mem::take(&mut transactions), std::mem::take(&mut cursors))?;
             }
-        };
-        input.append_to(writer)?;
+        }
     }
-    let (Some(writer), Some(start)) = (writer, start) else {
-        return Err(io::Error::other("there is nothing to merge"));
-    };
-    Ok(writer.finish(start.epoch, start.first_txid)?.1)
+    merge_runs(&mut writer, &transactions, cursors)?;
+    Ok(writer.finish(first.footer.span.epoch, first.footer.span.first_txid)?.1)
 }
 
-/// A segment in a local file, read block by block.
+/// Makes one run of several, which follow each other and hold these transactions.
+fn merge_runs(
+    writer: &mut SegmentWriter<BufWriter<File>>,
+    transactions: &[Transaction],
+    mut cursors: Vec<Cursor<'_>>,
+) -> io::Result<()> {
+    if transactions.is_empty() {
+        return Ok(());
+    }
+    writer.begin_run(transactions)?;
+    // By page number; where several runs hold a page, the older run comes first.
+    let next = |(index, cursor): (usize, &Cursor<'_>)| Some(Reverse((cursor.pages.next_place()?.page_number, index)));
+    let mut heap: BinaryHeap<Reverse<(u32, usize)>> = cursors.iter().enumerate().filter_map(next).collect();
+    while let Some(Reverse((_, index))) = heap.pop() {
+        let cursor = &mut cursors[index];
+        writer.push_page(cursor.next_image()?)?;
+        match cursor.pages.next_place() {
+            Some(place) => heap.push(Reverse((place.page_number, index))),
+            None => cursor.check_end()?,
+        }
+    }
+    Ok(())
+}
+
+/// A segment in a local file.
 struct SegmentFile {
     file: File,
     footer: SegmentFooter,
@@ -181,37 +212,44 @@ impl SegmentFile {
         Ok(bytes)
     }
 
-    /// Hands all transactions over, every block checked.
-    fn append_to(&mut self, writer: &mut SegmentWriter<BufWriter<File>>) -> io::Result<()> {
+    fn table(&self) -> io::Result<Table> {
         let table = self.read(self.footer.table_offset(), self.footer.table_len as usize)?;
-        let transactions = self.footer.decode_table(&table).map_err(damaged)?;
-        let mut transactions = transactions.iter();
-        let mut pages_due = 0;
-        let mut stream = PageStream::new(&self.footer).map_err(damaged)?;
-        let mut at = self.footer.pages_offset;
-        while at < self.footer.table_offset() {
-            let header = self.read(at, BLOCK_HEADER_LEN)?;
+        self.footer.decode_table(&table).map_err(damaged)
+    }
+}
+
+/// A place in a run, every block of which is checked when it is reached.
+struct Cursor<'a> {
+    input: &'a SegmentFile,
+    pages: PageStream,
+    at: u64,
+    end: u64,
+}
+
+impl<'a> Cursor<'a> {
+    fn new(input: &'a SegmentFile, transactions: &[Transaction], run: &Run) -> io::Result<Self> {
+        let pages = PageStream::new(input.footer.page_size, run.places(transactions)).map_err(damaged)?;
+        Ok(Self { input, pages, at: run.bytes.start, end: run.bytes.end })
+    }
+
+    fn next_image(&mut self) -> io::Result<&[u8]> {
+        while !self.pages.has_image() && self.at < self.end {
+            let header = self.input.read(self.at, BLOCK_HEADER_LEN)?;
             let header = BlockHeader::decode(&header, "a kept block").map_err(damaged)?;
-            let block = self.read(at, BLOCK_HEADER_LEN + header.compressed_len)?;
-            let (images, taken) = stream.read_block(&block).map_err(damaged)?;
-            for image in images {
-                while pages_due == 0 {
-                    let next =
-                        transactions.next().ok_or_else(|| io::Error::other("it has more pages than its table"))?;
-                    writer.begin_transaction(&next.info, &next.page_numbers)?;
-                    pages_due = next.page_numbers.len();
-                }
-                writer.push_page(image)?;
-                pages_due -= 1;
-            }
-            at += taken as u64;
+            let block = self.input.read(self.at, BLOCK_HEADER_LEN + header.compressed_len)?;
+            self.at += self.pages.read_block(&block).map_err(damaged)? as u64;
         }
-        // Transactions at the end that hold no page.
-        for next in transactions {
-            writer.begin_transaction(&next.info, &next.page_numbers)?;
-            pages_due = next.page_numbers.len();
+        let (_, image) =
+            self.pages.next_image().ok_or_else(|| io::Error::other("it has fewer pages than its table"))?;
+        Ok(image)
+    }
+
+    fn check_end(&self) -> io::Result<()> {
+        if self.at == self.end && !self.pages.has_image() {
+            Ok(())
+        } else {
+            Err(io::Error::other("it has more pages than its table"))
         }
-        if pages_due == 0 { Ok(()) } else { Err(io::Error::other("it has fewer pages than its table")) }
     }
 }
 
@@ -240,10 +278,10 @@ mod tests {
     fn a_minute_that_is_over_is_merged_and_then_an_hour() {
         let minute = [kept(1, 1, 3, 10, 5), kept(1, 4, 4, 20, 5), kept(1, 5, 9, 59, 5)];
         assert_eq!(step(&minute, 59), Step::Wait);
-        assert_eq!(step(&minute, 60), Step::Merge(0..3, Window::Usual));
+        assert_eq!(step(&minute, 60), Step::Merge(0..3));
         let hour = [kept(1, 1, 9, 59, 5), kept(1, 10, 20, 3000, 5), kept(1, 21, 22, 3601, 5)];
         assert_eq!(step(&hour[..2], 3599), Step::Wait);
-        assert_eq!(step(&hour, 3601), Step::Merge(0..2, Window::Wide));
+        assert_eq!(step(&hour, 3601), Step::Merge(0..2));
         // An hour that is one segment is done.
         assert_eq!(step(&[kept(1, 1, 20, 3000, 5), hour[2].clone()], 3601), Step::LetGo(0));
         assert_eq!(step(&hour[2..], 3601), Step::Wait);
@@ -260,7 +298,7 @@ mod tests {
     fn the_disk_is_not_filled() {
         let many: Vec<Spooled> = (0..6).map(|number| kept(1, number + 1, number + 1, 10, 200)).collect();
         assert_eq!(step(&many[..5], 10), Step::Wait);
-        assert_eq!(step(&many, 10), Step::Merge(0..6, Window::Usual));
+        assert_eq!(step(&many, 10), Step::Merge(0..6));
         let large = [kept(1, 1, 1, 10, 250), kept(1, 2, 2, 11, 10)];
         assert_eq!(step(&large, 11), Step::LetGo(0));
         let apart: Vec<Spooled> = (0..6).map(|number| kept(1, number * 2, number * 2, 10, 200)).collect();

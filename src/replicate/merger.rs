@@ -8,7 +8,6 @@ use tokio::sync::{Semaphore, mpsc};
 
 use super::merge::{MergeSettings, Step, held_by_others, merge_files, next_step};
 use super::spool::{self, Spool, Spooled};
-use crate::format::block::Window;
 use crate::format::key::SegmentKey;
 use crate::store::retry::RetryPolicy;
 use crate::store::upload::put_file;
@@ -72,9 +71,9 @@ impl Merger {
             match next_step(kept, &self.settings, newest_ms) {
                 Step::Wait => return,
                 Step::LetGo(index) => remove(&kept.remove(index)),
-                Step::Merge(range, window) => {
+                Step::Merge(range) => {
                     let inputs: Vec<Spooled> = kept.drain(range.clone()).collect();
-                    match self.merge(&inputs, window).await {
+                    match self.merge(&inputs).await {
                         Ok(merged) => kept.insert(range.start, merged),
                         Err(Failure::Local(error)) => tracing::warn!(%error, "segments can't be merged and stay small"),
                         Err(Failure::Store(error)) => {
@@ -88,12 +87,12 @@ impl Merger {
     }
 
     /// The small ones' files are needed until the large one is confirmed and kept.
-    async fn merge(&self, inputs: &[Spooled], window: Window) -> Result<Spooled, Failure> {
+    async fn merge(&self, inputs: &[Spooled]) -> Result<Spooled, Failure> {
         let paths: Vec<PathBuf> = inputs.iter().map(|spooled| spooled.path.clone()).collect();
         let output = self.spool.merge_file().map_err(Failure::Local)?;
         let file = output.as_file().try_clone().map_err(Failure::Local)?;
         let permit = self.permits.acquire().await;
-        let merged = tokio::task::spawn_blocking(move || merge_files(&paths, file, window)).await;
+        let merged = tokio::task::spawn_blocking(move || merge_files(&paths, file)).await;
         drop(permit);
         let key = merged.map_err(|error| Failure::Local(io::Error::other(error)))?.map_err(Failure::Local)?;
         self.put(key, output.path()).await.map_err(Failure::Store)?;

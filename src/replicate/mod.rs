@@ -30,7 +30,8 @@ pub mod wake;
 
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
-use std::path::PathBuf;
+use std::io;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -151,6 +152,7 @@ pub enum ReplicateError {
 /// A database that is followed, or is on its way out.
 struct Followed {
     let_go: CancellationToken,
+    state_dir: PathBuf,
     next: Option<(Box<Job>, Companions)>,
 }
 
@@ -192,9 +194,9 @@ impl Replication {
                     Order::Follow(job, companions) => match followed.entry(job.settings.path.clone()) {
                         Entry::Occupied(mut ending) => ending.get_mut().next = Some((job, companions)),
                         Entry::Vacant(entry) => {
-                            let let_go = stop.child_token();
+                            let (let_go, state_dir) = (stop.child_token(), job.state_dir.clone());
                             running.spawn(follow(job, companions, shared.clone(), let_go.clone()));
-                            entry.insert(Followed { let_go, next: None });
+                            entry.insert(Followed { let_go, state_dir, next: None });
                         }
                     },
                     Order::LetGo(path) => {
@@ -217,21 +219,36 @@ impl Replication {
                             continue;
                         }
                     };
+                    let is_whole = ended.is_ok();
                     failed.extend(ended.err());
-                    let Some(Followed { let_go, next }) = followed.remove(&path) else { continue };
+                    let Some(Followed { let_go, state_dir, next }) = followed.remove(&path) else { continue };
                     shared.hub.forget(&path);
                     if let Some((job, companions)) = next.filter(|_| !stop.is_cancelled()) {
-                        let let_go = stop.child_token();
+                        let (let_go, state_dir) = (stop.child_token(), job.state_dir.clone());
                         running.spawn(follow(job, companions, shared.clone(), let_go.clone()));
-                        followed.insert(path, Followed { let_go, next: None });
+                        followed.insert(path, Followed { let_go, state_dir, next: None });
                     } else if let_go.is_cancelled() && !stop.is_cancelled() {
                         shared.boards.remove(&path);
+                        if is_whole && is_gone(&path) {
+                            remove(&state_dir);
+                        }
                     }
                 }
                 () = stop.cancelled(), if running.is_empty() => {}
             }
         }
         failed
+    }
+}
+
+fn is_gone(path: &Path) -> bool {
+    std::fs::metadata(path).is_err_and(|error| error.kind() == io::ErrorKind::NotFound)
+}
+
+/// The local state of a database that was deleted, all of which is confirmed: nobody needs it any more.
+fn remove(state_dir: &Path) {
+    if let Err(error) = std::fs::remove_dir_all(state_dir) {
+        tracing::warn!(%error, state_dir = %state_dir.display(), "what was left of a deleted database can't be removed");
     }
 }
 

@@ -31,7 +31,7 @@ pub const LARGEST_AT_REST_BYTES: u64 = 256 << 20;
 /// File times tell two writes apart when so much lies between them: the kernel's clock for them ticks every few milliseconds.
 const SETTLED_AFTER: Duration = Duration::from_millis(100);
 /// One at rest is looked at this often, for the case that an event got lost.
-pub const LOOK_INTERVAL: Duration = Duration::from_secs(10);
+pub const LOOK_INTERVAL: Duration = Duration::from_secs(60);
 
 /// How many databases of the process are held open, and are being taken up.
 #[derive(Debug)]

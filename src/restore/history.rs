@@ -8,7 +8,7 @@ use futures_util::stream::{self, StreamExt, TryStreamExt};
 use super::RestoreError;
 use crate::format::key::{EPOCHS_PREFIX, EpochKey, MARKER_KEY, SegmentKey, SnapshotKey};
 use crate::format::record::{EpochRecord, RECORD_LIMIT, ReplicaMarker};
-use crate::store::{ObjectInfo, SharedStore, StoreErrorKind};
+use crate::store::{ObjectInfo, SharedStore};
 
 /// So many epoch records are read at a time.
 const RECORDS_IN_FLIGHT: usize = 8;
@@ -169,7 +169,7 @@ async fn read_marker(store: &SharedStore, location: &str) -> Result<ReplicaMarke
             });
         }
         // A replica's directory is made by the first put. A bucket that is not there is another thing: a mistake.
-        Err(error) if error.kind == StoreErrorKind::NoSuchBucket && location.starts_with("file://") => {
+        Err(error) if error.is_of_missing_directory() => {
             return Err(RestoreError::NoReplica { location: location.to_owned() });
         }
         other => other.map_err(RestoreError::object(location, &MARKER_KEY))?,

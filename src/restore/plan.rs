@@ -295,7 +295,7 @@ impl Planner<'_> {
     }
 
     async fn table(&self, stored: &Stored<SegmentKey>) -> Result<Vec<Transaction>, RestoreError> {
-        read_table(self.store, self.location, stored).await.map(|(_, transactions)| transactions)
+        read_table(self.store, self.location, stored).await.map(|(_, table)| table.transactions)
     }
 
     async fn tail(&self, stored: &Stored<SnapshotKey>) -> Result<SnapshotTail, RestoreError> {

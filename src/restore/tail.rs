@@ -6,7 +6,7 @@ use super::RestoreError;
 use super::history::Stored;
 use crate::format::FOOTER_LEN;
 use crate::format::key::{SegmentKey, SnapshotKey};
-use crate::format::segment::{SegmentFooter, Transaction};
+use crate::format::segment::{SegmentFooter, Table};
 use crate::format::snapshot::SnapshotFooter;
 use crate::store::SharedStore;
 
@@ -53,7 +53,7 @@ pub async fn read_table(
     store: &SharedStore,
     location: &str,
     stored: &Stored<SegmentKey>,
-) -> Result<(SegmentFooter, Vec<Transaction>), RestoreError> {
+) -> Result<(SegmentFooter, Table), RestoreError> {
     let end = tail(store, location, stored, SEGMENT_TAIL_GUESS).await?;
     let footer = SegmentFooter::decode(&end, stored.len_bytes).map_err(RestoreError::format(location, &stored.key))?;
     check_footer(&footer, &stored.key, location)?;
@@ -66,8 +66,8 @@ pub async fn read_table(
             range.map_err(RestoreError::object(location, &stored.key))?
         }
     };
-    let transactions = footer.decode_table(&table).map_err(RestoreError::format(location, &stored.key))?;
-    Ok((footer, transactions))
+    let table = footer.decode_table(&table).map_err(RestoreError::format(location, &stored.key))?;
+    Ok((footer, table))
 }
 
 /// An object under another's name is found out here.

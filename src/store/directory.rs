@@ -247,6 +247,27 @@ impl ObjectStore for DirectoryStore {
         .await
     }
 
+    async fn folders(&self, prefix: &str) -> Result<Vec<String>, StoreError> {
+        self.blocking("list", prefix, move |store, prefix| {
+            store.check_root()?;
+            let directory = match prefix.strip_suffix('/') {
+                None => store.root.clone(),
+                Some(folder) => store.path(folder)?,
+            };
+            let mut found = Vec::new();
+            for entry in fs::read_dir(directory)? {
+                let entry = entry?;
+                let name = entry.file_name().to_string_lossy().into_owned();
+                if entry.file_type()?.is_dir() && name != INCOMING {
+                    found.push(name);
+                }
+            }
+            found.sort();
+            Ok(found)
+        })
+        .await
+    }
+
     async fn delete(&self, key: &str) -> Result<(), StoreError> {
         self.blocking("delete", key, |store, key| {
             store.check_root()?;

@@ -54,6 +54,11 @@ impl ObjectStore for Limited {
         self.inner.list(prefix, start_after).await
     }
 
+    async fn folders(&self, prefix: &str) -> Result<Vec<String>, StoreError> {
+        let _turn = self.turn().await;
+        self.inner.folders(prefix).await
+    }
+
     async fn delete(&self, key: &str) -> Result<(), StoreError> {
         let _turn = self.turn().await;
         self.inner.delete(key).await

@@ -98,6 +98,11 @@ impl ObjectStore for Metered {
         self.inner.list(prefix, start_after).await
     }
 
+    async fn folders(&self, prefix: &str) -> Result<Vec<String>, StoreError> {
+        self.meter.request(Operation::List, 0);
+        self.inner.folders(prefix).await
+    }
+
     async fn delete(&self, key: &str) -> Result<(), StoreError> {
         self.meter.request(Operation::Delete, 0);
         self.inner.delete(key).await

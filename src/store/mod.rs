@@ -12,6 +12,7 @@ pub mod retry;
 pub mod s3;
 pub mod upload;
 
+use std::collections::BTreeSet;
 use std::fmt;
 use std::sync::Arc;
 
@@ -106,6 +107,15 @@ pub trait ObjectStore: Send + Sync + fmt::Debug {
     /// All objects whose key starts with `prefix` and, if given, sorts after `start_after`; in the order of their keys.
     async fn list(&self, prefix: &str, start_after: Option<&str>) -> Result<Vec<ObjectInfo>, StoreError>;
 
+    /// Names of the folders directly below `prefix`, which is empty or ends in `/`: what stands before the next `/` of the keys
+    /// there. In order, each once.
+    async fn folders(&self, prefix: &str) -> Result<Vec<String>, StoreError> {
+        let listed = self.list(prefix, None).await?;
+        let folder = |object: &ObjectInfo| Some(object.key.strip_prefix(prefix)?.split_once('/')?.0.to_owned());
+        let folders: BTreeSet<String> = listed.iter().filter_map(folder).collect();
+        Ok(folders.into_iter().collect())
+    }
+
     /// Deletes one object. Deleting what is not there is no error.
     async fn delete(&self, key: &str) -> Result<(), StoreError>;
 
@@ -184,6 +194,12 @@ impl StoreError {
     #[must_use]
     pub fn is_retryable(&self) -> bool {
         self.kind == StoreErrorKind::Unavailable
+    }
+
+    /// Whether it is about a directory that is not there yet: it is made by the first put. A bucket is not.
+    #[must_use]
+    pub fn is_of_missing_directory(&self) -> bool {
+        self.kind == StoreErrorKind::NoSuchBucket && self.location.starts_with("file://")
     }
 
     /// Whether the store was reached and the object is not there.

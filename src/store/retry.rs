@@ -111,6 +111,10 @@ impl ObjectStore for Retrying {
         self.repeat(|_| self.inner.list(prefix, start_after)).await
     }
 
+    async fn folders(&self, prefix: &str) -> Result<Vec<String>, StoreError> {
+        self.repeat(|_| self.inner.folders(prefix)).await
+    }
+
     async fn delete(&self, key: &str) -> Result<(), StoreError> {
         self.repeat(|_| self.inner.delete(key)).await
     }

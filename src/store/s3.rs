@@ -2,6 +2,7 @@
 
 mod delete;
 
+use std::collections::BTreeSet;
 use std::error::Error as _;
 use std::fmt;
 use std::time::Duration;
@@ -193,6 +194,19 @@ impl S3Store {
             location: self.location.clone(),
             key: key.to_owned(),
             message: message.to_string(),
+        }
+    }
+
+    /// A listing of nothing is empty: what is not found is the bucket.
+    fn not_listed<E, R>(&self, prefix: &str) -> impl FnOnce(SdkError<E, R>) -> StoreError
+    where
+        E: ProvideErrorMetadata + std::error::Error + Send + Sync + 'static,
+        R: HttpStatus + fmt::Debug + Send + Sync + 'static,
+    {
+        let failed = self.failed("list", prefix);
+        |error| match failed(error) {
+            error if error.is_not_found() => StoreError { kind: StoreErrorKind::NoSuchBucket, ..error },
+            error => error,
         }
     }
 
@@ -406,11 +420,7 @@ impl ObjectStore for S3Store {
         let mut pages = request.set_start_after(start_after.map(|after| self.full(after))).into_paginator().send();
         let mut found = Vec::new();
         while let Some(page) = pages.next().await {
-            let page = page.map_err(self.failed("list", prefix)).map_err(|error| match error.kind {
-                // A listing of nothing is empty: what is not found is the bucket.
-                StoreErrorKind::NotFound => StoreError { kind: StoreErrorKind::NoSuchBucket, ..error },
-                _ => error,
-            })?;
+            let page = page.map_err(self.not_listed(prefix))?;
             for object in page.contents() {
                 found.extend(self.listed(prefix, object)?);
             }
@@ -423,6 +433,26 @@ impl ObjectStore for S3Store {
         found.sort_by(|left, right| left.key.cmp(&right.key));
         found.retain(|object| start_after.is_none_or(|after| object.key.as_str() > after));
         Ok(found)
+    }
+
+    async fn folders(&self, prefix: &str) -> Result<Vec<String>, StoreError> {
+        let full = self.full(prefix);
+        let request = self.client.list_objects_v2().bucket(&self.bucket).prefix(&full).delimiter("/");
+        let mut pages = request.into_paginator().send();
+        let mut found = BTreeSet::new();
+        while let Some(page) = pages.next().await {
+            let page = page.map_err(self.not_listed(prefix))?;
+            for folder in page.common_prefixes().iter().filter_map(|common| common.prefix()) {
+                let name = folder.strip_prefix(&full).and_then(|name| name.strip_suffix('/'));
+                let name =
+                    name.ok_or_else(|| self.bad_listing(prefix, "the store listed a folder of another place"))?;
+                found.insert(name.to_owned());
+            }
+            if page.is_truncated() == Some(true) && page.next_continuation_token().is_none() {
+                return Err(self.bad_listing(prefix, "the store says that there is more and not how to get it"));
+            }
+        }
+        Ok(found.into_iter().collect())
     }
 
     async fn delete(&self, key: &str) -> Result<(), StoreError> {

@@ -217,28 +217,28 @@ impl Reader<'_> {
     async fn large_segment(&self, stored: &Stored<SegmentKey>) -> Result<u64, RestoreError> {
         let (key, location) = (stored.key, self.location);
         let bad = || RestoreError::format(location, &key);
-        let (footer, _) = read_table(self.store, location, stored).await?;
+        let (footer, table) = read_table(self.store, location, stored).await?;
         let header = self.store.get_range(&key.to_string(), 0, HEADER_LEN as u64).await;
         let header = header.map_err(RestoreError::object(location, &key))?;
         check_segment_header(&header, &footer).map_err(bad())?;
-        let mut blocks = Blocks::of(self.store, location, key, &footer);
-        let mut pages = PageStream::new(&footer).map_err(bad())?;
-        let (mut images, mut count) = (0, 0);
-        while let Some(block) = blocks.next().await? {
-            let (stream, found) = blocking(move || {
-                let found = pages.read_block(&block).map(|(images, _)| images.count() as u64);
-                (pages, found)
-            })
-            .await?;
-            pages = stream;
-            images += found.map_err(bad())?;
-            count += 1;
+        let mut blocks = Blocks::of(self.store, location, key, footer.pages_offset..footer.table_offset());
+        for run in &table.runs {
+            let mut pages = PageStream::new(footer.page_size, table.places(run)).map_err(bad())?;
+            let mut left = run.bytes.end - run.bytes.start;
+            let mut count = 0;
+            while left > 0 {
+                let Some(some) = blocks.next(left).await? else { break };
+                left -= some.len() as u64;
+                let read = blocking(move || read_blocks(pages, &some)).await?;
+                let block_count;
+                (pages, block_count) = read.map_err(bad())?;
+                count += block_count;
+            }
+            if left > 0 || pages.next_place().is_some() || count != run.block_count {
+                return Err(RestoreError::damaged(location, &key, &"its pages and its table contradict each other"));
+            }
         }
-        if images == footer.page_count && count == u64::from(footer.page_block_count) {
-            Ok(count)
-        } else {
-            Err(RestoreError::damaged(location, &key, &"its pages and its table contradict each other"))
-        }
+        Ok(u64::from(footer.page_block_count))
     }
 
     /// Checks the extents of a snapshot, wherever they are.
@@ -288,6 +288,18 @@ impl Reader<'_> {
         };
         (0..).zip(index.extents.iter().copied()).filter(|extent| is_chosen(extent)).collect()
     }
+}
+
+/// Reads whole blocks of a run; gives how many there were.
+fn read_blocks(mut pages: PageStream, mut blocks: &[u8]) -> Result<(PageStream, u32), FormatError> {
+    let mut count = 0;
+    while !blocks.is_empty() {
+        let len = pages.read_block(blocks)?;
+        while pages.next_image().is_some() {}
+        blocks = &blocks[len..];
+        count += 1;
+    }
+    Ok((pages, count))
 }
 
 fn check_batch(batch: &Batch, bytes: &Bytes, page_size: u32) -> Result<(), FormatError> {

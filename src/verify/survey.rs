@@ -196,7 +196,7 @@ impl Known {
         while let Some(answer) = answers.next().await {
             let Some((stored, read)) = answer else { continue };
             let found = match read {
-                Ok((footer, transactions)) => Ok(facts(&footer, &transactions, wanted.get(&stored.key.0.epoch))),
+                Ok((footer, table)) => Ok(facts(&footer, &table.transactions, wanted.get(&stored.key.0.epoch))),
                 Err(error) => Err(damage(error)?),
             };
             if let Ok(facts) = &found {

@@ -235,9 +235,8 @@ fn a_database_that_is_none() {
 
 /// A segment with another byte in its last page, and all its checksums right.
 pub fn forged(segment: &[u8]) -> Vec<u8> {
-    use waltrail::format::segment::{Segment, SegmentWriter};
-    let mut images = Vec::new();
-    let whole = Segment::decode(segment, |_, _, image| images.push(image.to_vec())).unwrap();
+    use waltrail::format::segment::SegmentWriter;
+    let (whole, mut images) = crate::support::decoded(segment);
     *images.last_mut().unwrap().last_mut().unwrap() ^= 1;
     let mut writer = SegmentWriter::new(Vec::new(), whole.footer.page_size).unwrap();
     let mut images = images.iter();

@@ -182,13 +182,37 @@ fn a_large_segment_has_many_blocks_and_little_memory_is_believed() {
     assert!(bytes.len() < 30 * 199 * 4096 / 20, "{} bytes", bytes.len());
 }
 
+/// Runs that a merge writes: the images come in the run's order, and are found again under their transactions.
+#[test]
+fn a_run_of_images_that_are_in_order_already() {
+    let transactions: Vec<Pages> =
+        vec![[(2, 1), (9, 2)].into(), Pages::new(), [(1, 3), (9, 4)].into(), [(3, 5)].into()];
+    let original = Segment::decode(&segment(512, &transactions), |_, _, _| ()).unwrap();
+    let mut writer = SegmentWriter::new(Vec::new(), 512).unwrap();
+    assert!(writer.push_page(&image(512, 0)).is_err());
+    writer.begin_run(&original.transactions[..3]).unwrap();
+    for fill in [3, 1, 2, 4] {
+        writer.push_page(&image(512, fill)).unwrap();
+    }
+    writer.begin_run(&original.transactions[3..]).unwrap();
+    writer.push_page(&image(512, 5)).unwrap();
+    let bytes = writer.finish(7, 100).unwrap().0;
+    let mut pages = vec![Pages::new(); transactions.len()];
+    let decoded = Segment::decode(&bytes, |index, number, page| {
+        assert_eq!(page, image(512, transactions[index][&number]));
+        pages[index].insert(number, transactions[index][&number]);
+    });
+    assert_eq!(decoded.unwrap().transactions, original.transactions);
+    assert_eq!(pages, transactions);
+}
+
 /// What docs/FORMAT.md quotes. zstd may compress otherwise one day; what was written once must be read for ever.
 #[test]
 fn the_vectors_are_read() {
     let segment = hex(include_str!("../vectors/segment.hex"));
     let mut pages = Vec::new();
     let decoded = Segment::decode(&segment, |index, number, page| pages.push((index, number, page[0]))).unwrap();
-    assert_eq!(pages, [(0, 1, 1), (0, 3, 2), (1, 2, 3)]);
+    assert_eq!(pages, [(0, 1, 1), (1, 2, 3), (0, 3, 2)]);
     assert_eq!((decoded.footer.page_size, decoded.footer.span.epoch, decoded.footer.span.first_txid), (512, 7, 100));
     let snapshot = hex(include_str!("../vectors/snapshot.hex"));
     let extents = read_snapshot(&snapshot).unwrap();

@@ -15,7 +15,7 @@ use waltrail::restore::plan::{Target, plan};
 use waltrail::store::PutMode;
 
 use crate::support::oracle::{Oracle, all_kinds};
-use crate::support::{Daemon, create_database, insert, number, open, wait_for_restored};
+use crate::support::{Daemon, create_database, decoded, insert, number, open, wait_for_restored};
 
 /// Restores a newest state over `target`, as the command does.
 async fn restore_to(oracle: &Oracle, target: &Path, force: bool) -> Result<Vec<String>, RestoreError> {
@@ -239,8 +239,7 @@ async fn only_the_fingerprint_tells() {
     oracle.begin_with_snapshot(None, 0).await;
     let key = oracle.commit_and_cut(3).await.to_string();
     let good = oracle.store.get(&key, u64::MAX).await.unwrap();
-    let mut pages = Vec::new();
-    let Segment { footer, transactions } = Segment::decode(&good, |_, _, page| pages.push(page.to_vec())).unwrap();
+    let (Segment { footer, transactions }, mut pages) = decoded(&good);
     // The last image of a transaction is the one that a restore to it takes.
     pages.last_mut().unwrap()[100] ^= 1;
     let mut writer = SegmentWriter::new(Vec::new(), 512).unwrap();

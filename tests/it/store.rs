@@ -47,6 +47,9 @@ async fn keeps_its_promises(store: SharedStore) {
     assert_eq!(keys("log/", Some("log/b/1")).await, ["log/b/2", "log/c"]);
     assert_eq!(keys("nothing/", None).await, [""; 0]);
     assert_eq!(store.list("log/a", None).await.unwrap()[0].len_bytes, 3);
+    assert_eq!(store.folders("").await.unwrap(), ["log", "other"]);
+    assert_eq!(store.folders("log/").await.unwrap(), ["b"]);
+    assert_eq!(store.folders("log/b/").await.unwrap(), [""; 0]);
     store.delete("log/a").await.unwrap();
     store.delete("log/a").await.unwrap();
     assert_eq!(keys("log/a", None).await, [""; 0]);
@@ -106,6 +109,7 @@ async fn a_directory_keeps_its_promises() {
     let root = directory.path().join("made/by/the first put");
     let store: SharedStore = Arc::new(DirectoryStore::new(root.clone()));
     assert_eq!(store.list("", None).await.unwrap_err().kind, StoreErrorKind::NoSuchBucket);
+    assert_eq!(store.folders("").await.unwrap_err().kind, StoreErrorKind::NoSuchBucket);
     assert_eq!(store.get("a", 1).await.unwrap_err().kind, StoreErrorKind::NoSuchBucket);
     keeps_its_promises(store.clone()).await;
     tells_when_objects_were_stored(store.as_ref()).await;
@@ -216,6 +220,7 @@ async fn s3_failures_are_told_apart() {
     // This server answers a GET from a bucket that is not there with NoSuchKey; a listing tells.
     let elsewhere = S3Store::open(&S3Options { bucket: "nowhere".into(), ..server.options("x") }).await;
     let no_bucket = elsewhere.list("", None).await.unwrap_err();
+    assert_eq!(elsewhere.folders("").await.unwrap_err().kind, StoreErrorKind::NoSuchBucket);
     assert_eq!(no_bucket.kind, StoreErrorKind::NoSuchBucket, "{no_bucket}");
     let wrong_key = kind(S3Options { secret_access_key: Some("wrong".into()), ..server.options("x") }).await;
     assert_eq!(wrong_key.0, StoreErrorKind::Denied, "{}", wrong_key.1);

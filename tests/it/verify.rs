@@ -13,7 +13,7 @@ use waltrail::clock::Clock;
 use waltrail::format::FOOTER_LEN;
 use waltrail::format::key::{PRESENCE_KEY, SegmentKey, SnapshotKey};
 use waltrail::format::record::PresenceRecord;
-use waltrail::format::segment::{Segment, SegmentWriter};
+use waltrail::format::segment::SegmentWriter;
 use waltrail::format::snapshot::{ExtentRecord, SnapshotFooter, SnapshotWriter, decode_extent};
 use waltrail::restore::RestoreError;
 use waltrail::restore::plan::Target;
@@ -30,7 +30,7 @@ use waltrail::verify::{Depth, Settings, VerifyError, verify};
 use crate::support::oracle::{Oracle, all_kinds};
 use crate::support::s3::S3Server;
 use crate::support::scene::Scene;
-use crate::support::{count_up, create_database, insert, run, stderr, wait_for, waltrail};
+use crate::support::{count_up, create_database, decoded, insert, run, stderr, wait_for, waltrail};
 
 const HOUR_MS: u64 = 3_600_000;
 const DEPTHS: [Depth; 3] = [Depth::Structure, Depth::Data, Depth::Drill];
@@ -326,8 +326,7 @@ async fn content_of_another_history() {
 
 /// The same segment, of a history in which its last transaction left another state.
 fn of_another_history(segment: &[u8]) -> Vec<u8> {
-    let mut images = Vec::new();
-    let whole = Segment::decode(segment, |_, _, image| images.push(image.to_vec())).unwrap();
+    let (whole, images) = decoded(segment);
     let mut writer = SegmentWriter::new(Vec::new(), whole.footer.page_size).unwrap();
     let (mut images, last_txid) = (images.iter(), whole.footer.span.last_txid);
     for transaction in &whole.transactions {

@@ -13,6 +13,7 @@ use std::process::{Child, Command, Output, Stdio};
 use std::time::Duration;
 
 use rusqlite::Connection;
+use waltrail::format::segment::Segment;
 
 use self::syscalls::{Call, Verdict};
 
@@ -69,6 +70,7 @@ impl Daemon {
         Self { child: syscalls::spawn(&mut command, calls, decide) }
     }
 
+    /// Its process id.
     pub fn id(&self) -> u32 {
         self.child.id()
     }
@@ -194,4 +196,12 @@ pub fn insert(connection: &Connection, rows: i64) {
 /// One small transaction.
 pub fn count_up(connection: &Connection) {
     connection.execute_batch("UPDATE counter SET n = n + 1").unwrap();
+}
+
+/// A segment, and the images of its pages in the order of its table.
+pub fn decoded(bytes: &[u8]) -> (Segment, Vec<Vec<u8>>) {
+    let mut images = Vec::new();
+    let segment = Segment::decode(bytes, |index, number, image| images.push((index, number, image.to_vec()))).unwrap();
+    images.sort();
+    (segment, images.into_iter().map(|(_, _, image)| image).collect())
 }

@@ -1,0 +1,229 @@
+//! Many databases: found, followed, laid to rest, let go of; and a configuration that is read again.
+
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use rusqlite::Connection;
+
+use crate::support::scene::Scene;
+use crate::support::{Daemon, content, count_up, create_database, run, stderr, wait_for};
+
+struct Fleet {
+    scene: Scene,
+    configuration: PathBuf,
+}
+
+impl Fleet {
+    /// Databases of these names in a directory, and a configuration that takes all that are there.
+    fn new(names: &[&str], more: &str) -> (Self, Vec<Connection>) {
+        let scene = Scene::new();
+        std::fs::create_dir(scene.path("tenants")).unwrap();
+        let fleet = Self { configuration: scene.path("waltrail.toml"), scene };
+        let text = format!(
+            "{more}\n[[database]]\npath = \"{}\"\nreplica = \"{}\"\n",
+            fleet.path("*.db").display(),
+            fleet.scene.replica()
+        );
+        fleet.configure(&text);
+        let applications = names.iter().map(|name| create_database(&fleet.path(name), 20, "")).collect();
+        (fleet, applications)
+    }
+
+    fn configure(&self, text: &str) {
+        std::fs::write(&self.configuration, text).unwrap();
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.scene.path("tenants").join(name)
+    }
+
+    fn start(&self) -> Daemon {
+        self.scene.start_with(&["--config", self.configuration.to_str().unwrap()])
+    }
+
+    fn phase(&self, path: &Path) -> Option<String> {
+        let answer = run(["status", path.to_str().unwrap(), "--format", "json"]);
+        let json: serde_json::Value = serde_json::from_slice(&answer.stdout).ok()?;
+        json["phase"].as_str().map(str::to_owned)
+    }
+
+    fn wait_until_followed(&self, path: &Path) {
+        wait_for("the database to be followed", || (self.phase(path)? == "following").then_some(()));
+    }
+
+    fn sync(&self, path: &Path) {
+        let done = run(["sync", path.to_str().unwrap()]);
+        assert!(done.status.success(), "{}\n{}", stderr(&done), self.scene.log());
+    }
+
+    fn check_restored(&self, name: &str, expected: &[String]) {
+        let replica = format!("{}/{name}", self.scene.replica());
+        assert_eq!(content(&self.scene.restored(&replica, &[])), expected, "{name}");
+    }
+
+    fn is_let_go(&self, path: &Path) -> bool {
+        stderr(&run(["status", path.to_str().unwrap()])).contains("no daemon follows")
+    }
+}
+
+#[test]
+fn databases_come_and_go() {
+    let (fleet, applications) = Fleet::new(&["a.db", "b.db"], "");
+    let daemon = fleet.start();
+    for name in ["a.db", "b.db"] {
+        fleet.wait_until_followed(&fleet.path(name));
+    }
+    // A file that is no database, and one that is none yet, are nobody's business.
+    std::fs::write(fleet.path("notes.db"), "not a database, however it is called").unwrap();
+    std::fs::write(fleet.path("later.db"), "").unwrap();
+    #[allow(clippy::disallowed_methods)]
+    let made = Instant::now();
+    let late = create_database(&fleet.path("late.db"), 30, "");
+    wait_for("the new database to be followed", || fleet.phase(&fleet.path("late.db")));
+    assert!(made.elapsed() < Duration::from_secs(2), "{:?}", made.elapsed());
+    fleet.wait_until_followed(&fleet.path("late.db"));
+    count_up(&late);
+    fleet.sync(&fleet.path("late.db"));
+    let expected = content(&fleet.path("late.db"));
+
+    let gone = content(&fleet.path("b.db"));
+    count_up(&applications[0]);
+    drop(applications);
+    for suffix in ["", "-wal", "-shm"] {
+        std::fs::remove_file(format!("{}{suffix}", fleet.path("b.db").display())).ok();
+    }
+    wait_for("the lost database to be let go of", || fleet.is_let_go(&fleet.path("b.db")).then_some(()));
+    let waltrail = run(["status", "--config", fleet.configuration.to_str().unwrap()]);
+    let table = String::from_utf8(waltrail.stdout).unwrap();
+    wait_for("its state to be gone", || (!fleet.path(".b.db-waltrail").exists()).then_some(()));
+    assert!(table.contains("/a.db") && table.contains("/late.db") && !table.contains("/b.db"), "{table}");
+
+    let last = content(&fleet.path("a.db"));
+    assert_eq!(daemon.terminate(), Some(0), "{}", fleet.scene.log());
+    fleet.check_restored("a.db", &last);
+    fleet.check_restored("b.db", &gone);
+    fleet.check_restored("late.db", &expected);
+    assert!(!fleet.scene.log().contains("ERROR"), "{}", fleet.scene.log());
+}
+
+#[test]
+fn a_fleet_at_rest_holds_nothing_and_misses_nothing() {
+    let names: Vec<String> = (0..12).map(|number| format!("tenant-{number}.db")).collect();
+    let names: Vec<&str> = names.iter().map(String::as_str).collect();
+    let (fleet, mut applications) = Fleet::new(&names, "open-databases = 2");
+    // Nobody has them open: what is held open is ours.
+    applications.clear();
+    let daemon = fleet.start();
+    for name in &names {
+        fleet.wait_until_followed(&fleet.path(name));
+    }
+    let held_open = || -> usize {
+        let links = std::fs::read_dir(format!("/proc/{}/fd", daemon.id())).unwrap();
+        let targets = links.filter_map(|link| std::fs::read_link(link.unwrap().path()).ok());
+        let mut databases: Vec<PathBuf> =
+            targets.filter(|target| target.extension().is_some_and(|extension| extension == "db")).collect();
+        databases.sort();
+        databases.dedup();
+        databases.len()
+    };
+    wait_for("the others to rest", || (held_open() == 2).then_some(()));
+
+    let objects = fleet.scene.objects("").len();
+    for round in 0..3 {
+        for name in &names {
+            let application = crate::support::open(&fleet.path(name));
+            for _ in 0..=round {
+                count_up(&application);
+            }
+            // Closing the last connection checkpoints the WAL and deletes it, under a resting daemon's nose.
+            drop(application);
+        }
+        for name in &names {
+            fleet.sync(&fleet.path(name));
+        }
+    }
+    assert!(fleet.scene.objects("").len() >= objects + 3 * names.len(), "each round of each is there");
+    let expected: Vec<Vec<String>> = names.iter().map(|name| content(&fleet.path(name))).collect();
+    assert_eq!(daemon.terminate(), Some(0), "{}", fleet.scene.log());
+    for (name, expected) in names.iter().zip(&expected) {
+        fleet.check_restored(name, expected);
+    }
+    let epochs = fleet.scene.objects("tenant-3.db/epochs");
+    assert_eq!(epochs.len(), 1, "a rest is no new start: {epochs:?}");
+}
+
+#[test]
+fn a_hangup_touches_only_what_differs() {
+    let (fleet, applications) = Fleet::new(&["a.db", "b.db", "c.db"], "");
+    let one = |name: &str, more: &str| {
+        let replica = fleet.scene.path("elsewhere").join(name);
+        format!(
+            "[[database]]\npath = \"{}\"\nreplica = \"{}\"\n{more}\n",
+            fleet.path(name).display(),
+            replica.display()
+        )
+    };
+    fleet.configure(&format!("{}{}", one("a.db", ""), one("b.db", "")));
+    let daemon = fleet.start();
+    for name in ["a.db", "b.db"] {
+        fleet.wait_until_followed(&fleet.path(name));
+    }
+    assert!(fleet.is_let_go(&fleet.path("c.db")));
+
+    fleet.configure("[[database]]\npath = 7\n");
+    daemon.signal(libc::SIGHUP);
+    wait_for("the error", || fleet.scene.log().contains("the configuration is wrong").then_some(()));
+    count_up(&applications[1]);
+    fleet.sync(&fleet.path("b.db"));
+    let left = content(&fleet.path("b.db"));
+
+    fleet.configure(&format!("{}{}", one("a.db", ""), one("c.db", "sync-interval = \"2s\"")));
+    daemon.signal(libc::SIGHUP);
+    fleet.wait_until_followed(&fleet.path("c.db"));
+    wait_for("b.db to be let go of", || fleet.is_let_go(&fleet.path("b.db")).then_some(()));
+    count_up(&applications[0]);
+    count_up(&applications[2]);
+    let expected = [content(&fleet.path("a.db")), left, content(&fleet.path("c.db"))];
+    assert_eq!(daemon.terminate(), Some(0), "{}", fleet.scene.log());
+    for (name, expected) in ["a.db", "b.db", "c.db"].iter().zip(&expected) {
+        let replica = fleet.scene.path("elsewhere").join(name).display().to_string();
+        assert_eq!(&content(&fleet.scene.restored(&replica, &[])), expected, "{name}");
+    }
+    let epochs = std::fs::read_dir(fleet.scene.path("elsewhere/a.db/epochs")).unwrap().count();
+    assert_eq!(epochs, 1, "a.db went on undisturbed");
+}
+
+#[test]
+fn a_fleet_that_is_lost_comes_back_from_what_is_stored() {
+    let (fleet, applications) = Fleet::new(&["a.db", "b.db"], "");
+    std::fs::create_dir_all(fleet.path("eu")).unwrap();
+    drop(create_database(&fleet.path("eu/c.db"), 40, ""));
+    let configuration = fleet.configuration.display().to_string();
+    let everywhere = std::fs::read_to_string(&fleet.configuration).unwrap().replace("/*.db", "/**/*.db");
+    fleet.configure(&everywhere);
+    // The first time there is nothing to restore.
+    let first = run(["run", "--config", &configuration, "--", "true"]);
+    assert!(first.status.success(), "{}", stderr(&first));
+    let names = ["a.db", "b.db", "eu/c.db"];
+    let expected: Vec<Vec<String>> = names.iter().map(|name| content(&fleet.path(name))).collect();
+    drop(applications);
+
+    let elsewhere = fleet.scene.path("elsewhere");
+    let all = run(["restore", "--config", &configuration, "--all", "--output-dir", elsewhere.to_str().unwrap()]);
+    assert!(all.status.success(), "{}", stderr(&all));
+    for (name, expected) in names.iter().zip(&expected) {
+        assert_eq!(&content(&elsewhere.join(name)), expected);
+    }
+
+    // One that is missing was deleted; when all are, the volume is new.
+    std::fs::remove_file(fleet.path("b.db")).unwrap();
+    let command = ["run", "--config", &configuration, "--", "true"];
+    assert!(run(command).status.success());
+    assert!(!fleet.path("b.db").exists());
+    std::fs::remove_dir_all(fleet.path("")).unwrap();
+    let back = run(command);
+    assert!(back.status.success(), "{}", stderr(&back));
+    for (name, expected) in names.iter().zip(&expected) {
+        assert_eq!(&content(&fleet.path(name)), expected, "{name}");
+    }
+}
