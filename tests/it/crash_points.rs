@@ -15,6 +15,7 @@ use std::time::Duration;
 use rusqlite::Connection;
 use waltrail::clock::{Clock, SystemClock};
 use waltrail::format::Position;
+use waltrail::format::key::SegmentKey;
 use waltrail::restore::execute::execute;
 use waltrail::restore::history::History;
 use waltrail::restore::plan::{Target, plan};
@@ -208,6 +209,14 @@ impl Play {
             let restored = runtime.block_on(restore(&store, *position, &self.scene.path("state.db")));
             restored.unwrap_or_else(|error| panic!("{case}: {position}: {error}\n{log}"));
             assert!(content(&self.scene.path("state.db")) == *expected, "{case}: {position} is restored wrong\n{log}");
+        }
+        // Nothing stands behind a gap.
+        let mut reached = BTreeMap::<u32, u64>::new();
+        for object in runtime.block_on(store.list("log/", None)).unwrap() {
+            let Some(SegmentKey(span)) = SegmentKey::parse(&object.key) else { continue };
+            let last_txid = reached.entry(span.epoch).or_insert(span.first_txid - 1);
+            assert!(span.first_txid <= *last_txid + 1, "{case}: {} stands behind a gap\n{log}", object.key);
+            *last_txid = span.last_txid.max(*last_txid);
         }
         let now_ms = SystemClock::new().now_ms();
         let sound = runtime.block_on(check_sound(&store, Depth::Drill, 1, now_ms));

@@ -16,6 +16,7 @@ mod marks;
 mod merging;
 mod month;
 mod objects;
+mod peers;
 mod recover;
 mod replicas;
 mod replicate;

@@ -5,6 +5,7 @@
 
 use std::collections::HashMap;
 use std::hash::{DefaultHasher, Hash, Hasher};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -353,13 +354,25 @@ fn one_seed_gives_the_same_trace_again() {
 
 #[test]
 fn random_sequences() {
-    // WALTRAIL_SEED=n plays one, WALTRAIL_SEEDS=n so many.
+    // WALTRAIL_SEED=n plays one, and prints it if it fails; WALTRAIL_SEEDS=n plays so many.
     let number = |name: &str| std::env::var(name).ok().map(|text| text.parse::<u64>().unwrap());
     if let Some(seed) = number("WALTRAIL_SEED") {
         play(seed, 80);
         return;
     }
-    for seed in 0..number("WALTRAIL_SEEDS").unwrap_or(25) {
-        play(seed, 80);
-    }
+    let (seeds, next) = (number("WALTRAIL_SEEDS").unwrap_or(150), AtomicU64::new(0));
+    std::thread::scope(|scope| {
+        for _ in 0..std::thread::available_parallelism().map_or(1, usize::from) {
+            scope.spawn(|| {
+                loop {
+                    let seed = next.fetch_add(1, Ordering::SeqCst);
+                    if seed >= seeds {
+                        break;
+                    }
+                    play(seed, 80);
+                }
+            });
+        }
+    });
+    println!("{seeds} seeds");
 }

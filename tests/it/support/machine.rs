@@ -179,7 +179,7 @@ impl Machine {
     }
 
     pub fn new(pragmas: &str, stack: impl Fn(SharedStore) -> SharedStore) -> Self {
-        let directory = tempfile::tempdir().unwrap();
+        let directory = scratch();
         let bare = Arc::new(MemoryStore::new());
         bare.set_now_ms(BEGINNING_MS);
         let memory: SharedStore = bare.clone();
@@ -207,7 +207,7 @@ impl Machine {
 
     /// What a cloned virtual machine is: the same files, the same state, the same store and time. The daemon is not running there.
     pub fn cloned(&self) -> Self {
-        let directory = tempfile::tempdir().unwrap();
+        let directory = scratch();
         let path = directory.path().join("app.db");
         for suffix in ["", "-wal"] {
             let from = format!("{}{suffix}", self.database().display());
@@ -247,7 +247,7 @@ impl Machine {
 
     /// What the database is now, byte for byte, as a checkpoint would leave it.
     pub fn image(&self) -> Vec<u8> {
-        let scratch = tempfile::tempdir().unwrap();
+        let scratch = scratch();
         let copy = scratch.path().join("copy.db");
         std::fs::copy(self.database(), &copy).unwrap();
         let wal = format!("{}-wal", self.database().display());
@@ -576,6 +576,12 @@ impl Machine {
         self.commits.clear();
         self.open_application();
     }
+}
+
+/// In memory where that is to be had: nobody waits for a disk then, and no power is cut here.
+fn scratch() -> tempfile::TempDir {
+    let memory = Path::new("/dev/shm");
+    if memory.is_dir() { tempfile::tempdir_in(memory).unwrap() } else { tempfile::tempdir().unwrap() }
 }
 
 /// Lets storage, merges and what else goes on beside the daemon's thread come as far as they come.

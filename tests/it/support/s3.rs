@@ -2,7 +2,12 @@
 
 use std::net::SocketAddr;
 use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU16, Ordering};
 
+use hyper::body::Incoming;
+use hyper::service::{Service, service_fn};
+use hyper::{Request, Response};
 use hyper_util::rt::{TokioExecutor, TokioIo};
 use hyper_util::server::conn::auto::Builder;
 use s3s::auth::SimpleAuth;
@@ -18,6 +23,8 @@ pub const BUCKET: &str = "backups";
 pub struct S3Server {
     address: SocketAddr,
     directory: tempfile::TempDir,
+    /// What every request is answered with instead of being carried out; 0: nothing.
+    refusal: Arc<AtomicU16>,
     stop: Option<oneshot::Sender<()>>,
     thread: Option<std::thread::JoinHandle<()>>,
 }
@@ -29,6 +36,8 @@ impl S3Server {
         let root = directory.path().to_owned();
         let (stop, stopped) = oneshot::channel();
         let (ready, address) = std::sync::mpsc::channel();
+        let refusal = Arc::new(AtomicU16::new(0));
+        let refuses = refusal.clone();
         let thread = std::thread::spawn(move || {
             let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
             runtime.block_on(async {
@@ -40,7 +49,19 @@ impl S3Server {
                 let serve = async {
                     loop {
                         let Ok((socket, _)) = listener.accept().await else { continue };
-                        let service = service.clone();
+                        let (service, refuses) = (service.clone(), refuses.clone());
+                        let service = service_fn(move |request: Request<Incoming>| {
+                            let (service, refusal) = (service.clone(), refuses.load(Ordering::SeqCst));
+                            async move {
+                                match refusal {
+                                    0 => Service::call(&service, request).await,
+                                    status => {
+                                        let refused = Response::builder().status(status).body(s3s::Body::empty());
+                                        Ok(refused.unwrap())
+                                    }
+                                }
+                            }
+                        });
                         tokio::spawn(async move {
                             let http = Builder::new(TokioExecutor::new());
                             http.serve_connection(TokioIo::new(socket), service).await.ok();
@@ -53,7 +74,7 @@ impl S3Server {
                 }
             });
         });
-        Self { address: address.recv().unwrap(), directory, stop: Some(stop), thread: Some(thread) }
+        Self { address: address.recv().unwrap(), directory, refusal, stop: Some(stop), thread: Some(thread) }
     }
 
     pub fn options(&self, prefix: &str) -> S3Options {
@@ -67,6 +88,11 @@ impl S3Server {
             secret_access_key: Some("testtest".into()),
             ..S3Options::default()
         }
+    }
+
+    /// Answers every request with this status from now on; with 0 it does again what it is asked.
+    pub fn refuse(&self, status: u16) {
+        self.refusal.store(status, Ordering::SeqCst);
     }
 
     /// For the program, with the credentials in its environment.
