@@ -59,6 +59,7 @@ fn storms_of_refusals() {
     sync(&scene);
     for status in [429, 503, 408, 500] {
         server.refuse(status);
+        #[allow(clippy::disallowed_methods)]
         let begun = Instant::now();
         while begun.elapsed() < Duration::from_millis(600) {
             insert(&application, 10);
@@ -96,6 +97,7 @@ fn a_stop_ends_in_time_when_storage_is_away() {
             count_up(&application);
             std::thread::sleep(Duration::from_millis(10));
         }
+        #[allow(clippy::disallowed_methods)]
         let begun = Instant::now();
         assert_eq!(daemon.terminate(), Some(15), "{}", scene.log());
         assert!(begun.elapsed() < Duration::from_secs(10), "{:?}\n{}", begun.elapsed(), scene.log());
