@@ -43,6 +43,8 @@ impl MergeSettings {
 pub enum Step {
     /// Make these one.
     Merge(Range<usize>),
+    /// Make these one, and do not keep it: to merge it again would cost more each time.
+    MergeForGood(Range<usize>),
     /// There is nothing more to gain by keeping this one.
     LetGo(usize),
     /// Nothing, until more is confirmed.
@@ -82,7 +84,7 @@ pub fn next_step(kept: &[Spooled], settings: &MergeSettings, newest_ms: u64) -> 
     // Too much for the window to be waited out.
     let len_of = |group: &Range<usize>| kept[group.clone()].iter().map(|spooled| spooled.len_bytes).sum::<u64>();
     match coarse_groups.into_iter().filter(|group| group.len() > 1).max_by_key(len_of) {
-        Some(group) => Step::Merge(group),
+        Some(group) => Step::MergeForGood(group),
         None => Step::LetGo(0),
     }
 }
@@ -298,7 +300,7 @@ mod tests {
     fn the_disk_is_not_filled() {
         let many: Vec<Spooled> = (0..6).map(|number| kept(1, number + 1, number + 1, 10, 200)).collect();
         assert_eq!(step(&many[..5], 10), Step::Wait);
-        assert_eq!(step(&many, 10), Step::Merge(0..6));
+        assert_eq!(step(&many, 10), Step::MergeForGood(0..6));
         let large = [kept(1, 1, 1, 10, 250), kept(1, 2, 2, 11, 10)];
         assert_eq!(step(&large, 11), Step::LetGo(0));
         let apart: Vec<Spooled> = (0..6).map(|number| kept(1, number * 2, number * 2, 10, 200)).collect();

@@ -72,18 +72,32 @@ impl Merger {
                 Step::Wait => return,
                 Step::LetGo(index) => remove(&kept.remove(index)),
                 Step::Merge(range) => {
-                    let inputs: Vec<Spooled> = kept.drain(range.clone()).collect();
-                    match self.merge(&inputs).await {
-                        Ok(merged) => kept.insert(range.start, merged),
-                        Err(Failure::Local(error)) => tracing::warn!(%error, "segments can't be merged and stay small"),
-                        Err(Failure::Store(error)) => {
-                            tracing::warn!(%error, "a merged segment was not stored; the small ones stay");
-                        }
+                    let start = range.start;
+                    if let Some(merged) = self.merge_all(kept.drain(range).collect()).await {
+                        kept.insert(start, merged);
                     }
-                    inputs.iter().for_each(remove);
+                }
+                Step::MergeForGood(range) => {
+                    if let Some(merged) = self.merge_all(kept.drain(range).collect()).await {
+                        remove(&merged);
+                    }
                 }
             }
         }
+    }
+
+    /// Makes these one, and lets go of them: if it fails, they stay in small pieces in storage.
+    async fn merge_all(&self, inputs: Vec<Spooled>) -> Option<Spooled> {
+        let merged = self.merge(&inputs).await;
+        inputs.iter().for_each(remove);
+        match merged {
+            Ok(merged) => return Some(merged),
+            Err(Failure::Local(error)) => tracing::warn!(%error, "segments can't be merged and stay small"),
+            Err(Failure::Store(error)) => {
+                tracing::warn!(%error, "a merged segment was not stored; the small ones stay")
+            }
+        }
+        None
     }
 
     /// The small ones' files are needed until the large one is confirmed and kept.
