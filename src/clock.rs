@@ -11,6 +11,10 @@ pub trait Clock: Send + Sync + 'static {
     fn now_ms(&self) -> u64;
     /// Time since some fixed moment. Never runs backwards.
     fn monotonic(&self) -> Duration;
+    /// The time by which the operating system dates files, in milliseconds since 1970.
+    fn file_time_ms(&self) -> u64 {
+        SystemClock::new().now_ms()
+    }
     /// A new name that nobody else has: 128 random bits. A simulation gives names that follow from its seed.
     ///
     /// # Errors

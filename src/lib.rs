@@ -13,7 +13,8 @@
 //! | [`verify`] | whether what is stored can be restored | `health`, `cli` |
 //! | [`health`] | telling others how replication is: HTTP, systemd, heartbeats, drills | `cli` |
 //! | [`run`] | a child process, its signals, and whether its database's place lasts | `cli` |
-//! | [`config`] | TOML, environment and URLs, as one validated value | `cli` |
+//! | [`config`] | TOML, environment, URLs and fleets, as one validated value | `daemon`, `cli` |
+//! | [`daemon`] | who is to be followed, by a configuration that may change | `cli` |
 //! | [`cli`] | commands, text and JSON output, exit codes | `main` |
 //!
 //! `docs/ARCHITECTURE.md` follows a page through all of them.

@@ -4,12 +4,12 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::Args;
+use futures_util::future::join_all;
 
 use super::ConfigArgument;
 use super::exit_code::Failure;
 use super::tell::tell;
 use crate::clock::format_time;
-use crate::config::default_state_dir;
 use crate::config::units::parse_duration;
 use crate::replicate::control::{Request, State, ask};
 
@@ -28,40 +28,46 @@ pub struct AskArguments {
     config: ConfigArgument,
 }
 
-/// Waits until everything that was committed before is confirmed.
+/// Waits until everything that was committed before is confirmed, in every replica.
 ///
 /// # Errors
 /// See [`crate::replicate::control::ControlError`].
 pub async fn sync(arguments: AskArguments) -> Result<(), Failure> {
-    let State { position, time_ms } = arguments.ask(Request::Sync).await?;
-    tell(format_args!("confirmed  {position}, {}", format_time(time_ms)));
-    Ok(())
+    arguments.ask(Request::Sync, "").await
 }
 
-/// Has a snapshot made, and waits until it is confirmed.
+/// Has a snapshot made, in every replica, and waits until it is confirmed.
 ///
 /// # Errors
 /// See [`crate::replicate::control::ControlError`].
 pub async fn snapshot(arguments: AskArguments) -> Result<(), Failure> {
-    let State { position, time_ms } = arguments.ask(Request::Snapshot).await?;
-    tell(format_args!("confirmed  a snapshot of {position}, {}", format_time(time_ms)));
-    Ok(())
+    arguments.ask(Request::Snapshot, "a snapshot of ").await
 }
 
 impl AskArguments {
-    async fn ask(&self, request: Request) -> Result<State, Failure> {
-        let (database, known_state_dir) = match &self.database {
-            // Its daemon may have been told by arguments alone.
-            Some(path) => {
-                let known = self.config.database(path)?;
-                (path.clone(), known.map_or_else(|| default_state_dir(path), |known| known.state_dir))
-            }
-            None => {
-                let known = self.config.only_database()?;
-                (known.path, known.state_dir)
-            }
+    /// Asks for all replicas at once; the first failure is told when all have answered.
+    async fn ask(&self, request: Request, what: &str) -> Result<(), Failure> {
+        let mut databases = match &self.database {
+            Some(path) => self.config.databases(std::slice::from_ref(path))?,
+            None => self.config.only_database()?,
         };
-        let state_dir = self.state_dir.clone().unwrap_or(known_state_dir);
-        Ok(ask(&database, &state_dir, request, self.timeout).await?)
+        if let Some(state_dir) = &self.state_dir {
+            databases.truncate(1);
+            databases[0].state_dir.clone_from(state_dir);
+        }
+        let answers = join_all(databases.iter().map(|it| ask(&it.path, &it.state_dir, request, self.timeout))).await;
+        let mut failure = None;
+        for (database, answer) in databases.iter().zip(answers) {
+            let State { position, time_ms } = match answer {
+                Ok(state) => state,
+                Err(error) => {
+                    failure.get_or_insert(error);
+                    continue;
+                }
+            };
+            let to = if databases.len() > 1 { format!(", in {}", database.replica) } else { String::new() };
+            tell(format_args!("confirmed  {what}{position}, {}{to}", format_time(time_ms)));
+        }
+        failure.map_or(Ok(()), |error| Err(error.into()))
     }
 }

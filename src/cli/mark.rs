@@ -98,13 +98,15 @@ impl MarkArguments {
 /// See [`crate::retain::RetainError`] and [`crate::replicate::control::ControlError`].
 pub async fn mark(arguments: MarkArguments) -> Result<(), Failure> {
     let now_ms = SystemClock::new().now_ms();
-    let source = arguments.config.resolve(arguments.source.as_deref())?;
-    let store = open_patiently(&source.replica).await;
-    let (target, epoch) = arguments.target(&source, now_ms).await?;
-    let (mark, plan) = set_mark(&store, &arguments.name, target, epoch, now_ms).await?;
-    tell(format_args!("marked     {}: {}, {}", mark.name, mark.position(), format_time(mark.time_ms)));
-    for note in plan.notes {
-        tell(format_args!("note: {note}"));
+    // Each replica numbers transactions by itself.
+    for source in arguments.config.resolve_replicas(arguments.source.as_deref())? {
+        let store = open_patiently(&source.replica).await;
+        let (target, epoch) = arguments.target(&source, now_ms).await?;
+        let (mark, plan) = set_mark(&store, &arguments.name, target, epoch, now_ms).await?;
+        tell(format_args!("marked     {}: {}, {}", mark.name, mark.position(), format_time(mark.time_ms)));
+        for note in plan.notes {
+            tell(format_args!("note: {note}"));
+        }
     }
     Ok(())
 }
@@ -141,12 +143,13 @@ fn show(marks: &[MarkRecord], format: TextOrJson) -> io::Result<()> {
 /// # Errors
 /// See [`crate::retain::RetainError`].
 pub async fn unmark(arguments: UnmarkArguments) -> Result<(), Failure> {
-    let source = arguments.config.resolve(arguments.source.as_deref())?;
-    let store = open_patiently(&source.replica).await;
-    let what = match remove_mark(&store, &arguments.name).await? {
-        Some(mark) => format!("{}, {}", mark.position(), format_time(mark.time_ms)),
-        None => "it could not be read".into(),
-    };
-    tell(format_args!("unmarked   {}: {what}", arguments.name));
+    for source in arguments.config.resolve_replicas(arguments.source.as_deref())? {
+        let store = open_patiently(&source.replica).await;
+        let what = match remove_mark(&store, &arguments.name).await? {
+            Some(mark) => format!("{}, {}", mark.position(), format_time(mark.time_ms)),
+            None => "it could not be read".into(),
+        };
+        tell(format_args!("unmarked   {}: {what}", arguments.name));
+    }
     Ok(())
 }

@@ -6,6 +6,7 @@ pub mod demo;
 pub mod doctor;
 pub mod exit_code;
 pub mod generate;
+pub mod health;
 mod interrupt;
 pub mod log;
 pub mod mark;
@@ -80,6 +81,8 @@ enum Command {
     Sync(ask::AskArguments),
     /// Show how replication is: what is captured, what is confirmed, what is wrong
     Status(status::StatusArguments),
+    /// Ask a daemon's /healthz whether all is well, as a container's health check
+    Health(health::HealthArguments),
     /// Have the daemon make a snapshot now, and wait until it is confirmed
     Snapshot(ask::AskArguments),
     /// Give a state a name; it stays restorable for as long as the name is there
@@ -132,14 +135,15 @@ impl ConfigArgument {
         }
     }
 
-    /// What the configuration or, without one, the environment says of the database at `path`; `None` where it is not known.
-    fn database(&self, path: &Path) -> Result<Option<DatabaseConfig>, Failure> {
+    /// What the configuration or, without one, the environment says of the database at `path`, for each of its replicas; nothing
+    /// where it is not known.
+    fn replicas_of(&self, path: &Path) -> Result<Vec<DatabaseConfig>, Failure> {
         let path = absolute(path)?;
         let config = match self.load()? {
             Some(config) => config,
             None => Config::new(environment_database().into_iter().collect()),
         };
-        Ok(config.database_at(&path))
+        Ok(config.replicas_of(&path))
     }
 
     /// These databases as they are known, or as they are by default; none: all of the configuration, or the environment's.
@@ -150,55 +154,81 @@ impl ConfigArgument {
                 None => environment_database().map(|database| vec![database]),
             };
         }
-        let known = |path: &PathBuf| -> Result<DatabaseConfig, Failure> {
-            let by_default = || -> Result<DatabaseConfig, Failure> {
-                Ok(DatabaseConfig::new(absolute(path)?, ReplicaUrl::Directory(PathBuf::new())))
-            };
-            self.database(path)?.map_or_else(by_default, Ok)
-        };
-        paths.iter().map(known).collect()
+        let mut databases = Vec::new();
+        for path in paths {
+            let mut known = self.replicas_of(path)?;
+            if known.is_empty() {
+                // Its daemon may have been told by arguments alone.
+                known.push(DatabaseConfig::new(absolute(path)?, ReplicaUrl::Directory(PathBuf::new())));
+            }
+            databases.append(&mut known);
+        }
+        Ok(databases)
     }
 
-    /// The only database of the configuration or, without one, the environment's.
-    fn only_database(&self) -> Result<DatabaseConfig, Failure> {
-        let Some(config) = self.load()? else { return environment_database() };
-        let mut databases = config.find(&HashSet::new()).databases;
-        if databases.len() == 1 {
-            return Ok(databases.remove(0));
-        }
+    /// The only database of the configuration, with all its replicas, or, without one, the environment's.
+    fn only_database(&self) -> Result<Vec<DatabaseConfig>, Failure> {
+        let Some(config) = self.load()? else { return Ok(vec![environment_database()?]) };
+        let databases = config.find(&HashSet::new()).databases;
         let mut paths: Vec<String> = databases.iter().map(|known| known.path.display().to_string()).collect();
+        paths.dedup();
+        if paths.len() == 1 {
+            return Ok(databases);
+        }
         if paths.len() > PATHS_SHOWN {
+            let more = paths.len() - PATHS_SHOWN;
             paths.truncate(PATHS_SHOWN);
-            paths.push(format!("and {} more", databases.len() - PATHS_SHOWN));
+            paths.push(format!("and {more} more"));
         }
         Err(Failure::usage(format!("which one? The configuration has {}", paths.join(", "))))
     }
 
-    /// The replica that `source` names: a replica URL, or the path of a known database; without it that of the only database.
+    /// The replica that `source` names, the first one of a database that has several.
     fn resolve(&self, source: Option<&str>) -> Result<Source, Failure> {
-        let Some(source) = source else { return self.only_database().map(Source::of) };
+        Ok(self.resolve_replicas(source)?.remove(0))
+    }
+
+    /// The replica that `source` names: a replica URL, or the path of a known database, with all its replicas; without it those of
+    /// the only database. At least one.
+    fn resolve_replicas(&self, source: Option<&str>) -> Result<Vec<Source>, Failure> {
+        let of_all = |databases: Vec<DatabaseConfig>| Ok(databases.into_iter().map(Source::of).collect());
+        let Some(source) = source else { return of_all(self.only_database()?) };
         if source.contains("://") {
             let replica: ReplicaUrl = source.parse()?;
-            self.refuse(&format!("{replica} is the replica already"))?;
-            return Ok(Source { replica, database: None });
+            if let Some(known) = self.with_replica(&replica)? {
+                return of_all(vec![known]);
+            }
+            self.refuse(&format!("{replica} is the replica already, and is not in it"))?;
+            return Ok(vec![Source { replica, database: None }]);
         }
-        if let Some(database) = self.database(Path::new(source))? {
-            return Ok(Source::of(database));
+        let known = self.replicas_of(Path::new(source))?;
+        if !known.is_empty() {
+            return of_all(known);
         }
         let path = absolute(Path::new(source))?;
         if path.is_dir() {
-            return Ok(Source { replica: ReplicaUrl::Directory(path), database: None });
+            return Ok(vec![Source { replica: ReplicaUrl::Directory(path), database: None }]);
         }
         Err(Failure::usage(format!(
             "'{source}' is not a replica: it is no URL, no directory, and no database of the configuration or the environment"
         )))
     }
 
+    /// The database that goes to `replica`, if --config names a configuration that has it: options and keys are taken from there.
+    fn with_replica(&self, replica: &ReplicaUrl) -> Result<Option<DatabaseConfig>, Failure> {
+        if self.config.is_none() {
+            return Ok(None);
+        }
+        let databases = self.load()?.map_or_else(Vec::new, |config| config.find(&HashSet::new()).databases);
+        Ok(databases.into_iter().find(|database| database.replica.to_string() == replica.to_string()))
+    }
+
     /// The replicas that `sources` name; without any, those of all databases of the configuration or, without one, that of the
     /// environment's.
     fn resolve_all(&self, sources: &[String]) -> Result<Vec<Source>, Failure> {
         if !sources.is_empty() {
-            return sources.iter().map(|source| self.resolve(Some(source))).collect();
+            let named = sources.iter().map(|source| self.resolve_replicas(Some(source)));
+            return Ok(named.collect::<Result<Vec<_>, _>>()?.into_iter().flatten().collect());
         }
         Ok(self.databases(&[])?.into_iter().map(Source::of).collect())
     }
@@ -293,6 +323,7 @@ impl Command {
             Self::Log(arguments) => log::run(arguments).await?,
             Self::Sync(arguments) => ask::sync(arguments).await?,
             Self::Status(arguments) => status::run(arguments).await?,
+            Self::Health(arguments) => health::run(arguments).await?,
             Self::Snapshot(arguments) => ask::snapshot(arguments).await?,
             Self::Mark(arguments) => mark::mark(arguments).await?,
             Self::Marks(arguments) => mark::marks(arguments).await?,

@@ -37,7 +37,7 @@ pub struct WhatArguments {
     /// Where it goes: s3://bucket/prefix, file:///directory or a directory's path
     replica: Option<String>,
     /// Serve /healthz, /readyz and /metrics there: 127.0.0.1:9180, or 0.0.0.0:9180 for every network
-    #[arg(long, value_name = "ADDRESS", value_parser = parse_address)]
+    #[arg(long, value_name = "ADDRESS", env = "WALTRAIL_LISTEN", value_parser = parse_address)]
     listen: Option<SocketAddr>,
     #[command(flatten)]
     config: ConfigArgument,

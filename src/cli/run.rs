@@ -1,6 +1,6 @@
 //! `waltrail run`: the entry point of a container.
 
-use std::collections::HashSet;
+use std::collections::{BTreeMap, HashSet};
 use std::ffi::OsString;
 use std::io;
 use std::path::{Path, PathBuf};
@@ -25,10 +25,11 @@ use crate::daemon;
 use crate::restore::RestoreError;
 use crate::restore::history::History;
 use crate::restore::install::Manner;
-use crate::restore::plan::{Target, plan};
+use crate::restore::plan::{Plan, Target, plan};
 use crate::restore::progress::Progress;
 use crate::run::child::{Child, Signals, exit_code};
 use crate::run::place::loss_here;
+use crate::store::SharedStore;
 
 /// Each takes a processor, and some memory.
 const RESTORES_AT_A_TIME: usize = 4;
@@ -151,7 +152,8 @@ async fn all_stand(stands: &mut mpsc::UnboundedReceiver<PathBuf>, databases: usi
 
 async fn restore_missing(config: &Config, limit: Option<Duration>) -> Result<(), Failure> {
     let missing = missing(config).await?;
-    let mut restoring = stream::iter(missing.iter().map(restore)).buffer_unordered(RESTORES_AT_A_TIME);
+    let mut restoring =
+        stream::iter(missing.values().map(|replicas| restore(replicas))).buffer_unordered(RESTORES_AT_A_TIME);
     let all = async {
         while let Some(restored) = restoring.next().await {
             restored?;
@@ -161,7 +163,7 @@ async fn restore_missing(config: &Config, limit: Option<Duration>) -> Result<(),
     match limit {
         None => all.await,
         Some(limit) => tokio::time::timeout(limit, all).await.map_err(|_| {
-            let paths: Vec<String> = missing.iter().map(|database| database.path.display().to_string()).collect();
+            let paths: Vec<String> = missing.keys().map(|path| path.display().to_string()).collect();
             Failure::other(format!(
                 "{} could not be restored within {limit:?}; the command is not started",
                 paths.join(", ")
@@ -172,16 +174,18 @@ async fn restore_missing(config: &Config, limit: Option<Duration>) -> Result<(),
 
 /// The databases to restore before the command begins: those that have a name and are not there; and all of a fleet of which nothing
 /// is there. Of another one those that are missing were deleted by somebody who had his reasons.
-async fn missing(config: &Config) -> Result<Vec<DatabaseConfig>, Failure> {
-    let mut missing = Vec::new();
+async fn missing(config: &Config) -> Result<BTreeMap<PathBuf, Vec<DatabaseConfig>>, Failure> {
+    let mut missing: BTreeMap<PathBuf, Vec<DatabaseConfig>> = BTreeMap::new();
     for database in &config.databases {
         if !is_there(&database.path)? {
-            missing.push(database.clone());
+            missing.entry(database.path.clone()).or_default().push(database.clone());
         }
     }
     for fleet in &config.fleets {
         if fleet.find(&HashSet::new()).databases.is_empty() {
-            missing.extend(stored(fleet).await?);
+            for database in stored(fleet).await? {
+                missing.entry(database.path.clone()).or_default().push(database);
+            }
         }
     }
     Ok(missing)
@@ -196,23 +200,55 @@ fn is_there(path: &Path) -> Result<bool, Failure> {
     }
 }
 
-async fn restore(database: &DatabaseConfig) -> Result<(), Failure> {
-    let (path, shown) = (&database.path, database.path.display().to_string());
+/// The newest state that a replica has, and how to get at it.
+struct Backup<'a> {
+    database: &'a DatabaseConfig,
+    store: SharedStore,
+    history: History,
+    plan: Plan,
+}
+
+/// What a replica holds; `None` where there is nothing yet.
+async fn look(database: &DatabaseConfig) -> Result<Option<Backup<'_>>, Failure> {
     let store = open_patiently(&database.replica).await;
     let history = match History::load(&store).await {
-        Err(RestoreError::NoReplica { .. }) => {
-            tracing::info!(database = shown, replica = %database.replica, "not there, and no backup: it begins empty");
-            return Ok(());
-        }
+        Err(RestoreError::NoReplica { .. }) => return Ok(None),
         other => other?,
     };
-    let plan = match plan(&store, &history, Target::Latest, None).await {
+    match plan(&store, &history, Target::Latest, None).await {
         Err(RestoreError::NothingYet { .. }) => {
-            tracing::warn!(database = shown, "not there, and the backup has no first snapshot: it begins empty");
-            return Ok(());
+            tracing::warn!(replica = %database.replica, "the backup has no first snapshot: nothing can be restored from it");
+            Ok(None)
         }
-        other => other?,
+        Ok(plan) => Ok(Some(Backup { database, store, history, plan })),
+        Err(error) => Err(error.into()),
+    }
+}
+
+/// Restores a database from that one of its replicas which has the newest state. One that can't be read is passed over if another
+/// one can; if none can, it is not known whether there is a backup, and nothing may begin empty.
+async fn restore(replicas: &[DatabaseConfig]) -> Result<(), Failure> {
+    let (mut backups, mut failure) = (Vec::new(), None);
+    for database in replicas {
+        match look(database).await {
+            Ok(backup) => backups.extend(backup),
+            Err(error) => {
+                tracing::warn!(%error, replica = %database.replica, "the replica can't be read");
+                failure.get_or_insert(error);
+            }
+        }
+    }
+    let newest = backups.into_iter().max_by_key(|backup| backup.plan.time_ms);
+    let Some(Backup { database, store, history, plan }) = newest else {
+        if let Some(failure) = failure {
+            return Err(failure);
+        }
+        for DatabaseConfig { path, replica, .. } in replicas {
+            tracing::info!(database = %path.display(), %replica, "not there, and no backup: it begins empty");
+        }
+        return Ok(());
     };
+    let (path, shown) = (&database.path, database.path.display().to_string());
     tracing::info!(database = shown, replica = %database.replica, state = %plan.position, "not there; restoring it");
     if let Some(directory) = path.parent() {
         std::fs::create_dir_all(directory)

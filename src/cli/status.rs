@@ -1,6 +1,8 @@
 //! `waltrail status`: asking the daemons of all databases how they are.
 
+use std::collections::HashSet;
 use std::io::{self, Write};
+use std::path::Path;
 use std::time::Duration;
 
 use clap::Args;
@@ -109,9 +111,18 @@ fn show(rows: &[Row], arguments: &StatusArguments) -> io::Result<()> {
 
 fn table(rows: &[Row], now_ms: u64) -> String {
     let mut lines = vec![
-        ["DATABASE", "STATE", "CAPTURED", "CONFIRMED", "LAG", "SNAPSHOT", "VERIFIED", "WAITING"].map(str::to_owned),
+        ["DATABASE", "STATE", "CAPTURED", "CONFIRMED", "LAG", "SNAPSHOT", "VERIFIED", "WAITING"]
+            .map(str::to_owned)
+            .to_vec(),
     ];
-    lines.extend(rows.iter().map(|row| cells(&row.status, now_ms)));
+    lines.extend(rows.iter().map(|row| cells(&row.status, now_ms).to_vec()));
+    let databases: HashSet<&Path> = rows.iter().map(|row| row.status.database.as_path()).collect();
+    if databases.len() < rows.len() {
+        lines[0].push("REPLICA".into());
+        for (line, row) in lines[1..].iter_mut().zip(rows) {
+            line.push(row.status.replica.clone());
+        }
+    }
     let width = |column: usize| lines.iter().map(|cells| cells[column].chars().count()).max().unwrap_or(0);
     let widths: Vec<usize> = (0..lines[0].len()).map(width).collect();
     let mut text = String::new();

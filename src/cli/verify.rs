@@ -2,6 +2,7 @@
 
 mod output;
 
+use std::collections::HashSet;
 use std::fs::File;
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
@@ -150,14 +151,18 @@ impl VerifyArguments {
     /// What is verified. With --against alone it is the replica of that database.
     fn sources(&self) -> Result<Vec<Source>, Failure> {
         let Some(database) = &self.against else { return self.config.resolve_all(&self.sources) };
-        let sources = match self.config.database(database)? {
-            Some(known) if self.sources.is_empty() => vec![Source::of(known)],
-            _ => self.config.resolve_all(&self.sources)?,
-        };
-        if sources.len() == 1 {
+        let known = self.config.replicas_of(database)?;
+        if self.sources.is_empty() && !known.is_empty() {
+            return Ok(known.into_iter().map(Source::of).collect());
+        }
+        let sources = self.config.resolve_all(&self.sources)?;
+        let databases: HashSet<Option<&PathBuf>> =
+            sources.iter().map(|source| source.database.as_ref().map(|database| &database.path)).collect();
+        let is_one = sources.len() == 1 || (databases.len() == 1 && !databases.contains(&None));
+        if is_one {
             Ok(sources)
         } else {
-            Err(Failure::usage("--against compares one replica with one database: which replica?".into()))
+            Err(Failure::usage("--against compares replicas of one database with it: which replica?".into()))
         }
     }
 
@@ -182,14 +187,17 @@ impl VerifyArguments {
             checks_integrity: !self.no_integrity_check,
             max_lag: self.max_lag,
             retention: source.database.as_ref().map(|database| database.retention),
-            live: self.live()?,
+            live: self.live(source)?,
         })
     }
 
-    fn live(&self) -> Result<Option<Live>, Failure> {
+    /// The live database, and where the daemon listens that follows it for this replica.
+    fn live(&self, source: &Source) -> Result<Option<Live>, Failure> {
         let Some(path) = &self.against else { return Ok(None) };
         let database = super::absolute(path)?;
-        let known = self.config.database(&database)?.map(|known| known.state_dir);
+        let replicas = self.config.replicas_of(&database)?;
+        let of_source = replicas.iter().find(|known| known.replica == source.replica);
+        let known = of_source.or(replicas.first()).map(|known| known.state_dir.clone());
         let state_dir = self.state_dir.clone().or(known).unwrap_or_else(|| default_state_dir(&database));
         Ok(Some(Live { database, state_dir, patience: Duration::from_secs(30) }))
     }

@@ -16,7 +16,7 @@ use super::units::{parse_address, parse_duration, parse_retention, parse_size};
 use super::variables::substitute;
 use super::{
     Config, ConfigError, DEFAULT_OPEN_DATABASES, DEFAULT_SHUTDOWN_TIMEOUT, DatabaseConfig, LogConfig, LogFormat,
-    LogLevel, identity,
+    LogLevel, further_state_dir, identity,
 };
 use crate::health::DEFAULT_HEALTHY_LAG;
 
@@ -307,12 +307,19 @@ pub fn load(path: &Path) -> Result<Config, ConfigError> {
 /// A sentence that says what is wrong, and where.
 pub fn parse(text: &str) -> Result<Config, String> {
     let file: ConfigFile = toml::from_str(text).map_err(|error| explain(text, &error))?;
-    let (mut databases, mut fleets) = (Vec::new(), Vec::new());
+    let (mut databases, mut fleets, mut paths) = (Vec::new(), Vec::new(), HashSet::new());
     for table in file.database {
         let has_state_dir = table.state_dir.is_some();
-        let database = table.resolve()?;
+        let mut database = table.resolve()?;
+        // What is named twice has two replicas, each with local state of its own.
+        let is_further = !paths.insert(identity(&database.path));
+        if is_further && !has_state_dir {
+            database.state_dir = further_state_dir(&database.path, &database.replica);
+        }
         let shown = database.path.display();
-        match FleetConfig::of(&database, has_state_dir).map_err(|why| format!("database '{shown}': {why}"))? {
+        match FleetConfig::of(&database, has_state_dir, is_further)
+            .map_err(|why| format!("database '{shown}': {why}"))?
+        {
             Some(_) if database.heartbeat.is_some() => {
                 return Err(format!(
                     "database '{shown}': a heartbeat-url is for one database; for many, watch /healthz"
@@ -357,13 +364,10 @@ fn check_fleets_apart(databases: &[DatabaseConfig], fleets: &[FleetConfig]) -> R
     Ok(())
 }
 
-/// No two databases may share a file, a replica or a state directory, however they are spelt.
+/// No two databases may share a replica or a state directory, however they are spelt.
 fn check_apart(databases: &[DatabaseConfig]) -> Result<(), String> {
-    let (mut paths, mut replicas, mut state_dirs) = (HashSet::new(), HashSet::new(), HashSet::new());
+    let (mut replicas, mut state_dirs) = (HashSet::new(), HashSet::new());
     for database in databases {
-        if !paths.insert(identity(&database.path)) {
-            return Err(format!("database '{}' is there twice", database.path.display()));
-        }
         if !replicas.insert(place(&database.replica)) {
             return Err(format!("two databases go to {}; each needs a place of its own", database.replica));
         }
@@ -393,9 +397,10 @@ mod tests {
     #[test]
     fn the_shipped_files_are_right() {
         let full = parse(include_str!("../../config/waltrail.toml")).unwrap();
-        assert_eq!(full.databases.len(), 2);
+        assert_eq!((full.databases.len(), full.fleets.len()), (3, 1));
         let intervals: Vec<_> = full.databases.iter().map(|database| database.presence_interval).collect();
-        assert_eq!(intervals, [Some(Duration::from_secs(300)), None]);
+        assert_eq!(intervals, [Some(Duration::from_secs(300)), None, None]);
+        assert_eq!(full.open_databases, DEFAULT_OPEN_DATABASES);
         let minimal = parse(include_str!("../../config/waltrail.minimal.toml")).unwrap();
         assert_eq!(minimal.shutdown_timeout, DEFAULT_SHUTDOWN_TIMEOUT);
     }
@@ -420,7 +425,7 @@ mod tests {
             (format!("colour = 1\n{one}"), "colour"),
             (format!("{one}sync-interval = \"1 parsec\"\n"), "is not a duration"),
             (format!("{one}spool-limit = 5\n"), "spool-limit"),
-            (format!("{one}{one}"), "is there twice"),
+            (format!("{one}{one}"), "each needs a place of its own"),
             (format!("{one}{}", one.replace("a.db", "b.db")), "each needs a place of its own"),
             (one.replace("s3://b/a", "ftp://b/a"), "unknown scheme 'ftp'"),
             ("[[database]]\npath = \"/a.db\"\n".into(), "replica"),
@@ -457,10 +462,12 @@ mod tests {
         }
         let other_server = two("replica = \"s3://b/x\"", "replica = \"s3://b/x?endpoint=http://h\"");
         assert!(other_server.is_ok(), "{other_server:?}");
-        let twice = parse(
+        let two_replicas = parse(
             "[[database]]\npath = \"/tmp/a.db\"\nreplica = \"/x\"\n[[database]]\npath = \"/tmp/../tmp/a.db\"\nreplica = \"/y\"\n",
         );
-        assert!(twice.unwrap_err().contains("is there twice"));
+        let two_replicas = two_replicas.unwrap().replicas_of(Path::new("/tmp/a.db"));
+        assert_eq!(two_replicas.len(), 2);
+        assert_ne!(two_replicas[0].state_dir, two_replicas[1].state_dir);
     }
 
     #[test]

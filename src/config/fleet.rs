@@ -34,6 +34,8 @@ pub struct FleetConfig {
     /// What holds for each; its replica is the place that their own ones are below, its state directory likewise.
     template: DatabaseConfig,
     has_state_dir: bool,
+    /// Whether its databases have another replica that was named before.
+    is_further: bool,
 }
 
 /// What was found of a fleet.
@@ -49,11 +51,11 @@ pub struct Found {
 
 impl FleetConfig {
     /// The fleet that `template.path` names; `Ok(None)` when that is one database's path. `has_state_dir` tells whether the
-    /// template's state directory was chosen.
+    /// template's state directory was chosen, `is_further` that the same databases have another replica already.
     ///
     /// # Errors
     /// Why the pattern is none.
-    pub fn of(template: &DatabaseConfig, has_state_dir: bool) -> Result<Option<Self>, String> {
+    pub fn of(template: &DatabaseConfig, has_state_dir: bool, is_further: bool) -> Result<Option<Self>, String> {
         let Some(text) = template.path.to_str().filter(|_| !template.path.is_file()) else { return Ok(None) };
         let (root, pattern) = match text.find(WILDCARDS) {
             Some(at) => {
@@ -67,7 +69,7 @@ impl FleetConfig {
         let glob = GlobBuilder::new(pattern).literal_separator(true).build().map_err(|error| error.to_string())?;
         let depth = (!pattern.contains("**")).then(|| pattern.split('/').count());
         let root = root.components().collect();
-        Ok(Some(Self { root, glob, depth, template: template.clone(), has_state_dir }))
+        Ok(Some(Self { root, glob, depth, template: template.clone(), has_state_dir, is_further }))
     }
 
     /// What holds for each of its databases.
@@ -164,6 +166,8 @@ impl FleetConfig {
         }
         database.state_dir = match self.has_state_dir {
             true => self.template.state_dir.join(below),
+            // Named after the fleet's place, which is the same for all of them.
+            false if self.is_further => super::further_state_dir(path, &self.template.replica),
             false => super::default_state_dir(path),
         };
         database.path = path.to_owned();
@@ -192,7 +196,7 @@ mod tests {
 
     fn fleet(path: &Path) -> FleetConfig {
         let template = DatabaseConfig::new(path.to_owned(), "s3://b/fleet".parse().unwrap());
-        FleetConfig::of(&template, false).unwrap().unwrap()
+        FleetConfig::of(&template, false, false).unwrap().unwrap()
     }
 
     fn names(fleet: &FleetConfig, known: &[&Path]) -> Vec<String> {
@@ -257,8 +261,8 @@ mod tests {
     fn one_database_is_no_fleet() {
         let directory = scene();
         let template = DatabaseConfig::new(directory.path().join("a.db"), "s3://b/a".parse().unwrap());
-        assert_eq!(FleetConfig::of(&template, false), Ok(None));
+        assert_eq!(FleetConfig::of(&template, false, false), Ok(None));
         let broken = DatabaseConfig::new("/data/[a.db".into(), "s3://b/a".parse().unwrap());
-        assert!(FleetConfig::of(&broken, false).is_err());
+        assert!(FleetConfig::of(&broken, false, false).is_err());
     }
 }

@@ -8,7 +8,7 @@ mod toml_error;
 pub mod units;
 mod variables;
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -64,21 +64,33 @@ impl Config {
     #[must_use]
     pub fn find(&self, known: &HashSet<PathBuf>) -> Found {
         let mut all = Found { databases: self.databases.clone(), ..Found::default() };
-        let mut taken: HashSet<PathBuf> = self.databases.iter().map(|database| identity(&database.path)).collect();
+        // By which path each was found: what has one path is one database, with several replicas.
+        let mut taken: HashMap<PathBuf, &Path> = HashMap::new();
+        for database in &self.databases {
+            taken.insert(identity(&database.path), &database.path);
+        }
         for fleet in &self.fleets {
+            let path = fleet.template().path.as_path();
             let found = fleet.find(known);
-            all.databases.extend(found.databases.into_iter().filter(|database| taken.insert(identity(&database.path))));
+            let is_ours = |database: &DatabaseConfig| *taken.entry(identity(&database.path)).or_insert(path) == path;
+            all.databases.extend(found.databases.into_iter().filter(is_ours));
             all.directories.extend(found.directories);
             all.troubles.extend(found.troubles);
         }
         all
     }
 
-    /// The configuration of the database at `path`, whether it is there or not.
+    /// The configuration of the database at `path`, whether it is there or not: of each of its replicas.
     #[must_use]
-    pub fn database_at(&self, path: &Path) -> Option<DatabaseConfig> {
-        let named = self.databases.iter().find(|database| identity(&database.path) == identity(path));
-        named.cloned().or_else(|| self.fleets.iter().find_map(|fleet| fleet.database_at(path)))
+    pub fn replicas_of(&self, path: &Path) -> Vec<DatabaseConfig> {
+        let is_meant = |database: &&DatabaseConfig| identity(&database.path) == identity(path);
+        let named: Vec<DatabaseConfig> = self.databases.iter().filter(is_meant).cloned().collect();
+        if !named.is_empty() {
+            return named;
+        }
+        let first = self.fleets.iter().find(|fleet| fleet.database_at(path).is_some());
+        let is_same = |fleet: &&FleetConfig| first.is_some_and(|first| first.template().path == fleet.template().path);
+        self.fleets.iter().filter(is_same).filter_map(|fleet| fleet.database_at(path)).collect()
     }
 }
 
@@ -175,6 +187,14 @@ impl DatabaseConfig {
 pub fn default_state_dir(database: &Path) -> PathBuf {
     let name = database.file_name().unwrap_or_default().to_string_lossy();
     database.with_file_name(format!(".{name}-waltrail"))
+}
+
+/// `.app.db-waltrail-1a2b3c4d`: for a replica that is not the database's first.
+#[must_use]
+pub fn further_state_dir(database: &Path, replica: &ReplicaUrl) -> PathBuf {
+    let mut name = default_state_dir(database).into_os_string();
+    name.push(format!("-{:08x}", crc32fast::hash(replica.to_string().as_bytes())));
+    PathBuf::from(name)
 }
 
 /// A path that two spellings of one place share: without `..`, `//` or links, as far as the place is there.

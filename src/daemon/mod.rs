@@ -110,6 +110,7 @@ struct Roster {
     orders: mpsc::UnboundedSender<Order>,
     maker: JobMaker,
     hub: Arc<WatchHub>,
+    /// By their state directories: a database may be followed twice, for two replicas.
     followed: BTreeMap<PathBuf, DatabaseConfig>,
     /// Not to be opened any more to see what they are: see [`crate::config::fleet::FleetConfig::find`].
     ever_followed: HashSet<PathBuf>,
@@ -161,12 +162,13 @@ impl Roster {
             tracing::error!("while looking for databases: {trouble}");
         }
         self.troubles = troubles;
-        let wanted = databases.into_iter().map(|database| (database.path.clone(), database)).collect();
+        let wanted = databases.into_iter().map(|database| (database.state_dir.clone(), database)).collect();
         for change in changes(&self.followed, &wanted) {
             match change {
-                Change::LetGo(path) => {
-                    tracing::info!(database = %path.display(), "not to be followed any more");
-                    self.order(Order::LetGo(path));
+                Change::LetGo(state_dir) => {
+                    let database = self.followed.get(&state_dir).map(|database| database.path.display().to_string());
+                    tracing::info!(database, "not to be followed any more");
+                    self.order(Order::LetGo(state_dir));
                 }
                 Change::Follow(database) => {
                     self.ever_followed.insert(database.path.clone());
@@ -194,9 +196,9 @@ enum Change {
 
 /// What is to be done; nothing to those that stay as they are. One of which something is said anew is let go of and taken up again.
 fn changes(followed: &BTreeMap<PathBuf, DatabaseConfig>, wanted: &BTreeMap<PathBuf, DatabaseConfig>) -> Vec<Change> {
-    let is_let_go = |&(path, database): &(&PathBuf, &DatabaseConfig)| wanted.get(path) != Some(database);
-    let is_new = |&(path, database): &(&PathBuf, &DatabaseConfig)| followed.get(path) != Some(database);
-    let let_go = followed.iter().filter(is_let_go).map(|(path, _)| Change::LetGo(path.clone()));
+    let is_let_go = |&(key, database): &(&PathBuf, &DatabaseConfig)| wanted.get(key) != Some(database);
+    let is_new = |&(key, database): &(&PathBuf, &DatabaseConfig)| followed.get(key) != Some(database);
+    let let_go = followed.iter().filter(is_let_go).map(|(state_dir, _)| Change::LetGo(state_dir.clone()));
     let follow = wanted.iter().filter(is_new).map(|(_, database)| Change::Follow(Box::new(database.clone())));
     let_go.chain(follow).collect()
 }

@@ -123,6 +123,14 @@ impl<W: Write> SegmentWriter<W> {
         })
     }
 
+    /// Puts images in order in the memory of `buffer`: a new one for each segment costs more than to write to it.
+    #[must_use]
+    pub fn with_buffer(mut self, mut buffer: Vec<u8>) -> Self {
+        buffer.clear();
+        self.run.images = buffer;
+        self
+    }
+
     /// Begins the next transaction; the images of `page_numbers` (strictly ascending) must follow.
     ///
     /// # Errors
@@ -248,7 +256,15 @@ impl<W: Write> SegmentWriter<W> {
     ///
     /// # Errors
     /// When there is no transaction, or pages are missing; when the sink fails.
-    pub fn finish(mut self, epoch: u32, first_txid: u64) -> io::Result<(W, SegmentKey)> {
+    pub fn finish(self, epoch: u32, first_txid: u64) -> io::Result<(W, SegmentKey)> {
+        self.finish_with_buffer(epoch, first_txid).map(|(sink, key, _)| (sink, key))
+    }
+
+    /// The same, and gives the buffer back.
+    ///
+    /// # Errors
+    /// As [`SegmentWriter::finish`].
+    pub fn finish_with_buffer(mut self, epoch: u32, first_txid: u64) -> io::Result<(W, SegmentKey, Vec<u8>)> {
         self.end_run()?;
         if self.transaction_count == 0 {
             return Err(io::Error::other("a segment was ended before it was whole"));
@@ -278,7 +294,7 @@ impl<W: Write> SegmentWriter<W> {
         };
         self.sink.write_all(&footer.encode())?;
         self.sink.flush()?;
-        Ok((self.sink, SegmentKey(footer.span)))
+        Ok((self.sink, SegmentKey(footer.span), self.run.images))
     }
 }
 

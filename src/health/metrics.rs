@@ -135,8 +135,8 @@ pub fn text(statuses: &[Status], now_ms: u64) -> String {
         write!(out, "# HELP {name} {help}\n# TYPE {name} {kind}\n").ok();
         for status in statuses {
             if let Some(value) = value(status, now_ms) {
-                let database = escaped(&status.database.to_string_lossy());
-                writeln!(out, "{name}{{database=\"{database}\"}} {value}").ok();
+                let (database, replica) = (escaped(&status.database.to_string_lossy()), escaped(&status.replica));
+                writeln!(out, "{name}{{database=\"{database}\",replica=\"{replica}\"}} {value}").ok();
             }
         }
     }
@@ -158,6 +158,7 @@ mod tests {
         let state = State { position: Position { epoch: 3, txid: 77 }, time_ms: 1_790_000_000_500 };
         let status = Status {
             database: "/data/a\"b\\c.db".into(),
+            replica: "s3://b/a".into(),
             phase: Phase::Following,
             captured: Some(state),
             confirmed: None,
@@ -166,10 +167,10 @@ mod tests {
         };
         let text = text(&[status], 1_790_000_002_500);
         for line in [
-            r#"waltrail_following{database="/data/a\"b\\c.db"} 1"#,
-            r#"waltrail_lag_seconds{database="/data/a\"b\\c.db"} 2.5"#,
-            r#"waltrail_captured_transaction{database="/data/a\"b\\c.db"} 77"#,
-            r#"waltrail_captured_timestamp_seconds{database="/data/a\"b\\c.db"} 1790000000.5"#,
+            r#"waltrail_following{database="/data/a\"b\\c.db",replica="s3://b/a"} 1"#,
+            r#"waltrail_lag_seconds{database="/data/a\"b\\c.db",replica="s3://b/a"} 2.5"#,
+            r#"waltrail_captured_transaction{database="/data/a\"b\\c.db",replica="s3://b/a"} 77"#,
+            r#"waltrail_captured_timestamp_seconds{database="/data/a\"b\\c.db",replica="s3://b/a"} 1790000000.5"#,
             "# TYPE waltrail_segments_total counter",
         ] {
             assert!(text.lines().any(|found| found == line), "{line}\n{text}");

@@ -124,17 +124,18 @@ impl Capture {
 
     /// Lets the WAL be begun anew, under any load: checkpoint, capture until little is left, take the write lock, capture
     /// and checkpoint the rest, begin the pin again at mark 0. `Ok(false)` when a writer or reader was in the way: try again
-    /// later, the application comes first.
+    /// later, the application comes first. `others_move` as in [`LiveDatabase::barrier`].
     ///
     /// # Errors
     /// What the sink answers, SQLite, or the operating system.
-    pub fn barrier<S: Sink>(&mut self, sink: &mut S) -> Result<bool, S::Error> {
+    pub fn barrier<S: Sink>(&mut self, sink: &mut S, others_move: impl Fn() -> bool) -> Result<bool, S::Error> {
         for _ in 0..BARRIER_ROUNDS {
             // The long copy and its fsync happen here, with no lock held; what is left for the lock is what came in meanwhile.
             self.live.passive_checkpoint()?;
             self.advance(sink)?;
             let follower = &mut self.follower;
-            let done = self.live.barrier(LOCK_ATTEMPTS, |files| read_settled(follower, files, sink).map(|_| ()))?;
+            let capture = |files: &Files| read_settled(follower, files, sink).map(|_| ());
+            let done = self.live.barrier(LOCK_ATTEMPTS, capture, &others_move)?;
             if let Some(is_checkpointed) = done {
                 self.pin_is_at_zero = is_checkpointed;
                 return Ok(is_checkpointed);

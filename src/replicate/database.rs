@@ -12,6 +12,7 @@ use super::capture::Capture;
 use super::claim::Claimed;
 use super::control::State;
 use super::ledger::{FOLD_AT_ENTRIES, Ledger};
+use super::neighbours::Neighbour;
 use super::record::{Ignore, RecordError, Recorder, Start};
 use super::rest::{Opening, RESTS_AFTER, Rested, Seen, is_settled};
 use super::ship::{Job, Progress};
@@ -139,6 +140,8 @@ pub struct Surroundings {
     pub snapshot_permits: Arc<Semaphore>,
     /// Tells whether it should rest.
     pub opening: Opening,
+    /// Who else follows it.
+    pub neighbour: Arc<Neighbour>,
 }
 
 /// How following ended.
@@ -278,7 +281,10 @@ impl Following {
             }
             let (is_woken, events) = self.around.mailbox.wait(self.time_to_wait()?);
             if is_woken {
-                self.coalesce();
+                // Whoever tells us something may wait for the answer with the write lock held.
+                if events.is_empty() {
+                    self.coalesce();
+                }
                 self.look_again = Some(if self.is_busy() { BUSY_WAKE_INTERVAL } else { FIRST_LOOK_AGAIN });
             }
             let (is_told, captured_at) =
@@ -306,7 +312,7 @@ impl Following {
         let is_confirmed = *self.around.progress.confirmed.borrow() >= captured.position.txid;
         // Looked at first: what is written from here on makes another look of the files.
         let files = Seen::now(&self.around.settings.path)?;
-        if !is_confirmed || !files.may_rest() || !self.capture.is_all_in_main()? {
+        if !is_confirmed || !files.may_rest(self.around.clock.as_ref()) || !self.capture.is_all_in_main()? {
             return Ok(None);
         }
         self.save_state(true)?;
@@ -344,7 +350,7 @@ impl Following {
         let since = self.now().saturating_sub(self.last_look);
         let interval = if self.is_busy() { BUSY_WAKE_INTERVAL } else { WAKE_INTERVAL };
         if let Some(early) = interval.checked_sub(since) {
-            std::thread::sleep(early);
+            self.around.mailbox.pause(early);
         }
     }
 
@@ -462,6 +468,10 @@ impl Following {
                 self.answer_syncs()?;
             }
             Event::SnapshotWanted(reply) => self.snapshots.ask(self.now(), reply),
+            Event::PinWanted(moved) => {
+                self.advance()?;
+                moved.send(()).ok();
+            }
             Event::Stop => return Ok(true),
         }
         Ok(false)
@@ -631,7 +641,7 @@ impl Following {
         }
         // Looked at under the pin: nothing can be in the main file that is not captured.
         let main = self.capture.files().main_identity()?;
-        let is_whole = durably && is_settled(main) && self.capture.is_all_in_main()?;
+        let is_whole = durably && is_settled(main, self.around.clock.as_ref()) && self.capture.is_all_in_main()?;
         let state = LocalState {
             replica: claimed.replica.clone(),
             writer: claimed.record.writer.clone(),
@@ -672,6 +682,9 @@ impl Following {
             }
         } else if self.quiet_checkpoint_due.is_some_and(|due| due <= now) {
             self.quiet_checkpoint_due = None;
+            if let Some(recorder) = &mut self.recorder {
+                recorder.release_memory();
+            }
             if self.capture.has_frames_to_checkpoint()? {
                 let is_done = self.capture.passive_checkpoint()?;
                 // Lets the pin go to mark 0, so that the next writer begins the WAL anew.
@@ -689,11 +702,14 @@ impl Following {
                 other => Ok(other?),
             }
         };
+        let neighbour = self.around.neighbour.clone();
+        let Some(_turn) = neighbour.barrier() else { return Ok(false) };
+        let others_move = || neighbour.move_pins();
         let before = self.recorder.as_ref().map(|recorder| recorder.last().position.txid);
         let (begun, wal_len_bytes) = (self.now(), self.capture.wal_len_bytes());
         let is_done = match &mut self.recorder {
-            Some(recorder) => attempt(self.capture.barrier(recorder))?,
-            None => attempt(self.capture.barrier(&mut Ignore))?,
+            Some(recorder) => attempt(self.capture.barrier(recorder, others_move))?,
+            None => attempt(self.capture.barrier(&mut Ignore, others_move))?,
         };
         self.last_advance = self.now();
         tracing::debug!(is_done, wal_len_bytes, took = ?self.now().saturating_sub(begun), "barrier");

@@ -14,6 +14,7 @@ pub mod handover;
 pub mod ledger;
 pub mod merge;
 pub mod merger;
+pub mod neighbours;
 pub mod presence;
 pub mod pruner;
 pub mod record;
@@ -42,6 +43,7 @@ use tokio_util::sync::CancellationToken;
 
 use self::database::{DatabaseError, DatabaseSettings};
 use self::merge::MergeSettings;
+use self::neighbours::Neighbourhoods;
 use self::rest::Openings;
 use self::ship::ShipError;
 use self::state::StateDirectoryError;
@@ -82,9 +84,9 @@ pub type Companions = Vec<BoxFuture<'static, ()>>;
 
 /// What is to be followed from now on.
 pub enum Order {
-    /// Follow a database. One that is followed already, and was let go of, is taken up when that has ended.
+    /// Follow a database. One whose state directory is in use, and that was let go of, is taken up when that has ended.
     Follow(Box<Job>, Companions),
-    /// Capture what is left of a database, ship it, and let go of it.
+    /// Capture what is left of the database with this state directory, ship it, and let go of it.
     LetGo(PathBuf),
     /// Whether to go on when nothing is followed any more, because more may come.
     StayWithout(bool),
@@ -104,6 +106,7 @@ pub struct Replication {
     pub shutdown_timeout: Duration,
     /// Who is held open.
     pub openings: Arc<Openings>,
+    neighbourhoods: Neighbourhoods,
     merges: Arc<Semaphore>,
     prunes: Arc<Semaphore>,
     snapshots: Arc<Semaphore>,
@@ -151,8 +154,8 @@ pub enum ReplicateError {
 
 /// A database that is followed, or is on its way out.
 struct Followed {
+    path: PathBuf,
     let_go: CancellationToken,
-    state_dir: PathBuf,
     next: Option<(Box<Job>, Companions)>,
 }
 
@@ -174,6 +177,7 @@ impl Replication {
             clock,
             shutdown_timeout,
             openings: Arc::new(Openings::new(open_databases)),
+            neighbourhoods: Neighbourhoods::default(),
             merges: Arc::new(Semaphore::new(MERGES_AT_A_TIME)),
             prunes: Arc::new(Semaphore::new(PRUNES_AT_A_TIME)),
             snapshots: Arc::new(Semaphore::new(SNAPSHOTS_AT_A_TIME)),
@@ -186,33 +190,34 @@ impl Replication {
     pub async fn run(self, mut orders: mpsc::UnboundedReceiver<Order>, stop: CancellationToken) -> Vec<ReplicateError> {
         let shared = Arc::new(self);
         let mut running: JoinSet<(PathBuf, Result<(), ReplicateError>)> = JoinSet::new();
+        // By their state directories, of which each has one of its own.
         let mut followed: HashMap<PathBuf, Followed> = HashMap::new();
         let (mut failed, mut stays_without) = (Vec::new(), true);
         while !running.is_empty() || (stays_without && !stop.is_cancelled()) {
             tokio::select! {
                 Some(order) = orders.recv(), if !stop.is_cancelled() => match order {
-                    Order::Follow(job, companions) => match followed.entry(job.settings.path.clone()) {
+                    Order::Follow(job, companions) => match followed.entry(job.state_dir.clone()) {
                         Entry::Occupied(mut ending) => ending.get_mut().next = Some((job, companions)),
                         Entry::Vacant(entry) => {
-                            let (let_go, state_dir) = (stop.child_token(), job.state_dir.clone());
+                            let (let_go, path) = (stop.child_token(), job.settings.path.clone());
                             running.spawn(follow(job, companions, shared.clone(), let_go.clone()));
-                            entry.insert(Followed { let_go, state_dir, next: None });
+                            entry.insert(Followed { path, let_go, next: None });
                         }
                     },
-                    Order::LetGo(path) => {
-                        match followed.get_mut(&path) {
+                    Order::LetGo(state_dir) => {
+                        match followed.get_mut(&state_dir) {
                             Some(followed) => {
                                 followed.let_go.cancel();
                                 followed.next = None;
                             }
                             // It ended by itself; nobody is to be told of that any more.
-                            None => shared.boards.remove(&path),
+                            None => shared.boards.remove(&state_dir),
                         }
                     }
                     Order::StayWithout(stays) => stays_without = stays,
                 },
                 Some(ended) = running.join_next() => {
-                    let (path, ended) = match ended {
+                    let (state_dir, ended) = match ended {
                         Ok(ended) => ended,
                         Err(panic) => {
                             failed.push(ReplicateError::Panicked { database: PathBuf::new(), what: panic.to_string() });
@@ -221,14 +226,14 @@ impl Replication {
                     };
                     let is_whole = ended.is_ok();
                     failed.extend(ended.err());
-                    let Some(Followed { let_go, state_dir, next }) = followed.remove(&path) else { continue };
+                    let Some(Followed { path, let_go, next }) = followed.remove(&state_dir) else { continue };
                     shared.hub.forget(&path);
                     if let Some((job, companions)) = next.filter(|_| !stop.is_cancelled()) {
-                        let (let_go, state_dir) = (stop.child_token(), job.state_dir.clone());
+                        let let_go = stop.child_token();
                         running.spawn(follow(job, companions, shared.clone(), let_go.clone()));
-                        followed.insert(path, Followed { let_go, state_dir, next: None });
+                        followed.insert(state_dir, Followed { path, let_go, next: None });
                     } else if let_go.is_cancelled() && !stop.is_cancelled() {
-                        shared.boards.remove(&path);
+                        shared.boards.remove(&state_dir);
                         if is_whole && is_gone(&path) {
                             remove(&state_dir);
                         }
@@ -261,13 +266,13 @@ async fn follow(
 ) -> (PathBuf, Result<(), ReplicateError>) {
     // They end with this function.
     let _beside: JoinSet<()> = companions.into_iter().collect();
-    let (path, board) = (job.settings.path.clone(), job.board.clone());
-    shared.boards.insert(path.clone(), board.clone());
+    let (path, state_dir, board) = (job.settings.path.clone(), job.state_dir.clone(), job.board.clone());
+    shared.boards.insert(state_dir.clone(), board.clone());
     let ended = supervise::supervise(*job, &shared, stop).await;
     if let Err(error) = &ended {
         tracing::error!(%error, database = %path.display(), "not replicated any more");
     }
     board.set_link(None);
     board.enter(Phase::Stopped, ended.as_ref().err().map(ToString::to_string), shared.clock.now_ms());
-    (path, ended)
+    (state_dir, ended)
 }

@@ -48,6 +48,8 @@ pub struct Recorder {
     pub ledger: Ledger,
     page_size: u32,
     segment: Option<SegmentWriter<BufWriter<File>>>,
+    /// The memory that the last segment's images were put in order in, for the next one.
+    buffer: Vec<u8>,
     last: Start,
     /// Whether the log has said that the clock is behind.
     has_warned: bool,
@@ -63,7 +65,7 @@ impl Recorder {
     /// A recorder whose next transaction follows `start`.
     #[must_use]
     pub fn new(spool: Spool, clock: Arc<dyn Clock>, ledger: Ledger, page_size: u32, start: Start) -> Self {
-        Self { spool, clock, ledger, page_size, segment: None, last: start, has_warned: false }
+        Self { spool, clock, ledger, page_size, segment: None, buffer: Vec::new(), last: start, has_warned: false }
     }
 
     /// The last transaction that was recorded, its time, and the schema cookie after it.
@@ -91,8 +93,14 @@ impl Recorder {
         let Some(segment) = self.segment.take() else { return Ok(None) };
         let Position { epoch, txid } = self.last.position;
         let first_txid = txid + 1 - u64::from(segment.transaction_count());
-        let (_, key) = segment.finish(epoch, first_txid)?;
+        let key;
+        (_, key, self.buffer) = segment.finish_with_buffer(epoch, first_txid)?;
         self.spool.accept(key).map(Some)
+    }
+
+    /// Lets go of memory that is of use only while the database is written to.
+    pub fn release_memory(&mut self) {
+        self.buffer = Vec::new();
     }
 
     /// Commit times never run backwards, whatever the clock does.
@@ -112,7 +120,8 @@ impl Recorder {
     fn segment(&mut self) -> io::Result<&mut SegmentWriter<BufWriter<File>>> {
         if self.segment.is_none() {
             let file = File::create(self.spool.open_segment_path())?;
-            self.segment = Some(SegmentWriter::new(BufWriter::with_capacity(64 * 1024, file), self.page_size)?);
+            let segment = SegmentWriter::new(BufWriter::with_capacity(64 * 1024, file), self.page_size)?;
+            self.segment = Some(segment.with_buffer(std::mem::take(&mut self.buffer)));
         }
         self.segment.as_mut().ok_or_else(|| io::Error::other("no segment"))
     }

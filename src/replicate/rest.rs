@@ -18,7 +18,7 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use super::claim::Claimed;
 use super::control::State;
 use super::snapshots::Snapshots;
-use crate::clock::{Clock, SystemClock};
+use crate::clock::Clock;
 use crate::sqlite::live::FileIdentity;
 use crate::sqlite::sidecar;
 
@@ -97,10 +97,10 @@ pub struct Rested {
     pub due_in: Option<Duration>,
 }
 
-/// Whether a write to a file from now on makes its time another one. The machine's time is asked for, by which files are dated.
+/// Whether a write to a file from now on makes its time another one.
 #[must_use]
-pub fn is_settled(file: FileIdentity) -> bool {
-    file.is_older_than(SETTLED_AFTER, SystemClock::new().now_ms())
+pub fn is_settled(file: FileIdentity, clock: &dyn Clock) -> bool {
+    file.is_older_than(SETTLED_AFTER, clock.file_time_ms())
 }
 
 /// What the main file and the WAL looked like; `None` for one that was not there.
@@ -125,7 +125,8 @@ impl Seen {
 
     /// Whether a write from now on would be seen in the files' times, and the main file is there and not too large.
     #[must_use]
-    pub fn may_rest(&self) -> bool {
+    pub fn may_rest(&self, clock: &dyn Clock) -> bool {
+        let is_settled = |file| is_settled(file, clock);
         self.main.is_some_and(|main| is_settled(main) && main.len_bytes() <= LARGEST_AT_REST_BYTES)
             && self.wal.is_none_or(is_settled)
     }

@@ -110,22 +110,22 @@ pub struct Board {
     link: Mutex<Option<Link>>,
 }
 
-/// The boards of all databases that the process follows, or should.
+/// The boards of all databases that the process follows, or should, by their state directories.
 #[derive(Debug, Default)]
 pub struct Boards(Mutex<BTreeMap<PathBuf, Arc<Board>>>);
 
 impl Boards {
     /// A database is followed from now on.
-    pub fn insert(&self, database: PathBuf, board: Arc<Board>) {
-        locked(&self.0).insert(database, board);
+    pub fn insert(&self, state_dir: PathBuf, board: Arc<Board>) {
+        locked(&self.0).insert(state_dir, board);
     }
 
     /// A database was let go of.
-    pub fn remove(&self, database: &Path) {
-        locked(&self.0).remove(database);
+    pub fn remove(&self, state_dir: &Path) {
+        locked(&self.0).remove(state_dir);
     }
 
-    /// What is known of all of them now, in the order of their paths.
+    /// What is known of all of them now.
     #[must_use]
     pub fn statuses(&self) -> Vec<Status> {
         locked(&self.0).values().map(|board| board.status()).collect()

@@ -312,6 +312,7 @@ impl Follower {
                 clock: shared.clock.clone(),
                 snapshot_permits: shared.snapshots.clone(),
                 opening: shared.openings.open(self.has_events),
+                neighbour: shared.neighbourhoods.join(&self.settings.path, &self.mailbox),
             };
             let (directory, start, was_at_rest) = (self.directory.clone(), start.take(), rested.take());
             let name = self.settings.path.file_name().unwrap_or_default().to_string_lossy().into_owned();

@@ -2,6 +2,7 @@
 
 use std::collections::{HashMap, VecDeque};
 use std::path::{Path, PathBuf};
+use std::sync::mpsc::SyncSender;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Duration;
 
@@ -13,6 +14,7 @@ use notify::{EventKind, RecommendedWatcher, RecursiveMode, Watcher};
 use super::base::Base;
 use super::claim::Claimed;
 use super::control::State;
+use crate::clock::{Clock, SystemClock};
 use crate::sqlite::sidecar;
 
 /// What a database's thread is told.
@@ -30,6 +32,8 @@ pub enum Event {
     SyncWanted(oneshot::Sender<State>),
     /// Somebody wants a snapshot, and to know the state that it serves when it is stored.
     SnapshotWanted(oneshot::Sender<State>),
+    /// Another one who follows the database wants the pin moved up, and to know when it is.
+    PinWanted(SyncSender<()>),
     /// Capture what there is and end.
     Stop,
 }
@@ -70,6 +74,12 @@ impl Mailbox {
         self.inbox().events.push_back(event);
         self.changed.notify_one();
         self.stirred.notify_one();
+    }
+
+    /// Waits for an event, at most `timeout`, whatever files do.
+    pub fn pause(&self, timeout: Duration) {
+        let inbox = self.inbox();
+        drop(self.changed.wait_timeout_while(inbox, timeout, |inbox| inbox.events.is_empty()));
     }
 
     /// Waits for a wake or an event, at most `timeout`; tells whether a file changed, and gives all events.
@@ -123,6 +133,16 @@ struct Watched {
     directories: HashMap<PathBuf, Weak<Notify>>,
 }
 
+/// A commit is a row of writes, one event each. After the first that wakes somebody the watcher waits for so long: meanwhile the
+/// kernel makes one event of all that are alike.
+const EVENTS_PAUSE: Duration = Duration::from_millis(2);
+/// Under load it waits for so long. A database that is written to all the time is not looked at more often either.
+const BUSY_EVENTS_PAUSE: Duration = Duration::from_millis(10);
+/// So soon after a pause another event is a load.
+const BUSY_EVENTS_GAP: Duration = Duration::from_millis(20);
+/// What the watcher finds so soon after a pause came during it.
+const EVENTS_BATCH: Duration = Duration::from_micros(200);
+
 /// The process's one watcher: the number of inotify instances a user may have is small.
 #[derive(Debug)]
 pub struct WatchHub {
@@ -136,11 +156,16 @@ impl WatchHub {
     pub fn new() -> Self {
         let watched = Arc::new(Mutex::new(Watched::default()));
         let shared = watched.clone();
+        let (clock, mut paused) = (SystemClock::default(), None::<Duration>);
         let handler = move |event: notify::Result<notify::Event>| {
             if let Ok(event) = event
                 && !matches!(event.kind, EventKind::Access(_))
+                && dispatch(&shared, &event)
+                && let since = paused.map_or(Duration::MAX, |paused| clock.monotonic().saturating_sub(paused))
+                && since > EVENTS_BATCH
             {
-                dispatch(&shared, &event);
+                std::thread::sleep(if since > BUSY_EVENTS_GAP { EVENTS_PAUSE } else { BUSY_EVENTS_PAUSE });
+                paused = Some(clock.monotonic());
             }
         };
         let watcher = match notify::recommended_watcher(handler) {
@@ -210,17 +235,21 @@ impl Default for WatchHub {
     }
 }
 
-fn dispatch(watched: &Mutex<Watched>, event: &notify::Event) {
+/// Wakes who waits for a change of these files; tells whether somebody does.
+fn dispatch(watched: &Mutex<Watched>, event: &notify::Event) -> bool {
     let watched = watched.lock().unwrap_or_else(PoisonError::into_inner);
     let is_name =
         matches!(event.kind, EventKind::Create(_) | EventKind::Remove(_) | EventKind::Modify(ModifyKind::Name(_)));
+    let mut is_awaited = false;
     for path in &event.paths {
         for mailbox in watched.files.get(path).into_iter().flatten().filter_map(Weak::upgrade) {
             mailbox.wake();
+            is_awaited = true;
         }
         let directory = path.parent().filter(|_| is_name).and_then(|directory| watched.directories.get(directory));
         if let Some(changed) = directory.and_then(Weak::upgrade) {
             changed.notify_one();
         }
     }
+    is_awaited
 }

@@ -16,12 +16,12 @@ use crate::format::snapshot::{
 use crate::format::{HEADER_LEN, extent_pages};
 use crate::store::SharedStore;
 
-/// Neighbouring extents are fetched together up to this many bytes.
-const BATCH_LEN: u64 = 4 << 20;
+/// Neighbouring extents are fetched together up to this many bytes. Stores charge for requests, and each begins with a wait.
+const BATCH_LEN: u64 = 12 << 20;
 /// Extents that lie no further apart are fetched together: bytes that nobody wants cost less than another request.
 const GAP_LEN: u64 = 256 << 10;
 /// So many batches are fetched, decoded and written at a time.
-const BATCHES_IN_FLIGHT: usize = 8;
+const BATCHES_IN_FLIGHT: usize = 4;
 
 /// An extent and its number.
 pub(crate) type Numbered = (u32, ExtentRecord);

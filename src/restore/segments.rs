@@ -19,13 +19,13 @@ use crate::format::segment::{PageStream, Run, SegmentFooter, Table, check_segmen
 use crate::store::SharedStore;
 
 /// A segment up to this size is fetched whole.
-pub(crate) const SMALL_SEGMENT: u64 = 1 << 20;
+pub(crate) const SMALL_SEGMENT: u64 = 4 << 20;
 /// So many segments' tables, or whole small segments, are fetched at a time.
-const HEADS_IN_FLIGHT: usize = 8;
+const HEADS_IN_FLIGHT: usize = 6;
 /// The pages of larger ones are fetched in pieces of so many bytes,
-const PIECE_LEN: u64 = 4 << 20;
+const PIECE_LEN: u64 = 8 << 20;
 /// so many at a time,
-const PIECES_IN_FLIGHT: usize = 3;
+const PIECES_IN_FLIGHT: usize = 2;
 /// of so many segments at a time.
 const LARGE_AT_A_TIME: usize = 2;
 

@@ -12,8 +12,8 @@
 //!
 //! POSIX locks belong to a process and a file: closing *any* descriptor of a file drops all locks that the process holds
 //! on it, SQLite's own too. The next application to close its last connection would then take us for gone and delete
-//! the WAL. So the main file and the `-shm` file are opened once, kept as long as the connections live, and closed after
-//! them. (`-wal` carries no locks.)
+//! the WAL. So the main file and the `-shm` file are opened once in the process ([`SharedFile`]), kept as long as the connections
+//! live, and closed after them. (`-wal` carries no locks.)
 
 use std::fs::{self, File};
 use std::io;
@@ -25,10 +25,14 @@ use rusqlite::config::DbConfig;
 use rusqlite::wal::CheckpointMode;
 use rusqlite::{Connection, OpenFlags};
 
+use super::descriptors::SharedFile;
 use super::header::{DatabaseHeader, HEADER_LEN};
 use super::wal_index::{WAL_INDEX_LEN, WalIndex};
 use super::{SqliteError, sidecar};
 
+/// A database that is locked is tried to be opened so often, so soon after another.
+const OPEN_ATTEMPTS: u32 = 50;
+const OPEN_ATTEMPT_INTERVAL: Duration = Duration::from_millis(10);
 /// Between two attempts to take the write lock.
 const LOCK_ATTEMPT_INTERVAL: Duration = Duration::from_micros(30);
 
@@ -85,9 +89,9 @@ impl FileIdentity {
 #[derive(Debug)]
 pub struct Files {
     path: PathBuf,
-    main: File,
+    main: SharedFile,
     wal: File,
-    shm: File,
+    shm: SharedFile,
     /// Page size of the database in bytes.
     pub page_size: u32,
 }
@@ -160,7 +164,7 @@ impl Files {
     /// # Errors
     /// [`SqliteError::Replaced`] when they are not.
     pub fn check_still_there(&self) -> Result<(), SqliteError> {
-        for (path, file) in [(self.path.clone(), &self.main), (sidecar(&self.path, "-wal"), &self.wal)] {
+        for (path, file) in [(self.path.clone(), &*self.main), (sidecar(&self.path, "-wal"), &self.wal)] {
             let open = file.metadata().map_err(SqliteError::io(&path, "look at"))?;
             let is_same = fs::metadata(&path).is_ok_and(|there| (there.dev(), there.ino()) == (open.dev(), open.ino()));
             if !is_same {
@@ -214,6 +218,23 @@ impl LiveDatabase {
     /// [`SqliteError::NotThere`] while there is no file or an empty one; [`SqliteError::NotWal`] when it can't be
     /// switched; otherwise what SQLite or the operating system answers.
     pub fn open(path: &Path) -> Result<Self, SqliteError> {
+        for _ in 1..OPEN_ATTEMPTS {
+            match Self::open_once(path) {
+                // An application that closes its last connection locks everybody out while it checkpoints the WAL, for which SQLite
+                // calls no busy handler, and deletes it, perhaps just after we have opened it.
+                Err(error)
+                    if error.is_busy()
+                        || matches!(error, SqliteError::Locked { .. } | SqliteError::Replaced { .. }) =>
+                {
+                    std::thread::sleep(OPEN_ATTEMPT_INTERVAL);
+                }
+                other => return other,
+            }
+        }
+        Self::open_once(path)
+    }
+
+    fn open_once(path: &Path) -> Result<Self, SqliteError> {
         let main = open_main(path)?;
         let header = read_header(path, &main)?;
         let control = connect(path)?;
@@ -221,11 +242,9 @@ impl LiveDatabase {
         let pins = [connect(path)?, connect(path)?];
         // The first read transaction makes `-wal` and `-shm` if they are not there.
         begin_read(path, &pins[0])?;
-        let open = |suffix| {
-            let sidecar = sidecar(path, suffix);
-            File::open(&sidecar).map_err(SqliteError::io(&sidecar, "open"))
-        };
-        let (wal, shm) = (open("-wal")?, open("-shm")?);
+        let (wal, shm) = (sidecar(path, "-wal"), sidecar(path, "-shm"));
+        let shm = SharedFile::open(&shm).map_err(SqliteError::io(&shm, "open"))?;
+        let wal = File::open(&wal).map_err(SqliteError::io(&wal, "open"))?;
         let files = Files { path: path.to_owned(), main, wal, shm, page_size: header.page_size };
         files.check_still_there()?;
         Ok(Self { pins, pinned: 0, control, files, was_switched_to_wal })
@@ -265,17 +284,19 @@ impl LiveDatabase {
     ///
     /// # Errors
     /// What `capture` answers, or SQLite. `Ok(None)` when the write lock was not to be had in `lock_attempts`, `Ok(Some(false))`
-    /// when frames are left that another reader holds back.
+    /// when frames are left that another reader holds back. `others_move` has those who have a pin on the database, too, move it,
+    /// and tells whether they have.
     pub fn barrier<E: From<SqliteError>>(
         &mut self,
         lock_attempts: u32,
         capture: impl FnOnce(&Files) -> Result<(), E>,
+        others_move: impl Fn() -> bool,
     ) -> Result<Option<bool>, E> {
         let path = self.files.path.clone();
         if !self.take_write_lock(lock_attempts)? {
             return Ok(None);
         }
-        let done = self.barrier_locked(capture);
+        let done = self.barrier_locked(capture, others_move);
         let released = self.control.prepare_cached("ROLLBACK").and_then(|mut rollback| rollback.execute([]));
         let is_checkpointed = done?;
         released.map_err(SqliteError::sqlite(&path, "release the write lock"))?;
@@ -298,20 +319,26 @@ impl LiveDatabase {
     fn barrier_locked<E: From<SqliteError>>(
         &mut self,
         capture: impl FnOnce(&Files) -> Result<(), E>,
+        others_move: impl Fn() -> bool,
     ) -> Result<bool, E> {
         capture(&self.files)?;
+        if !others_move() {
+            return Ok(false);
+        }
         let path = &self.files.path;
         end_read(path, &self.pins[self.pinned])?;
         // No pin stands from here to `begin_read`; the write lock is what keeps the WAL from going on.
         let checkpointed = passive_checkpoint(path, &self.pins[1 - self.pinned]);
         begin_read(path, &self.pins[self.pinned])?;
+        // To mark 0, where they hold up nobody. Whoever does not make it in time keeps the WAL from beginning anew this once.
+        others_move();
         Ok(checkpointed?.is_some_and(|done| done.backfilled_frames >= done.frame_count))
     }
 }
 
-fn open_main(path: &Path) -> Result<File, SqliteError> {
+fn open_main(path: &Path) -> Result<SharedFile, SqliteError> {
     match fs::metadata(path) {
-        Ok(metadata) if metadata.len() > 0 => File::open(path).map_err(SqliteError::io(path, "open")),
+        Ok(metadata) if metadata.len() > 0 => SharedFile::open(path).map_err(SqliteError::io(path, "open")),
         Ok(_) => Err(SqliteError::NotThere { path: path.to_owned() }),
         Err(error) if error.kind() == io::ErrorKind::NotFound => Err(SqliteError::NotThere { path: path.to_owned() }),
         Err(error) => Err(SqliteError::io(path, "look at")(error)),
@@ -342,10 +369,9 @@ fn connect(path: &Path) -> Result<Connection, SqliteError> {
 fn explain(path: &Path, error: rusqlite::Error) -> SqliteError {
     let not_wal = |why: &str| SqliteError::NotWal { path: path.to_owned(), why: why.into() };
     match error.sqlite_error_code() {
-        Some(rusqlite::ErrorCode::DatabaseBusy | rusqlite::ErrorCode::DatabaseLocked) => not_wal(
-            "another process has it locked; let the application open it without locking_mode=EXCLUSIVE, \
-             or run `PRAGMA journal_mode=WAL` yourself while nothing uses it",
-        ),
+        Some(rusqlite::ErrorCode::DatabaseBusy | rusqlite::ErrorCode::DatabaseLocked) => {
+            SqliteError::Locked { path: path.to_owned() }
+        }
         Some(rusqlite::ErrorCode::ReadOnly | rusqlite::ErrorCode::CannotOpen) => {
             not_wal("it is read-only for this user; give waltrail write access to the file and its directory")
         }

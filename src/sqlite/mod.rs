@@ -4,6 +4,7 @@
 //! - [`live`]: a database that others have open: connections, the pin, descriptors and the rules of their lifetimes.
 //! - [`follow`]: reading published transactions out of the WAL, and single pages as of the last one read.
 
+pub mod descriptors;
 pub mod follow;
 pub mod header;
 pub mod live;
@@ -37,6 +38,16 @@ pub enum SqliteError {
         path: PathBuf,
         /// Why not, and what to do.
         why: String,
+    },
+    /// Another process has the database locked.
+    #[error(
+        "{} can't be used in WAL mode: another process has it locked; let the application open it without \
+         locking_mode=EXCLUSIVE, or run `PRAGMA journal_mode=WAL` yourself while nothing uses it",
+        path.display()
+    )]
+    Locked {
+        /// The database.
+        path: PathBuf,
     },
     /// Another file stands at the path than the one that is open.
     #[error("{} was replaced or removed while it was followed", path.display())]

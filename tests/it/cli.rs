@@ -52,7 +52,7 @@ fn usage_and_configuration() {
     fails(&["replicate", "/a.db", "ftp://x"], 10, "unknown scheme 'ftp'");
     fails(&["restore", "s3://b/a"], 10, "--output");
     fails(&["replicate", "/a.db", "/b", "--config", config_name], 10, "--config has nothing to do here");
-    fails(&["restore", "s3://b/a", "-o", "x", "--config", config_name], 10, "--config has nothing to do here");
+    fails(&["restore", "s3://b/other", "-o", "x", "--config", config_name], 10, "--config has nothing to do here");
     fails(&["restore", "s3://b/a", "-o", "-", "--force"], 10, "not standard output");
     fails(&["restore", "s3://b/a", "-o", "-", "--if-missing"], 10, "not standard output");
     fails(&["restore", "s3://b/a", "-o", "x", "--at", "yesterdayish"], 10, "is not a time");

@@ -126,7 +126,8 @@ fn a_fleet_at_rest_holds_nothing_and_misses_nothing() {
         databases.dedup();
         databases.len()
     };
-    wait_for("the others to rest", || (held_open() == 2).then_some(()));
+    // Two that find a third one too many can both go to rest.
+    wait_for("the others to rest", || (held_open() <= 2).then_some(()));
 
     let objects = fleet.scene.objects("").len();
     for round in 0..3 {

@@ -52,6 +52,8 @@ fn a_healthy_daemon_says_so() {
     assert!(run(["sync", &database]).status.success());
     assert_eq!(get(&address, "/healthz"), (200, "ok\n".into()));
     assert_eq!(get(&address, "/other").0, 404);
+    let health = run(["health", &address]);
+    assert!(health.status.success() && stderr(&health).contains("ok"), "{}", stderr(&health));
     let (code, metrics) = get(&address, "/metrics");
     assert_eq!(code, 200);
     assert_eq!(metric(&metrics, "waltrail_following"), 1.0);
@@ -72,6 +74,9 @@ fn a_healthy_daemon_says_so() {
     assert_eq!(json["confirmed"]["position"]["txid"], 8);
 
     assert_eq!(daemon.terminate(), Some(0), "{}", scene.log());
+    let health = run(["health", &address]);
+    assert_eq!(health.status.code(), Some(1));
+    assert!(stderr(&health).contains("no daemon answers"), "{}", stderr(&health));
     let gone = run(["status", &database]);
     assert_eq!(gone.status.code(), Some(1));
     assert!(stderr(&gone).contains("no daemon follows"), "{}", stderr(&gone));

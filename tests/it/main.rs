@@ -18,6 +18,7 @@ mod month;
 mod objects;
 mod peers;
 mod recover;
+mod replicas;
 mod replicate;
 mod rest;
 mod restore;

@@ -224,7 +224,7 @@ async fn the_lock_page_is_left_out() {
     assert!(matches!(footer.decode_table(table), Err(FormatError::Inconsistent(_))));
 }
 
-/// A large segment costs its table and a request for each 4 MiB; one that no page is needed from costs its table alone.
+/// A large segment costs its table and a request for each 8 MiB; one that no page is needed from costs its table alone.
 #[tokio::test]
 async fn no_more_is_fetched_than_is_needed() {
     let (inner, page_size, size_pages) = (replica().await, 65_536_u32, 200_u32);
@@ -248,10 +248,10 @@ async fn no_more_is_fetched_than_is_needed() {
         let (key, bytes) = segment(page_size, txid, size_pages, fingerprint(&pages), &all);
         len_of_newest = bytes.len() as u64;
         let footer = SegmentFooter::decode(&bytes, len_of_newest).unwrap();
-        pieces_of_newest = footer.pages_len.div_ceil(4 << 20);
+        pieces_of_newest = footer.pages_len.div_ceil(8 << 20);
         put(&inner, &key, bytes).await;
     }
-    assert_eq!(pieces_of_newest, 4);
+    assert_eq!(pieces_of_newest, 2);
     let (metered, meter) = Metered::new(inner);
     let store: SharedStore = Arc::new(metered);
     let plan = plan(&store, &History::load(&store).await.unwrap(), Target::Latest, None).await.unwrap();

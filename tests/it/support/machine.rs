@@ -20,6 +20,7 @@ use waltrail::replicate::database::{DatabaseSettings, Following, Surroundings};
 use waltrail::replicate::handover::{Handover, Restored};
 use waltrail::replicate::merge::MergeSettings;
 use waltrail::replicate::merger::Merger;
+use waltrail::replicate::neighbours::Neighbourhoods;
 use waltrail::replicate::rest::{Openings, Rested};
 use waltrail::replicate::ship::{Progress, ShipError, Shipper};
 use waltrail::replicate::snapshots::SnapshotNote;
@@ -40,6 +41,8 @@ use waltrail::store::{ObjectInfo, PutMode, SharedStore};
 
 use super::gate::Gate;
 
+/// When files that nobody writes to were last written, in seconds since 1970.
+const DATED_BACK_S: u64 = 1_000_000_000;
 const BEGINNING_MS: u64 = 1_790_000_000_000;
 
 /// Time in milliseconds since the machine was made; names in the order in which they are asked for.
@@ -82,6 +85,11 @@ impl Clock for ManualClock {
 
     fn monotonic(&self) -> Duration {
         Duration::from_millis(self.passed_ms.load(Ordering::SeqCst))
+    }
+
+    /// Files are dated by the real clock, which no seed rules. Only those that [`Machine::rest`] dates back lie before this.
+    fn file_time_ms(&self) -> u64 {
+        DATED_BACK_S * 1000 + 1000
     }
 
     fn random_id(&self) -> Result<[u8; 16], getrandom::Error> {
@@ -281,7 +289,7 @@ impl Machine {
         let spool = Spool::new(directory.spool_path());
         let clock: Arc<dyn Clock> = self.clock.clone();
         let openings = Arc::new(Openings::new(0));
-        let permits = Arc::new(Semaphore::new(1));
+        let (permits, neighbourhoods) = (Arc::new(Semaphore::new(1)), Neighbourhoods::default());
         let (settings, told, seen, time) = (self.settings.clone(), mailbox.clone(), progress.clone(), clock.clone());
         let around = move || Surroundings {
             settings: settings.clone(),
@@ -291,6 +299,7 @@ impl Machine {
             clock: time.clone(),
             snapshot_permits: permits.clone(),
             opening: openings.open(true),
+            neighbour: neighbourhoods.join(&settings.path, &told),
         };
         let (kept, merging) = mpsc::unbounded_channel();
         let merger = Merger {
@@ -327,7 +336,7 @@ impl Machine {
             let path = format!("{}{suffix}", self.database().display());
             // As if nobody had written for a while.
             let file = std::fs::File::options().append(true).open(path).unwrap();
-            file.set_modified(std::time::SystemTime::UNIX_EPOCH + Duration::from_secs(1_000_000_000)).unwrap();
+            file.set_modified(std::time::SystemTime::UNIX_EPOCH + Duration::from_secs(DATED_BACK_S)).unwrap();
         }
         let daemon = self.daemon.as_mut().unwrap();
         daemon.rested = daemon.following.as_mut().unwrap().rest().unwrap().map(Box::new);

@@ -22,6 +22,7 @@ pub fn waltrail() -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_waltrail"));
     for name in [
         "WALTRAIL_CONFIG",
+        "WALTRAIL_LISTEN",
         "WALTRAIL_REPLICA",
         "DATABASE_URL",
         "AWS_S3_BUCKET_NAME",

@@ -1,0 +1,126 @@
+//! Descriptors of files that SQLite locks.
+//!
+//! POSIX locks belong to a process and a file: closing *any* descriptor of a file drops all locks that the process holds on it,
+//! those of SQLite's connections as well (fcntl_locking(2), "Advisory record locking"). A process may follow one database twice,
+//! for two replicas. So each such file is open once in the process, for all who use it, and is closed when the last of them has
+//! ended, his connections first.
+
+use std::collections::BTreeMap;
+use std::fs::{self, File, Metadata};
+use std::io;
+use std::ops::Deref;
+use std::os::unix::fs::MetadataExt;
+use std::path::Path;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+/// Device and inode.
+type FileId = (u64, u64);
+
+struct Open {
+    file: Arc<File>,
+    /// Opened by the way, when a path came to lead to a file that was open already; they must not be closed before it.
+    others: Vec<File>,
+    users: usize,
+}
+
+/// Files are opened and closed with this held: whoever opens one is counted before another one's end could close it.
+static OPEN: Mutex<BTreeMap<FileId, Open>> = Mutex::new(BTreeMap::new());
+
+fn open_files() -> MutexGuard<'static, BTreeMap<FileId, Open>> {
+    OPEN.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+fn id_of(metadata: &Metadata) -> FileId {
+    (metadata.dev(), metadata.ino())
+}
+
+/// A file that is open once in the process.
+#[derive(Debug)]
+pub struct SharedFile {
+    id: FileId,
+    /// `None` only while it is being dropped.
+    file: Option<Arc<File>>,
+}
+
+impl SharedFile {
+    /// Opens the file at `path` to read it, or joins those who have it open.
+    ///
+    /// # Errors
+    /// As the operating system answers.
+    pub fn open(path: &Path) -> io::Result<Self> {
+        let mut open = open_files();
+        let known = fs::metadata(path).map(|metadata| id_of(&metadata)).ok().filter(|id| open.contains_key(id));
+        let id = match known {
+            Some(id) => id,
+            None => {
+                let file = File::open(path)?;
+                let id = id_of(&file.metadata()?);
+                match open.get_mut(&id) {
+                    Some(known) => known.others.push(file),
+                    None => {
+                        open.insert(id, Open { file: Arc::new(file), others: Vec::new(), users: 0 });
+                    }
+                }
+                id
+            }
+        };
+        let file = open.get_mut(&id).map(|known| {
+            known.users += 1;
+            known.file.clone()
+        });
+        Ok(Self { id, file })
+    }
+}
+
+impl Deref for SharedFile {
+    type Target = File;
+
+    fn deref(&self) -> &File {
+        self.file.as_ref().expect("it is there until the value is dropped")
+    }
+}
+
+impl Drop for SharedFile {
+    fn drop(&mut self) {
+        let mut open = open_files();
+        let Some(known) = open.get_mut(&self.id) else { return };
+        known.users -= 1;
+        if known.users == 0 {
+            open.remove(&self.id);
+        }
+        // Closed, if nobody else has it, before anybody can open it anew.
+        self.file = None;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::fd::AsRawFd;
+
+    use super::*;
+
+    fn is_open(id: FileId) -> bool {
+        open_files().contains_key(&id)
+    }
+
+    #[test]
+    fn a_file_is_open_once_until_the_last_has_ended() {
+        let directory = tempfile::tempdir().unwrap();
+        let (path, link) = (directory.path().join("a"), directory.path().join("b"));
+        fs::write(&path, "one").unwrap();
+        fs::hard_link(&path, &link).unwrap();
+        let first = SharedFile::open(&path).unwrap();
+        let second = SharedFile::open(&link).unwrap();
+        let id = first.id;
+        assert_eq!(first.as_raw_fd(), second.as_raw_fd());
+        drop(first);
+        assert!(is_open(id));
+        assert_eq!(second.metadata().unwrap().len(), 3);
+        fs::remove_file(&path).unwrap();
+        fs::write(&path, "another").unwrap();
+        let other = SharedFile::open(&path).unwrap();
+        assert_ne!(other.id, id);
+        drop(second);
+        assert!(!is_open(id) && is_open(other.id));
+    }
+}

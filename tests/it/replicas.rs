@@ -1,0 +1,85 @@
+//! Several replicas of one database, each with a life of its own.
+
+use std::time::Duration;
+
+use crate::support::s3::S3Server;
+use crate::support::scene::Scene;
+use crate::support::{Daemon, content, count_up, create_database, insert, run, stderr, wait_for};
+
+/// Nobody listens there.
+const NOBODY: &str = "s3://nobody/app?endpoint=http://127.0.0.1:1&region=us-east-1";
+
+fn start(scene: &Scene, replicas: &[&str]) -> Daemon {
+    let table =
+        |replica: &&str| format!("[[database]]\npath = \"{}\"\nreplica = \"{replica}\"\n", scene.database().display());
+    let configuration = scene.path("waltrail.toml");
+    let text: String = replicas.iter().map(table).collect();
+    std::fs::write(&configuration, format!("shutdown-timeout = \"3s\"\n{text}")).unwrap();
+    scene.start_with(&["--config", configuration.to_str().unwrap()])
+}
+
+fn with_configuration(scene: &Scene, arguments: &[&str]) -> std::process::Output {
+    let configuration = scene.path("waltrail.toml").display().to_string();
+    run(arguments.iter().copied().chain(["--config", configuration.as_str()]))
+}
+
+#[test]
+fn each_replica_has_every_transaction_and_the_wal_stays_small() {
+    let scene = Scene::new();
+    let server = S3Server::start();
+    let (first, second) = (scene.replica(), server.url("app"));
+    let application = create_database(&scene.database(), 200, "");
+    let database = scene.database().display().to_string();
+    let daemon = start(&scene, &[&first, &second]);
+    wait_for("both to be followed", || with_configuration(&scene, &["status"]).status.success().then_some(()));
+    let mut largest_wal = 0;
+    for _ in 0..1500 {
+        insert(&application, 12);
+        count_up(&application);
+        largest_wal = largest_wal.max(scene.wal_len());
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    assert!(largest_wal < 24 << 20, "the WAL has grown to {largest_wal} bytes: one pin holds up the other");
+    let synced = with_configuration(&scene, &["sync", &database]);
+    assert!(synced.status.success(), "{}\n{}", stderr(&synced), scene.log());
+    assert_eq!(stderr(&synced).matches("confirmed").count(), 2);
+    let marked = with_configuration(&scene, &["mark", "now", &database]);
+    assert_eq!(stderr(&marked).matches("marked").count(), 2, "{}", stderr(&marked));
+    let table = String::from_utf8(with_configuration(&scene, &["status"]).stdout).unwrap();
+    assert!(table.contains("REPLICA") && table.contains("s3://"), "{table}");
+    let expected = content(&scene.database());
+    assert_eq!(daemon.terminate(), Some(0), "{}", scene.log());
+    for replica in [first.as_str(), &second] {
+        assert_eq!(content(&scene.restored(replica, &["--mark", "now"])), expected, "{replica}");
+    }
+    let verified = with_configuration(&scene, &["verify", "--depth", "structure"]);
+    assert!(verified.status.success(), "{}", stderr(&verified));
+}
+
+#[test]
+fn one_that_is_down_holds_nobody_up() {
+    let scene = Scene::new();
+    let application = create_database(&scene.database(), 20, "");
+    let database = scene.database().display().to_string();
+    let daemon = start(&scene, &[NOBODY, &scene.replica()]);
+    wait_for("the snapshot", || (!scene.objects("snap").is_empty()).then_some(()));
+    for _ in 0..5 {
+        count_up(&application);
+    }
+    let synced = with_configuration(&scene, &["sync", &database, "--timeout", "2s"]);
+    assert!(!synced.status.success(), "one of them is not confirmed");
+    assert!(stderr(&synced).contains("confirmed  "), "the other one is: {}", stderr(&synced));
+    let expected = content(&scene.database());
+    assert_eq!(daemon.terminate(), Some(15), "{}", scene.log());
+    assert_eq!(scene.restored_content(&[]), expected);
+
+    // A container's start takes the one that it can reach.
+    for suffix in ["", "-wal", "-shm"] {
+        std::fs::remove_file(format!("{database}{suffix}")).ok();
+    }
+    let again = with_configuration(&scene, &["run", "--start-timeout", "1s"]);
+    assert_eq!(again.status.code(), Some(10), "a command is missing: {}", stderr(&again));
+    let configuration = scene.path("waltrail.toml").display().to_string();
+    let again = run(["run", "--config", &configuration, "--start-timeout", "1s", "--", "true"]);
+    assert_eq!(content(&scene.database()), expected, "{}", stderr(&again));
+}
