@@ -51,7 +51,7 @@ BREAKS = [
         }
 """,
           ["no_descriptor_of_the_database"]),
-    Break("reused-wal", "a WAL that was begun anew is taken for the one that was left", "src/sqlite/follow.rs",
+    Break("reused-wal", "a WAL that was begun anew is taken for the one that was left, and the main file not compared", "src/sqlite/follow.rs",
           "            if (self.frame_count, self.checksum) == (left_at.frame_count, left_at.checksum) {",
           '            if crate::is_broken("reused-wal") || (self.frame_count, self.checksum) == (left_at.frame_count, left_at.checksum) {',
           ["downtime::"],
@@ -67,7 +67,7 @@ BREAKS = [
           ["a_large_transaction", "random_sequences"]),
     Break("main-file-believed", "a main file that was touched is not compared", "src/replicate/start.rs",
           "    let is_proven = is_untouched\n",
-          '    let is_proven = is_untouched\n        || crate::is_broken("main-file-believed")\n',
+          '    let is_proven = is_untouched\n        || crate::is_broken("main-file-believed")\n        || crate::is_broken("reused-wal")\n',
           ["a_wal_that_continues_over_another_file"]),
     Break("early-confirmation", "a segment is confirmed before the store has answered", "src/replicate/ship.rs",
           "                    self.ship(&spooled, claimed.as_ref()).await?;\n",
@@ -114,7 +114,7 @@ BREAKS = [
     Break("overlay-dropped", "the state is saved without the ledger's overlay", "src/replicate/state.rs",
           "    for (page_number, hash) in overlay {",
           '    for (page_number, hash) in overlay.iter().filter(|_| !crate::is_broken("overlay-dropped")) {',
-          ["downtime::"]),
+          ["damaged_state_is_never_believed"]),
     Break("ledger-believed", "a ledger that does not give the fingerprint is used", "src/replicate/ledger.rs",
           "        if ledger.sum()? != fingerprint {",
           '        if !crate::is_broken("ledger-believed") && ledger.sum()? != fingerprint {',
@@ -188,7 +188,7 @@ def failures(executables, copy, tests, broken):
     """The tests that fail, by their names."""
     failed = set()
     for executable in executables:
-        done = subprocess.run([executable, *tests], cwd=copy, env={**os.environ, "WALTRAIL_BREAK": broken, "RUST_BACKTRACE": "0"},
+        done = subprocess.run([executable, *tests], cwd=copy, env={**os.environ, "WALTRAIL_BREAK": broken, "WALTRAIL_SEEDS": "30", "RUST_BACKTRACE": "0"},
                               stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
         failed |= {line.split()[1] for line in done.stdout.splitlines() if line.startswith("test ") and line.endswith("FAILED")}
     return failed
@@ -205,6 +205,8 @@ def main():
         copy = make_copy(work)
         executables = build(copy, work)
         unbroken = failures(executables, copy, sorted({test for it in chosen for test in it.tests}), "")
+        # A loaded machine can make one fail; not twice.
+        unbroken = unbroken and failures(executables, copy, sorted(unbroken), "")
         if unbroken:
             sys.exit(f"fails without any break: {', '.join(sorted(unbroken))}")
         missed = []
