@@ -30,6 +30,14 @@ impl RetryPolicy {
         let bound = self.base_ms.saturating_mul(1 << attempt.min(20)).min(self.max_ms);
         Duration::from_millis(jitter_below(bound) + 1)
     }
+
+    /// Waits for as long as [`RetryPolicy::wait`] says. With a `base_ms` of 0 nobody waits: a simulation's course must not depend
+    /// on timers.
+    async fn pause(&self, attempt: u32) {
+        if self.base_ms > 0 {
+            tokio::time::sleep(self.wait(attempt)).await;
+        }
+    }
 }
 
 /// Asks again when a request failed in a way that asking again can mend.
@@ -56,7 +64,7 @@ impl Retrying {
             match request(attempt > 0).await {
                 Err(error) if error.is_retryable() && attempt + 1 < self.policy.attempts => {
                     tracing::debug!(%error, attempt, "asking the store again");
-                    tokio::time::sleep(self.policy.wait(attempt)).await;
+                    self.policy.pause(attempt).await;
                     attempt += 1;
                 }
                 answer => return answer,
@@ -132,7 +140,7 @@ impl ObjectStore for Retrying {
                 break;
             }
             left = again.into_iter().map(|(key, _)| key).collect();
-            tokio::time::sleep(self.policy.wait(attempt)).await;
+            self.policy.pause(attempt).await;
         }
         Ok(failures)
     }

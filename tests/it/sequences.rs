@@ -39,7 +39,7 @@ fn with_faults(seed: u64) -> impl Fn(SharedStore) -> SharedStore {
                 _ => Fault::None,
             }
         });
-        Arc::new(Retrying::new(Arc::new(faulty), RetryPolicy { attempts: 12, base_ms: 1, max_ms: 2 }))
+        Arc::new(Retrying::new(Arc::new(faulty), RetryPolicy { attempts: 12, base_ms: 0, max_ms: 0 }))
     }
 }
 
@@ -338,7 +338,7 @@ fn play(seed: u64, steps: usize) -> Vec<String> {
     for object in told.0.machine.stored() {
         trace.push(format!("{} {:x}", object.key, digest(&told.0.machine.object(&object))));
     }
-    trace
+    trace.iter().flat_map(|entry| entry.lines()).map(str::to_owned).collect()
 }
 
 #[test]
@@ -346,7 +346,7 @@ fn one_seed_gives_the_same_trace_again() {
     for seed in [3, 11, 20] {
         let (first, second) = (play(seed, 80), play(seed, 80));
         let differs = first.iter().zip(&second).position(|(first, second)| first != second);
-        let differs = differs.map(|at| (&first[at.saturating_sub(3)..=at], &second[at.saturating_sub(3)..=at]));
+        let differs = differs.map(|at| (&first[at.saturating_sub(3)..=at], &second[at]));
         assert!(differs.is_none() && first.len() == second.len(), "seed {seed}: {differs:#?}");
         assert!(first.len() > 100, "seed {seed}: {} lines", first.len());
     }

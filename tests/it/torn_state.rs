@@ -186,6 +186,7 @@ fn play(victim: Victim, damage: Damage, writes_on: bool) -> &'static str {
         Victim::Ledger => !matches!(damage, Damage::BitFlipped(_) | Damage::Older),
         Victim::AllKept => false,
     };
+    assert!(damage != Damage::None || start != "re-anchor", "{case}: {start}\n{}", play.scene.log());
     assert!(!proves_nothing || start == "re-anchor", "{case}: {start}\n{}", play.scene.log());
     start
 }

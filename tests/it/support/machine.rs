@@ -586,8 +586,10 @@ fn scratch() -> tempfile::TempDir {
 
 /// Lets storage, merges and what else goes on beside the daemon's thread come as far as they come.
 fn settle(runtime: &Runtime, gate: &Gate) {
+    // More steps than lie between any two requests: reading a file is several of them.
+    const STILL_ROUNDS: u32 = 12;
     let mut still = 0;
-    while still < 3 {
+    while still < STILL_ROUNDS {
         runtime.block_on(async {
             for _ in 0..10 {
                 tokio::task::yield_now().await;
