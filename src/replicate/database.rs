@@ -57,7 +57,7 @@ const IDLE_POLL_INTERVAL: Duration = Duration::from_secs(10);
 const QUIET_RETRY: Duration = Duration::from_secs(60);
 /// A barrier that was not to be had is tried again after this at first, then at doubling intervals.
 const FIRST_BARRIER_RETRY: Duration = Duration::from_millis(10);
-const LAST_BARRIER_RETRY: Duration = Duration::from_millis(320);
+const LAST_BARRIER_RETRY: Duration = Duration::from_millis(80);
 /// At a stop, a claim that is not answered yet is waited for, and a snapshot read on, for so long.
 const STOP_PATIENCE: Duration = Duration::from_secs(4);
 /// Of the spool's limit, one part of so many is for segments that are confirmed and kept for merging.

