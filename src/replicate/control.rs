@@ -14,7 +14,7 @@ use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::oneshot;
 use tokio::task::JoinSet;
 
-use super::status::{Board, Link, Status};
+use super::status::{Board, Link, Phase, Status};
 use super::wake::Event;
 use crate::format::Position;
 
@@ -22,6 +22,10 @@ use crate::format::Position;
 const LINE_LIMIT: u64 = 64 * 1024;
 /// So many requests are answered at a time.
 const REQUESTS_AT_A_TIME: usize = 32;
+
+/// For a database that is about to be followed it is looked so often, so long apart.
+const START_LOOKS: u32 = 600;
+const START_LOOK_INTERVAL: Duration = Duration::from_millis(50);
 
 /// What can be asked for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -138,7 +142,7 @@ async fn answer(stream: UnixStream, board: Arc<Board>) {
     }
     let answer = match serde_json::from_str(&line) {
         Ok(Request::Status) => Answer::Status(Box::new(board.status())),
-        Ok(request) => match board.link() {
+        Ok(request) => match link(&board).await {
             Some(link) => carry_out(request, link).await,
             None => Answer::Failed(not_followed(&board)),
         },
@@ -148,6 +152,17 @@ async fn answer(stream: UnixStream, board: Arc<Board>) {
     line.push(b'\n');
     // Who asked may have left.
     stream.get_mut().write_all(&line).await.ok();
+}
+
+/// How to reach the database's thread; one that is about to begin is waited for.
+async fn link(board: &Board) -> Option<Link> {
+    for _ in 0..START_LOOKS {
+        match board.link() {
+            None if board.status().phase == Phase::Starting => tokio::time::sleep(START_LOOK_INTERVAL).await,
+            link => return link,
+        }
+    }
+    None
 }
 
 fn not_followed(board: &Board) -> String {

@@ -27,6 +27,7 @@ mod sequences;
 mod starts;
 mod store;
 mod store_faults;
+mod supervise;
 mod support;
 mod torn_state;
 mod two_writers;

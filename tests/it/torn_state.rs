@@ -15,9 +15,9 @@ use crate::support::{Daemon, run, wait_for};
 
 use super::crash_points::{Play, Replica};
 
-/// They mostly wait.
 /// So many kills may meet one moment by accident.
 const UNLUCKY_KILLS: usize = 3;
+/// They mostly wait.
 const AT_A_TIME: usize = 8;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
