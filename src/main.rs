@@ -7,8 +7,9 @@ fn main() -> std::process::ExitCode {
 /// (mallopt(3), "dynamic mmap threshold"); with a fixed threshold it gives them back.
 fn give_memory_back() {
     #[cfg(target_env = "gnu")]
-    // SAFETY: sets a parameter of the allocator, before there is another thread.
+    // SAFETY: sets parameters of the allocator, before there is another thread.
     unsafe {
         libc::mallopt(libc::M_MMAP_THRESHOLD, 512 * 1024);
+        libc::mallopt(libc::M_ARENA_MAX, 2);
     }
 }

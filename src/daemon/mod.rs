@@ -30,6 +30,9 @@ const LOOK_INTERVAL: Duration = Duration::from_secs(10);
 /// Many files that turn up at once are one look.
 const LOOK_PAUSE: Duration = Duration::from_millis(200);
 
+/// It takes a few milliseconds.
+const GIVE_BACK_INTERVAL: Duration = Duration::from_secs(20);
+
 /// Why a daemon can't begin.
 #[derive(Debug, thiserror::Error)]
 pub enum StartError {
@@ -101,8 +104,22 @@ pub async fn start(
     let databases = roster.followed.len();
     let replicating = tokio::spawn(replication.run(queue, stop));
     beside.spawn(systemd::notify(boards, clock));
+    beside.spawn(give_memory_back());
     beside.spawn(roster.keep(config, hangup));
     Ok(Daemon { replicating, standing, databases, _beside: beside })
+}
+
+/// What many databases have used at once, at a start or under load, stays with the allocator where something lies behind it that is
+/// still in use; it gives the pages back when it is asked to (malloc_trim(3)).
+async fn give_memory_back() {
+    loop {
+        tokio::time::sleep(GIVE_BACK_INTERVAL).await;
+        #[cfg(target_env = "gnu")]
+        // SAFETY: takes no pointers, and the allocator locks what it changes.
+        unsafe {
+            libc::malloc_trim(0);
+        }
+    }
 }
 
 /// Who is followed, and who should be.
