@@ -8,6 +8,8 @@ WORKDIR /src
 RUN apt-get update && apt-get install -y --no-install-recommends gcc libc6-dev && rm -rf /var/lib/apt/lists/*
 COPY Cargo.toml Cargo.lock ./
 COPY src src
+# Declared in Cargo.toml, so it has to be there; it is not built.
+COPY benches benches
 RUN cargo build --profile dist --locked
 
 FROM debian:bookworm-slim
