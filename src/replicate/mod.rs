@@ -46,6 +46,7 @@ use self::merge::MergeSettings;
 use self::neighbours::Neighbourhoods;
 use self::rest::Openings;
 use self::ship::ShipError;
+use self::spool::Spool;
 use self::state::StateDirectoryError;
 use self::status::{Board, Boards, Phase};
 use self::wake::WatchHub;
@@ -250,10 +251,21 @@ fn is_gone(path: &Path) -> bool {
     std::fs::metadata(path).is_err_and(|error| error.kind() == io::ErrorKind::NotFound)
 }
 
-/// The local state of a database that was deleted, all of which is confirmed: nobody needs it any more.
+/// Removes the local state of a database that was deleted. It stays where segments wait in its spool: a database that went while
+/// storage was away, or just after it was written to, may have left the only copy of its last transactions there.
 fn remove(state_dir: &Path) {
-    if let Err(error) = std::fs::remove_dir_all(state_dir) {
-        tracing::warn!(%error, state_dir = %state_dir.display(), "what was left of a deleted database can't be removed");
+    let shown = state_dir.display();
+    let removed = match Spool::new(state_dir.join("spool")).waiting() {
+        Ok(waiting) if !waiting.is_empty() => {
+            let segments = waiting.len();
+            tracing::warn!(segments, state_dir = %shown, "a database was deleted before all of it was shipped; what waits stays here");
+            return;
+        }
+        Ok(_) => std::fs::remove_dir_all(state_dir),
+        Err(error) => Err(error),
+    };
+    if let Err(error) = removed {
+        tracing::warn!(%error, state_dir = %shown, "what was left of a deleted database can't be removed");
     }
 }
 
@@ -275,4 +287,25 @@ async fn follow(
     board.set_link(None);
     board.enter(Phase::Stopped, ended.as_ref().err().map(ToString::to_string), shared.clock.now_ms());
     (state_dir, ended)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::format::key::{SegmentKey, Span};
+
+    #[test]
+    fn what_waits_for_storage_outlives_its_database() {
+        let directory = tempfile::tempdir().unwrap();
+        let state_dir = directory.path().join("state");
+        std::fs::create_dir_all(state_dir.join("spool/kept")).unwrap();
+        let spool = Spool::new(state_dir.join("spool"));
+        std::fs::write(spool.open_segment_path(), "a segment").unwrap();
+        let waiting = spool.accept(SegmentKey(Span { epoch: 1, first_txid: 2, last_txid: 3, time_ms: 4 })).unwrap();
+        remove(&state_dir);
+        assert!(waiting.path.exists());
+        std::fs::remove_file(waiting.path).unwrap();
+        remove(&state_dir);
+        assert!(!state_dir.exists());
+    }
 }
