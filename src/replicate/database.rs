@@ -180,7 +180,7 @@ pub struct Following {
     snapshot_permit: Option<OwnedSemaphorePermit>,
     syncs_wanted: Vec<oneshot::Sender<State>>,
     last_cut: Option<Duration>,
-    /// Nothing is known to have been committed since the beginning before the first of these.
+    /// When a commit was last captured; as long as there was none, when following began.
     last_commit: Duration,
     has_commits: bool,
     last_look: Duration,
