@@ -79,8 +79,18 @@ pub fn wal_field(position: Option<WalPosition>) -> Option<([u8; 8], u32, (u32, u
 #[derive(Debug)]
 pub struct StateDirectory {
     path: PathBuf,
-    /// Held as long as the value lives; the operating system releases it however the process ends.
-    _lock: File,
+    /// Locked as long as the value lives; the operating system releases it however the process ends.
+    lock: File,
+}
+
+impl Drop for StateDirectory {
+    fn drop(&mut self) {
+        // Closing would not do: a command that this process starts at the moment has the descriptor, too, until its `exec`, and
+        // with it the lock (flock(2)). Who opens the directory anew meanwhile would be told of another waltrail.
+        if let Err(error) = self.lock.unlock() {
+            tracing::debug!(path = %self.path.display(), %error, "the state directory's lock is left to be closed");
+        }
+    }
 }
 
 /// Why a state directory can't be used.
@@ -111,7 +121,7 @@ impl StateDirectory {
         let lock =
             options.write(true).create(true).truncate(false).mode(0o600).open(path.join("lock")).map_err(failed)?;
         match lock.try_lock() {
-            Ok(()) => Ok(Self { path: path.to_owned(), _lock: lock }),
+            Ok(()) => Ok(Self { path: path.to_owned(), lock }),
             Err(fs::TryLockError::WouldBlock) => Err(StateDirectoryError::Locked(path.to_owned())),
             Err(fs::TryLockError::Error(source)) => Err(failed(source)),
         }
@@ -207,4 +217,21 @@ fn decode(bytes: &[u8]) -> Option<(LocalState, BTreeMap<u32, u64>)> {
         Some((u32::from_le_bytes(*page_number), u64::from_le_bytes(hash.try_into().ok()?)))
     };
     Some((serde_json::from_slice(json).ok()?, entries.map(entry).collect::<Option<_>>()?))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_command_that_is_being_started_does_not_keep_the_lock() {
+        let dir = tempfile::tempdir().unwrap();
+        let first = StateDirectory::open(dir.path()).unwrap();
+        assert!(matches!(StateDirectory::open(dir.path()), Err(StateDirectoryError::Locked(_))));
+        // What a child has between `fork` and `exec`.
+        let of_the_child = first.lock.try_clone().unwrap();
+        drop(first);
+        StateDirectory::open(dir.path()).unwrap();
+        drop(of_the_child);
+    }
 }
