@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use super::exit_code::Failure;
+use crate::replicate::control::somebody_listens;
 use crate::replicate::handover::{Handover, Restored};
 use crate::replicate::snapshots::SnapshotNote;
 use crate::restore::RestoreError;
@@ -47,7 +48,12 @@ impl Recovery<'_> {
     /// # Errors
     /// See [`RestoreError`]; what was there is still there then.
     pub async fn carry_out(self) -> Result<Recovered, RestoreError> {
+        let is_there = self.output.exists();
         let incoming = Incoming::create(self.output, self.manner)?;
+        // A daemon that lets the old database rest has no file of it open. One that waits for a database may be given it.
+        if is_there && somebody_listens(self.state_dir) {
+            return Err(RestoreError::TargetInUse(self.output.to_owned()));
+        }
         let helpers = Helpers { old: incoming.old(), progress: self.progress.clone() };
         let done = execute_with(self.store, self.plan, incoming.handle()?, incoming.path(), helpers).await?;
         // What the old database's state says must not outlive it.

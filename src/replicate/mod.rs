@@ -30,17 +30,19 @@ mod supervise;
 pub mod wake;
 
 use std::collections::HashMap;
-use std::collections::hash_map::Entry;
 use std::io;
+use std::panic::AssertUnwindSafe;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use futures_util::FutureExt;
 use futures_util::future::BoxFuture;
 use tokio::sync::{Semaphore, mpsc};
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
+use self::control::ControlServer;
 use self::database::{DatabaseError, DatabaseSettings};
 use self::merge::MergeSettings;
 use self::neighbours::Neighbourhoods;
@@ -49,6 +51,7 @@ use self::ship::ShipError;
 use self::spool::Spool;
 use self::state::StateDirectoryError;
 use self::status::{Board, Boards, Phase};
+use self::supervise::panic_text;
 use self::wake::WatchHub;
 use crate::clock::Clock;
 use crate::retain::RetentionSettings;
@@ -108,6 +111,7 @@ pub struct Replication {
     /// Who is held open.
     pub openings: Arc<Openings>,
     neighbourhoods: Neighbourhoods,
+    controls: ControlServer,
     merges: Arc<Semaphore>,
     prunes: Arc<Semaphore>,
     snapshots: Arc<Semaphore>,
@@ -153,11 +157,91 @@ pub enum ReplicateError {
     },
 }
 
+/// Takes a mutex, also after somebody panicked who held it: what these protect is right at every moment.
+fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// How a database is told to end.
+#[derive(Debug, Clone)]
+struct Ending {
+    /// Capture what is left, ship it, and let go.
+    let_go: CancellationToken,
+    /// And take no longer than `shutdown_timeout` for that: the process stops, or somebody waits for the state directory. Without
+    /// it shipping goes on until storage has everything.
+    hurry: CancellationToken,
+}
+
+impl Ending {
+    fn with(stop: &CancellationToken) -> Self {
+        let hurry = stop.child_token();
+        Self { let_go: hurry.child_token(), hurry }
+    }
+}
+
 /// A database that is followed, or is on its way out.
 struct Followed {
     path: PathBuf,
-    let_go: CancellationToken,
+    ending: Ending,
     next: Option<(Box<Job>, Companions)>,
+}
+
+/// All that are followed.
+struct Everyone {
+    shared: Arc<Replication>,
+    stop: CancellationToken,
+    running: JoinSet<(PathBuf, Result<(), ReplicateError>)>,
+    /// By their state directories, of which each has one of its own.
+    followed: HashMap<PathBuf, Followed>,
+    stays_without: bool,
+    failed: Vec<ReplicateError>,
+}
+
+impl Everyone {
+    fn obey(&mut self, order: Order) {
+        match order {
+            Order::Follow(job, companions) => match self.followed.get_mut(&job.state_dir) {
+                Some(before) => {
+                    before.ending.hurry.cancel();
+                    before.next = Some((job, companions));
+                }
+                None => self.begin(job, companions),
+            },
+            Order::LetGo(state_dir) => match self.followed.get_mut(&state_dir) {
+                Some(followed) => {
+                    followed.ending.let_go.cancel();
+                    followed.next = None;
+                }
+                // It ended by itself; nobody is to be told of that any more.
+                None => self.shared.boards.remove(&state_dir),
+            },
+            Order::StayWithout(stays) => self.stays_without = stays,
+        }
+    }
+
+    fn begin(&mut self, job: Box<Job>, companions: Companions) {
+        let (ending, path, state_dir) = (Ending::with(&self.stop), job.settings.path.clone(), job.state_dir.clone());
+        self.running.spawn(follow(job, companions, self.shared.clone(), ending.clone()));
+        self.followed.insert(state_dir, Followed { path, ending, next: None });
+    }
+
+    fn end(&mut self, state_dir: &Path, ended: Result<(), ReplicateError>) {
+        let is_whole = ended.is_ok();
+        self.failed.extend(ended.err());
+        let Some(Followed { path, ending, next }) = self.followed.remove(state_dir) else { return };
+        self.shared.hub.forget(&path);
+        if self.stop.is_cancelled() {
+            return;
+        }
+        if let Some((job, companions)) = next {
+            self.begin(job, companions);
+        } else if ending.let_go.is_cancelled() {
+            self.shared.boards.remove(state_dir);
+            if is_whole && is_gone(&path) {
+                remove(state_dir);
+            }
+        }
+    }
 }
 
 impl Replication {
@@ -179,6 +263,7 @@ impl Replication {
             shutdown_timeout,
             openings: Arc::new(Openings::new(open_databases)),
             neighbourhoods: Neighbourhoods::default(),
+            controls: ControlServer::default(),
             merges: Arc::new(Semaphore::new(MERGES_AT_A_TIME)),
             prunes: Arc::new(Semaphore::new(PRUNES_AT_A_TIME)),
             snapshots: Arc::new(Semaphore::new(SNAPSHOTS_AT_A_TIME)),
@@ -189,61 +274,29 @@ impl Replication {
     /// followed any more and nothing more may come. Returns what went wrong, a database each; nothing when all ended as told with
     /// everything confirmed.
     pub async fn run(self, mut orders: mpsc::UnboundedReceiver<Order>, stop: CancellationToken) -> Vec<ReplicateError> {
-        let shared = Arc::new(self);
-        let mut running: JoinSet<(PathBuf, Result<(), ReplicateError>)> = JoinSet::new();
-        // By their state directories, of which each has one of its own.
-        let mut followed: HashMap<PathBuf, Followed> = HashMap::new();
-        let (mut failed, mut stays_without) = (Vec::new(), true);
-        while !running.is_empty() || (stays_without && !stop.is_cancelled()) {
+        let mut everyone = Everyone {
+            shared: Arc::new(self),
+            stop: stop.clone(),
+            running: JoinSet::new(),
+            followed: HashMap::new(),
+            stays_without: true,
+            failed: Vec::new(),
+        };
+        while !everyone.running.is_empty() || (everyone.stays_without && !stop.is_cancelled()) {
             tokio::select! {
-                Some(order) = orders.recv(), if !stop.is_cancelled() => match order {
-                    Order::Follow(job, companions) => match followed.entry(job.state_dir.clone()) {
-                        Entry::Occupied(mut ending) => ending.get_mut().next = Some((job, companions)),
-                        Entry::Vacant(entry) => {
-                            let (let_go, path) = (stop.child_token(), job.settings.path.clone());
-                            running.spawn(follow(job, companions, shared.clone(), let_go.clone()));
-                            entry.insert(Followed { path, let_go, next: None });
-                        }
-                    },
-                    Order::LetGo(state_dir) => {
-                        match followed.get_mut(&state_dir) {
-                            Some(followed) => {
-                                followed.let_go.cancel();
-                                followed.next = None;
-                            }
-                            // It ended by itself; nobody is to be told of that any more.
-                            None => shared.boards.remove(&state_dir),
-                        }
-                    }
-                    Order::StayWithout(stays) => stays_without = stays,
+                Some(order) = orders.recv(), if !stop.is_cancelled() => everyone.obey(order),
+                Some(ended) = everyone.running.join_next() => match ended {
+                    Ok((state_dir, ended)) => everyone.end(&state_dir, ended),
+                    // Panics of what is followed are caught further in.
+                    Err(error) => everyone.failed.push(ReplicateError::Panicked {
+                        database: PathBuf::new(),
+                        what: error.to_string(),
+                    }),
                 },
-                Some(ended) = running.join_next() => {
-                    let (state_dir, ended) = match ended {
-                        Ok(ended) => ended,
-                        Err(panic) => {
-                            failed.push(ReplicateError::Panicked { database: PathBuf::new(), what: panic.to_string() });
-                            continue;
-                        }
-                    };
-                    let is_whole = ended.is_ok();
-                    failed.extend(ended.err());
-                    let Some(Followed { path, let_go, next }) = followed.remove(&state_dir) else { continue };
-                    shared.hub.forget(&path);
-                    if let Some((job, companions)) = next.filter(|_| !stop.is_cancelled()) {
-                        let let_go = stop.child_token();
-                        running.spawn(follow(job, companions, shared.clone(), let_go.clone()));
-                        followed.insert(state_dir, Followed { path, let_go, next: None });
-                    } else if let_go.is_cancelled() && !stop.is_cancelled() {
-                        shared.boards.remove(&state_dir);
-                        if is_whole && is_gone(&path) {
-                            remove(&state_dir);
-                        }
-                    }
-                }
-                () = stop.cancelled(), if running.is_empty() => {}
+                () = stop.cancelled(), if everyone.running.is_empty() => {}
             }
         }
-        failed
+        everyone.failed
     }
 }
 
@@ -269,24 +322,44 @@ fn remove(state_dir: &Path) {
     }
 }
 
-/// Follows a database until `stop`, and says how it ended.
+/// Follows a database until it is told to end, and says how it ended.
 async fn follow(
     job: Box<Job>,
     companions: Companions,
     shared: Arc<Replication>,
-    stop: CancellationToken,
+    ending: Ending,
 ) -> (PathBuf, Result<(), ReplicateError>) {
     // They end with this function.
-    let _beside: JoinSet<()> = companions.into_iter().collect();
+    let mut beside: JoinSet<()> = companions.into_iter().collect();
     let (path, state_dir, board) = (job.settings.path.clone(), job.state_dir.clone(), job.board.clone());
     shared.boards.insert(state_dir.clone(), board.clone());
-    let ended = supervise::supervise(*job, &shared, stop).await;
+    let supervised = AssertUnwindSafe(supervise::supervise(&job, &shared, &ending)).catch_unwind();
+    let mut supervised = std::pin::pin!(supervised);
+    let mut panicked = None;
+    let ended = loop {
+        tokio::select! {
+            ended = &mut supervised => break match ended {
+                Ok(ended) => ended,
+                Err(panic) => Err(panicked_here(&path, panic_text(panic))),
+            },
+            Some(Err(panic)) = beside.join_next() => {
+                tracing::error!(error = %panic, database = %path.display(), "what checks the backup ended; it is back after a restart");
+                board.note_error(panic.to_string());
+                panicked = Some(panicked_here(&path, panic.to_string()));
+            }
+        }
+    };
+    let ended = ended.and(panicked.map_or(Ok(()), Err));
     if let Err(error) = &ended {
         tracing::error!(%error, database = %path.display(), "not replicated any more");
     }
     board.set_link(None);
     board.enter(Phase::Stopped, ended.as_ref().err().map(ToString::to_string), shared.clock.now_ms());
     (state_dir, ended)
+}
+
+fn panicked_here(database: &Path, what: String) -> ReplicateError {
+    ReplicateError::Panicked { database: database.to_owned(), what }
 }
 
 #[cfg(test)]

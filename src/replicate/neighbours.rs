@@ -4,9 +4,10 @@
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use std::sync::mpsc::sync_channel;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError, Weak};
+use std::sync::{Arc, Mutex, MutexGuard, TryLockError, Weak};
 use std::time::Duration;
 
+use super::locked;
 use super::wake::{Event, Mailbox};
 
 /// So long the write lock is held for the others to move their pins, before a barrier and after it.
@@ -23,10 +24,6 @@ struct Neighbourhood {
 /// Those who follow the same database, for all databases of the process.
 #[derive(Debug, Default)]
 pub struct Neighbourhoods(Mutex<HashMap<PathBuf, Weak<Neighbourhood>>>);
-
-fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
-}
 
 impl Neighbourhoods {
     /// Joins those who follow the database at `path`, until the value is dropped.

@@ -8,10 +8,12 @@ use std::fs::{self, DirBuilder, File};
 use std::io::{self, Write};
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::sync::Mutex;
 
 use serde::{Deserialize, Serialize};
 
 use super::snapshots::SnapshotNote;
+use super::{control, locked};
 use crate::format::Position;
 use crate::sqlite::follow::WalPosition;
 use crate::sqlite::live::FileIdentity;
@@ -79,17 +81,13 @@ pub fn wal_field(position: Option<WalPosition>) -> Option<([u8; 8], u32, (u32, u
 #[derive(Debug)]
 pub struct StateDirectory {
     path: PathBuf,
-    /// Locked as long as the value lives; the operating system releases it however the process ends.
-    lock: File,
+    /// The operating system releases it however the process ends. `None` while the database rests.
+    lock: Mutex<Option<File>>,
 }
 
 impl Drop for StateDirectory {
     fn drop(&mut self) {
-        // Closing would not do: a command that this process starts at the moment has the descriptor, too, until its `exec`, and
-        // with it the lock (flock(2)). Who opens the directory anew meanwhile would be told of another waltrail.
-        if let Err(error) = self.lock.unlock() {
-            tracing::debug!(path = %self.path.display(), %error, "the state directory's lock is left to be closed");
-        }
+        self.release();
     }
 }
 
@@ -113,17 +111,45 @@ impl StateDirectory {
     /// Makes the directory if it is not there, private to the user, and locks it.
     ///
     /// # Errors
-    /// [`StateDirectoryError::Locked`] when another process has it.
+    /// [`StateDirectoryError::Locked`] when another process works with it.
     pub fn open(path: &Path) -> Result<Self, StateDirectoryError> {
         let failed = |source| StateDirectoryError::Io { path: path.to_owned(), source };
         DirBuilder::new().recursive(true).mode(0o700).create(path.join("spool/kept")).map_err(failed)?;
+        let directory = Self { path: path.to_owned(), lock: Mutex::default() };
+        directory.take()?;
+        // Who lets a database rest holds no lock, but goes on listening. It is asked with the lock held, so that of two who ask
+        // only one can go on.
+        if control::somebody_listens(path) {
+            return Err(StateDirectoryError::Locked(path.to_owned()));
+        }
+        Ok(directory)
+    }
+
+    /// Locks the directory again after [`Self::release`].
+    ///
+    /// # Errors
+    /// [`StateDirectoryError::Locked`] when another process has it, be it for the moment in which it finds out that it may not.
+    pub fn take(&self) -> Result<(), StateDirectoryError> {
+        let failed = |source| StateDirectoryError::Io { path: self.path.clone(), source };
         let mut options = File::options();
-        let lock =
-            options.write(true).create(true).truncate(false).mode(0o600).open(path.join("lock")).map_err(failed)?;
+        let lock = options.write(true).create(true).truncate(false).mode(0o600).open(self.path.join("lock"));
+        let lock = lock.map_err(failed)?;
         match lock.try_lock() {
-            Ok(()) => Ok(Self { path: path.to_owned(), lock }),
-            Err(fs::TryLockError::WouldBlock) => Err(StateDirectoryError::Locked(path.to_owned())),
-            Err(fs::TryLockError::Error(source)) => Err(failed(source)),
+            Ok(()) => *locked(&self.lock) = Some(lock),
+            Err(fs::TryLockError::WouldBlock) => return Err(StateDirectoryError::Locked(self.path.clone())),
+            Err(fs::TryLockError::Error(source)) => return Err(failed(source)),
+        }
+        Ok(())
+    }
+
+    /// Lets go of the lock, for as long as nothing in the directory is used. Only where a control socket answers for the database:
+    /// it refuses others meanwhile.
+    pub fn release(&self) {
+        let Some(lock) = locked(&self.lock).take() else { return };
+        // Closing would not do: a command that this process starts at the moment has the descriptor, too, until its `exec`, and
+        // with it the lock (flock(2)). Who opens the directory anew meanwhile would be told of another waltrail.
+        if let Err(error) = lock.unlock() {
+            tracing::debug!(path = %self.path.display(), %error, "the state directory's lock is left to be closed");
         }
     }
 
@@ -229,7 +255,7 @@ mod tests {
         let first = StateDirectory::open(dir.path()).unwrap();
         assert!(matches!(StateDirectory::open(dir.path()), Err(StateDirectoryError::Locked(_))));
         // What a child has between `fork` and `exec`.
-        let of_the_child = first.lock.try_clone().unwrap();
+        let of_the_child = locked(&first.lock).as_ref().unwrap().try_clone().unwrap();
         drop(first);
         StateDirectory::open(dir.path()).unwrap();
         drop(of_the_child);

@@ -2,13 +2,14 @@
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 use tokio::sync::watch;
 
 use super::control::State;
+use super::locked;
 use super::wake::Mailbox;
 
 /// How far a database's replication is.
@@ -130,10 +131,6 @@ impl Boards {
     pub fn statuses(&self) -> Vec<Status> {
         locked(&self.0).values().map(|board| board.status()).collect()
     }
-}
-
-fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl Board {

@@ -1,6 +1,7 @@
 //! Watching over one database: it is followed again and again, whatever happens, until told to stop or until going on makes no
 //! sense.
 
+use std::any::Any;
 use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
@@ -21,7 +22,7 @@ use super::spool::{self, Spool, Spooled};
 use super::state::{StateDirectory, StateDirectoryError};
 use super::status::{Link, Phase};
 use super::wake::{Event, Mailbox, Stirring};
-use super::{Job, ReplicateError, Replication, control};
+use super::{Ending, Job, ReplicateError, Replication};
 use crate::clock::Clock;
 use crate::format::Position;
 use crate::sqlite::SqliteError;
@@ -30,27 +31,26 @@ use crate::store::retry::RetryPolicy;
 /// How a database that fails is taken up again.
 const RESTART: RetryPolicy = RetryPolicy { attempts: u32::MAX, base_ms: 1000, max_ms: 30_000 };
 
-/// Follows a database, again and again, until told to stop or until going on makes no sense.
-pub async fn supervise(job: Job, shared: &Replication, stop: CancellationToken) -> Result<(), ReplicateError> {
-    let clock = &shared.clock;
-    let directory = Arc::new(open_state_directory(&job, &stop, clock).await?);
+/// After a rest it is tried so often, so long apart, to lock the state directory.
+const LOCK_LOOKS: u32 = 100;
+const LOCK_LOOK_INTERVAL: Duration = Duration::from_millis(20);
+
+/// Follows a database, again and again, until told to end or until going on makes no sense.
+pub async fn supervise(job: &Job, shared: &Replication, ending: &Ending) -> Result<(), ReplicateError> {
+    let (clock, stop) = (&shared.clock, &ending.let_go);
+    let directory = Arc::new(open_state_directory(job, stop, clock).await?);
     let path = job.settings.path.clone();
     let database = path.display().to_string();
-    // It ends with this function.
-    let mut beside = JoinSet::new();
-    match control::listen(directory.path()) {
-        Ok(listener) => drop(beside.spawn(control::serve(listener, job.board.clone()))),
-        Err(error) => {
-            tracing::warn!(%error, "the control socket can't be made: `sync`, `status` and the like can't ask");
-        }
-    }
+    let place = shared.controls.serve(directory.path(), job.board.clone()).inspect_err(|error| {
+        tracing::warn!(database, %error, "the control socket can't be made: `sync`, `status` and the like can't ask");
+    });
     let mut failures = 0;
     let mut is_waiting = false;
     let mut panicked = None;
     loop {
         let begun = clock.monotonic();
         let is_last_try = stop.is_cancelled();
-        match follow_once(&job, &directory, shared, &stop).await? {
+        match follow_once(job, &directory, shared, ending, place.is_ok()).await? {
             None => break,
             Some(DatabaseError::Sqlite(SqliteError::NotThere { .. })) => {
                 if !is_waiting {
@@ -60,7 +60,7 @@ pub async fn supervise(job: Job, shared: &Replication, stop: CancellationToken) 
                 shared.standing.send(path.clone()).ok();
                 is_waiting = true;
                 failures = 0;
-                sleep_or_stop(job.settings.poll_interval, &stop).await;
+                sleep_or_stop(job.settings.poll_interval, stop).await;
                 // An application that makes it and ends at once would otherwise be stopped before anybody has looked.
                 if !is_last_try {
                     continue;
@@ -78,7 +78,7 @@ pub async fn supervise(job: Job, shared: &Replication, stop: CancellationToken) 
                 if error.disproves_state() {
                     forget(&directory, &error);
                 }
-                sleep_or_stop(wait, &stop).await;
+                sleep_or_stop(wait, stop).await;
                 if let DatabaseError::Panicked(what) = &error {
                     panicked = Some(what.clone());
                 }
@@ -169,9 +169,10 @@ async fn follow_once(
     job: &Job,
     directory: &Arc<StateDirectory>,
     shared: &Replication,
-    stop: &CancellationToken,
+    ending: &Ending,
+    has_control: bool,
 ) -> Result<Option<DatabaseError>, ReplicateError> {
-    let (database, clock) = (job.settings.path.clone(), &shared.clock);
+    let (database, stop) = (job.settings.path.clone(), &ending.let_go);
     // SQLite keeps `-wal` and `-shm` beside the file that a symbolic link leads to, and events come from there.
     let mut settings = job.settings.clone();
     settings.path = std::fs::canonicalize(&database).unwrap_or(settings.path);
@@ -189,23 +190,28 @@ async fn follow_once(
         store: job.store.clone(),
         mailbox: mailbox.clone(),
         progress: progress.clone(),
-        clock: clock.clone(),
+        clock: shared.clock.clone(),
         spool,
         kept,
     };
     let mut shipping = tokio::spawn(shipper.run(queue));
-    let follower = Follower { settings, directory: directory.clone(), mailbox: mailbox.clone(), jobs, has_events };
+    let follower =
+        Follower { settings, directory: directory.clone(), mailbox: mailbox.clone(), jobs, has_events, has_control };
     let mut following = std::pin::pin!(follower.run(progress.clone(), shared, stop));
+    let mut out_of_time = std::pin::pin!(async {
+        ending.hurry.cancelled().await;
+        tokio::time::sleep(shared.shutdown_timeout).await;
+    });
     let mut claimed = progress.confirmed.subscribe();
-    let mut stands = false;
-    let mut stopped_at = None;
-    let mut shipped = None;
+    let (mut stands, mut is_stopped, mut is_out_of_time) = (false, false, false);
+    let (mut shipped, mut panicked) = (None, None);
     let captured = loop {
         tokio::select! {
-            () = stop.cancelled(), if stopped_at.is_none() => {
-                stopped_at = Some(clock.monotonic());
+            () = stop.cancelled(), if !is_stopped => {
+                is_stopped = true;
                 mailbox.send(Event::Stop);
             }
+            () = &mut out_of_time, if !is_out_of_time => is_out_of_time = true,
             Ok(()) = claimed.changed(), if !stands => {
                 stands = true;
                 shared.standing.send(database.clone()).ok();
@@ -216,14 +222,24 @@ async fn follow_once(
                 shipped = Some(ended);
                 mailbox.send(Event::Stop);
             }
+            Some(Err(panic)) = beside.join_next() => {
+                panicked = Some(DatabaseError::Panicked(panic.to_string()));
+                mailbox.send(Event::Stop);
+            }
         }
     };
-    if let (None, Some(stopped_at)) = (&shipped, stopped_at) {
-        let used = clock.monotonic().saturating_sub(stopped_at);
-        shipped = tokio::time::timeout(shared.shutdown_timeout.saturating_sub(used), &mut shipping).await.ok();
+    if shipped.is_none() && is_stopped {
+        shipped = tokio::select! {
+            biased;
+            ended = &mut shipping => Some(ended),
+            () = async { if !is_out_of_time { out_of_time.await } } => None,
+        };
     }
     shipping.abort();
     job.board.set_link(None);
+    if panicked.is_some() {
+        return Ok(panicked);
+    }
     let has_shipped = shipped.is_some();
     match shipped {
         Some(Err(panic)) => return Ok(Some(DatabaseError::Panicked(panic.to_string()))),
@@ -232,7 +248,7 @@ async fn follow_once(
         Some(Ok(Ok(()))) | None => {}
     }
     let captured = match captured {
-        Err(error) if stopped_at.is_none() => return Ok(Some(error)),
+        Err(error) if !is_stopped => return Ok(Some(error)),
         Err(DatabaseError::Sqlite(SqliteError::NotThere { .. })) => return Ok(None),
         captured => captured.map_err(|source| ReplicateError::Database { database: database.clone(), source })?,
     };
@@ -287,6 +303,8 @@ struct Follower {
     jobs: mpsc::UnboundedSender<ship::Job>,
     /// Without events nobody would wake a database that rests.
     has_events: bool,
+    /// Without a control socket nothing but the lock keeps others away.
+    has_control: bool,
 }
 
 impl Follower {
@@ -319,12 +337,28 @@ impl Follower {
             match on_thread(name, move || follow(around, directory, was_at_rest, start)).await? {
                 Ended::Stopped(captured) => return Ok(captured),
                 Ended::AtRest(at_rest) => {
+                    if self.has_control {
+                        self.directory.release();
+                    }
                     if self.is_told_to_stop_while(&at_rest).await? {
                         return Ok(Some(at_rest.captured.position));
                     }
+                    self.take_directory().await?;
                     rested = Some(at_rest);
                 }
             }
+        }
+    }
+
+    /// Locks the state directory again after a rest. Somebody may have the lock for a moment, who then learns that we are there.
+    async fn take_directory(&self) -> Result<(), DatabaseError> {
+        let mut looks = 0;
+        loop {
+            match self.directory.take() {
+                Err(StateDirectoryError::Locked(_)) if looks < LOCK_LOOKS => looks += 1,
+                taken => return taken.map_err(io::Error::other).map_err(DatabaseError::Local),
+            }
+            tokio::time::sleep(LOCK_LOOK_INTERVAL).await;
         }
     }
 
@@ -357,14 +391,17 @@ async fn on_thread<T: Send + 'static>(
 ) -> Result<T, DatabaseError> {
     let (sender, done) = oneshot::channel();
     std::thread::Builder::new().name(name).spawn(move || {
-        let result = catch_unwind(AssertUnwindSafe(work)).unwrap_or_else(|panic| {
-            let text = panic.downcast_ref::<String>().map(String::as_str);
-            let text = text.or_else(|| panic.downcast_ref::<&str>().copied());
-            Err(DatabaseError::Panicked(text.unwrap_or("a panic").to_owned()))
-        });
+        let result = catch_unwind(AssertUnwindSafe(work));
+        let result = result.unwrap_or_else(|panic| Err(DatabaseError::Panicked(panic_text(panic))));
         sender.send(result).ok();
     })?;
     done.await.unwrap_or_else(|_| Err(DatabaseError::Panicked("its thread was lost".into())))
+}
+
+/// What a panic said.
+pub fn panic_text(panic: Box<dyn Any + Send>) -> String {
+    let text = panic.downcast_ref::<String>().map(String::as_str);
+    text.or_else(|| panic.downcast_ref::<&str>().copied()).unwrap_or("a panic").to_owned()
 }
 
 /// What is missing when the time for shipping is over, in words; `None` when nothing is.

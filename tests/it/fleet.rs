@@ -117,17 +117,22 @@ fn a_fleet_at_rest_holds_nothing_and_misses_nothing() {
     for name in &names {
         fleet.wait_until_followed(&fleet.path(name));
     }
-    let held_open = || -> usize {
-        let links = std::fs::read_dir(format!("/proc/{}/fd", daemon.id())).unwrap();
-        let targets = links.filter_map(|link| std::fs::read_link(link.unwrap().path()).ok());
-        let mut databases: Vec<PathBuf> =
-            targets.filter(|target| target.extension().is_some_and(|extension| extension == "db")).collect();
-        databases.sort();
-        databases.dedup();
-        databases.len()
-    };
     // Two that find a third one too many can both go to rest.
-    wait_for("the others to rest", || (held_open() <= 2).then_some(()));
+    wait_for("the others to rest", || (held_open(&daemon, "database") <= 2).then_some(()));
+    wait_for("their locks to be let go of", || (held_open(&daemon, "lock") <= 2).then_some(()));
+    assert!(held_open(&daemon, "socket") < names.len(), "one control socket serves them all");
+    // Also who rests keeps others away, and answers.
+    for name in &names {
+        let path = fleet.path(name);
+        let second = run(["replicate", path.to_str().unwrap(), &fleet.scene.replica()]);
+        assert!(stderr(&second).contains("another waltrail works with"), "{name}: {}", stderr(&second));
+        let replica = format!("{}/{name}", fleet.scene.replica());
+        let restore = run(["restore", &replica, "--output", path.to_str().unwrap(), "--force"]);
+        assert!(stderr(&restore).contains("is open in another process"), "{name}: {}", stderr(&restore));
+        assert_eq!(restore.status.code(), Some(14), "{name}");
+        let status = run(["status", path.to_str().unwrap(), "--format", "json"]);
+        assert!(String::from_utf8_lossy(&status.stdout).contains(name), "{}", stderr(&status));
+    }
 
     let objects = fleet.scene.objects("").len();
     for round in 0..3 {
@@ -151,6 +156,47 @@ fn a_fleet_at_rest_holds_nothing_and_misses_nothing() {
     }
     let epochs = fleet.scene.objects("tenant-3.db/epochs");
     assert_eq!(epochs.len(), 1, "a rest is no new start: {epochs:?}");
+}
+
+/// How many files of a kind a daemon has open.
+fn held_open(daemon: &Daemon, kind: &str) -> usize {
+    let links = std::fs::read_dir(format!("/proc/{}/fd", daemon.id())).unwrap();
+    let targets = links.filter_map(|link| std::fs::read_link(link.unwrap().path()).ok());
+    let is_of_the_kind = |target: &PathBuf| match kind {
+        "database" => target.extension().is_some_and(|extension| extension == "db"),
+        "lock" => target.file_name().is_some_and(|name| name == "lock"),
+        _ => target.to_string_lossy().starts_with("socket:"),
+    };
+    let distinct: std::collections::BTreeSet<PathBuf> = targets.filter(is_of_the_kind).collect();
+    distinct.len()
+}
+
+/// What was committed last waits in the spool when the database is deleted, and storage comes back only later.
+#[test]
+fn a_database_that_goes_while_storage_is_away_is_shipped_to_its_end() {
+    let (fleet, applications) = Fleet::new(&["a.db", "b.db"], "shutdown-timeout = \"100ms\"");
+    let daemon = fleet.start();
+    for name in ["a.db", "b.db"] {
+        fleet.wait_until_followed(&fleet.path(name));
+        fleet.sync(&fleet.path(name));
+    }
+    std::fs::rename(fleet.scene.path("replica"), fleet.scene.path("unmounted")).unwrap();
+    count_up(&applications[1]);
+    let expected = content(&fleet.path("b.db"));
+    let spool = fleet.path(".b.db-waltrail/spool");
+    let waits = || std::fs::read_dir(&spool).unwrap().any(|entry| entry.unwrap().file_type().unwrap().is_file());
+    wait_for("its last transaction to wait", || waits().then_some(()));
+    drop(applications);
+    for suffix in ["", "-wal", "-shm"] {
+        std::fs::remove_file(format!("{}{suffix}", fleet.path("b.db").display())).ok();
+    }
+    wait_for("it to be missed", || fleet.scene.log().contains("not to be followed any more").then_some(()));
+    std::thread::sleep(Duration::from_secs(1));
+    assert!(waits(), "{}", fleet.scene.log());
+    std::fs::rename(fleet.scene.path("unmounted"), fleet.scene.path("replica")).unwrap();
+    wait_for("its state to be gone", || (!fleet.path(".b.db-waltrail").exists()).then_some(()));
+    assert_eq!(daemon.terminate(), Some(0), "{}", fleet.scene.log());
+    fleet.check_restored("b.db", &expected);
 }
 
 #[test]

@@ -1,32 +1,27 @@
 //! The control socket: how another process on the machine asks a running daemon for something about one database. A Unix
 //! socket in the state directory, which only the user can enter. One JSON object a line: a request, then its answer.
 
+mod server;
+
 use std::fs::File;
 use std::io;
 use std::os::fd::AsRawFd;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
-use tokio::net::{UnixListener, UnixStream};
-use tokio::sync::oneshot;
-use tokio::task::JoinSet;
+use tokio::net::UnixStream;
 
-use super::status::{Board, Link, Phase, Status};
-use super::wake::Event;
+pub use self::server::{ControlServer, Place};
+use super::status::Status;
 use crate::format::Position;
 
+/// The socket's name in a state directory.
+const NAME: &str = "control";
 /// No request or answer is longer, in bytes.
 const LINE_LIMIT: u64 = 64 * 1024;
-/// So many requests are answered at a time.
-const REQUESTS_AT_A_TIME: usize = 32;
-
-/// For a database that is about to be followed it is looked so often, so long apart.
-const START_LOOKS: u32 = 600;
-const START_LOOK_INTERVAL: Duration = Duration::from_millis(50);
-
 /// What can be asked for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
@@ -51,6 +46,8 @@ pub enum Answer {
     Status(Box<Status>),
     /// It could not be done; why, in a sentence.
     Failed(String),
+    /// The process that listens does not follow this database.
+    NotHere,
 }
 
 /// A state of the database and the time of its last commit, in milliseconds since 1970.
@@ -101,93 +98,32 @@ pub enum ControlError {
 
 /// The socket's address. Those of Unix sockets are short, and paths may be long: so by way of an open directory.
 fn address(directory: &File) -> PathBuf {
-    PathBuf::from(format!("/proc/self/fd/{}/control", directory.as_raw_fd()))
+    PathBuf::from(format!("/proc/self/fd/{}/{NAME}", directory.as_raw_fd()))
 }
 
-/// Listens in `state_dir`, and takes the place of a socket that an earlier run left: the directory is locked for this process.
-///
-/// # Errors
-/// As the operating system answers.
-pub fn listen(state_dir: &Path) -> io::Result<UnixListener> {
-    let directory = File::open(state_dir)?;
-    super::spool::remove(&state_dir.join("control"))?;
-    UnixListener::bind(address(&directory))
-}
+/// A state directory, whatever path leads to it: device and inode.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+struct DirectoryId(u64, u64);
 
-/// Answers requests about one database, until it is dropped.
-pub async fn serve(listener: UnixListener, board: Arc<Board>) {
-    let mut answering = JoinSet::new();
-    loop {
-        tokio::select! {
-            accepted = listener.accept() => match accepted {
-                Ok((stream, _)) if answering.len() < REQUESTS_AT_A_TIME => {
-                    answering.spawn(answer(stream, board.clone()));
-                }
-                Ok(_) => tracing::warn!("too many requests at the control socket; one was turned away"),
-                Err(error) => {
-                    tracing::warn!(%error, "the control socket fails");
-                    tokio::time::sleep(Duration::from_secs(1)).await;
-                }
-            },
-            Some(_) = answering.join_next() => {}
-        }
+impl DirectoryId {
+    fn of(directory: &File) -> io::Result<Self> {
+        let metadata = directory.metadata()?;
+        Ok(Self(metadata.dev(), metadata.ino()))
     }
 }
 
-async fn answer(stream: UnixStream, board: Arc<Board>) {
-    let mut stream = BufReader::new(stream);
-    let mut line = String::new();
-    if (&mut stream).take(LINE_LIMIT).read_line(&mut line).await.is_err() {
-        return;
-    }
-    let answer = match serde_json::from_str(&line) {
-        Ok(Request::Status) => Answer::Status(Box::new(board.status())),
-        Ok(request) => match link(&board).await {
-            Some(link) => carry_out(request, link).await,
-            None => Answer::Failed(not_followed(&board)),
-        },
-        Err(error) => Answer::Failed(format!("the request can't be read: {error}")),
-    };
-    let mut line = serde_json::to_vec(&answer).unwrap_or_default();
-    line.push(b'\n');
-    // Who asked may have left.
-    stream.get_mut().write_all(&line).await.ok();
+/// A line that asks: one socket answers for many databases.
+#[derive(Debug, Serialize, Deserialize)]
+struct Question {
+    directory: DirectoryId,
+    request: Request,
 }
 
-/// How to reach the database's thread; one that is about to begin is waited for.
-async fn link(board: &Board) -> Option<Link> {
-    for _ in 0..START_LOOKS {
-        match board.link() {
-            None if board.status().phase == Phase::Starting => tokio::time::sleep(START_LOOK_INTERVAL).await,
-            link => return link,
-        }
-    }
-    None
-}
-
-fn not_followed(board: &Board) -> String {
-    let why = board.status().error.map_or(String::new(), |error| format!(": {error}"));
-    format!("the database is not followed just now{why}")
-}
-
-async fn carry_out(request: Request, link: Link) -> Answer {
-    let Link { mailbox, mut confirmed } = link;
-    let (reply, replied) = oneshot::channel();
-    let is_snapshot = request == Request::Snapshot;
-    mailbox.send(if is_snapshot { Event::SnapshotWanted(reply) } else { Event::SyncWanted(reply) });
-    let Ok(state) = replied.await else {
-        return Answer::Failed(match is_snapshot {
-            false => "the database can't be followed just now; its log says why".into(),
-            true => "the snapshot was not stored; the log says why, and it is tried again".into(),
-        });
-    };
-    match is_snapshot {
-        true => Answer::SnapshotStored(state),
-        false => match confirmed.wait_for(|&txid| txid >= state.position.txid).await {
-            Ok(_) => Answer::Synced(state),
-            Err(_) => Answer::Failed("it stopped before everything was confirmed".into()),
-        },
-    }
+/// Whether a process listens at the socket in `state_dir`: then it works with it, though it may not hold its lock at the moment
+/// (see [`super::rest`]).
+#[must_use]
+pub fn somebody_listens(state_dir: &Path) -> bool {
+    File::open(state_dir).and_then(|directory| std::os::unix::net::UnixStream::connect(address(&directory))).is_ok()
 }
 
 /// Asks the daemon that follows `database` for a state, and waits for its answer.
@@ -229,6 +165,7 @@ async fn ask_anything(
     let database = database.to_owned();
     match tokio::time::timeout(limit, exchange(state_dir, request)).await {
         Err(_) => Err(ControlError::TimedOut { database, limit }),
+        Ok(Ok(Answer::NotHere)) => Err(ControlError::NoDaemon { database, state_dir: state_dir.to_owned() }),
         Ok(Ok(answer)) => Ok(answer),
         Ok(Err(error)) if matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused) => {
             Err(ControlError::NoDaemon { database, state_dir: state_dir.to_owned() })
@@ -240,7 +177,7 @@ async fn ask_anything(
 async fn exchange(state_dir: &Path, request: Request) -> io::Result<Answer> {
     let directory = File::open(state_dir)?;
     let mut stream = BufReader::new(UnixStream::connect(address(&directory)).await?);
-    let mut line = serde_json::to_vec(&request)?;
+    let mut line = serde_json::to_vec(&Question { directory: DirectoryId::of(&directory)?, request })?;
     line.push(b'\n');
     stream.get_mut().write_all(&line).await?;
     let mut line = String::new();

@@ -1,0 +1,157 @@
+//! The daemon's side: one socket for all databases of a file system, with a name (a hard link) in each state directory. So a
+//! database that nobody writes to holds no descriptor for it.
+
+use std::collections::HashMap;
+use std::fs::{self, File};
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
+use tokio::net::{UnixListener, UnixStream};
+use tokio::sync::oneshot;
+use tokio::task::JoinSet;
+
+use super::{Answer, DirectoryId, LINE_LIMIT, NAME, Question, Request, address};
+use crate::replicate::status::{Board, Link, Phase};
+use crate::replicate::wake::Event;
+use crate::replicate::{locked, spool};
+
+/// So many requests are answered at a time.
+const REQUESTS_AT_A_TIME: usize = 256;
+
+/// For a database that is about to be followed it is looked so often, so long apart.
+const START_LOOKS: u32 = 600;
+const START_LOOK_INTERVAL: Duration = Duration::from_millis(50);
+
+/// Who is answered for, and where the socket has a name.
+type Served = Arc<Mutex<HashMap<DirectoryId, (PathBuf, Arc<Board>)>>>;
+
+/// Answers requests about the databases of the process, until it is dropped.
+#[derive(Debug, Default)]
+pub struct ControlServer {
+    served: Served,
+    listening: Mutex<JoinSet<()>>,
+}
+
+/// One database is answered for until this is dropped.
+#[derive(Debug)]
+pub struct Place {
+    served: Served,
+    id: DirectoryId,
+}
+
+impl ControlServer {
+    /// Answers for the database with this state directory, which is locked for this process. Takes the place of a socket that an
+    /// earlier run left. Within a Tokio runtime.
+    ///
+    /// # Errors
+    /// As the operating system answers.
+    pub fn serve(&self, state_dir: &Path, board: Arc<Board>) -> io::Result<Place> {
+        let directory = File::open(state_dir)?;
+        let id = DirectoryId::of(&directory)?;
+        let name = state_dir.join(NAME);
+        spool::remove(&name)?;
+        // Held until it is there: of many databases that start at once, one makes the socket.
+        let mut served = locked(&self.served);
+        let named = served.iter().find(|(other, _)| other.0 == id.0).map(|(_, (other, _))| other.join(NAME));
+        // The other name may be gone, and not every file system has second names.
+        if named.is_none_or(|named| fs::hard_link(named, &name).is_err()) {
+            let listener = UnixListener::bind(address(&directory))?;
+            locked(&self.listening).spawn(listen(listener, self.served.clone()));
+        }
+        served.insert(id, (state_dir.to_owned(), board));
+        Ok(Place { served: self.served.clone(), id })
+    }
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        let Some((state_dir, _)) = locked(&self.served).remove(&self.id) else { return };
+        if let Err(error) = spool::remove(&state_dir.join(NAME)) {
+            tracing::warn!(%error, state_dir = %state_dir.display(), "the control socket can't be removed");
+        }
+    }
+}
+
+async fn listen(listener: UnixListener, served: Served) {
+    let mut answering = JoinSet::new();
+    loop {
+        tokio::select! {
+            accepted = listener.accept() => match accepted {
+                Ok((stream, _)) if answering.len() < REQUESTS_AT_A_TIME => {
+                    answering.spawn(answer(stream, served.clone()));
+                }
+                Ok(_) => tracing::warn!("too many requests at the control socket; one was turned away"),
+                Err(error) => {
+                    tracing::warn!(%error, "the control socket fails");
+                    tokio::time::sleep(Duration::from_secs(1)).await;
+                }
+            },
+            Some(_) = answering.join_next() => {}
+        }
+    }
+}
+
+async fn answer(stream: UnixStream, served: Served) {
+    let mut stream = BufReader::new(stream);
+    let mut line = String::new();
+    if (&mut stream).take(LINE_LIMIT).read_line(&mut line).await.is_err() {
+        return;
+    }
+    let answer = match serde_json::from_str::<Question>(&line) {
+        Ok(Question { directory, request }) => {
+            let board = locked(&served).get(&directory).map(|(_, board)| board.clone());
+            match board {
+                Some(board) => carry_out(request, &board).await,
+                None => Answer::NotHere,
+            }
+        }
+        Err(error) => Answer::Failed(format!("the request can't be read: {error}")),
+    };
+    let mut line = serde_json::to_vec(&answer).unwrap_or_default();
+    line.push(b'\n');
+    // Who asked may have left.
+    stream.get_mut().write_all(&line).await.ok();
+}
+
+async fn carry_out(request: Request, board: &Board) -> Answer {
+    let is_snapshot = match request {
+        Request::Status => return Answer::Status(Box::new(board.status())),
+        Request::Sync => false,
+        Request::Snapshot => true,
+    };
+    let Some(Link { mailbox, mut confirmed }) = link(board).await else { return Answer::Failed(not_followed(board)) };
+    let (reply, replied) = oneshot::channel();
+    mailbox.send(if is_snapshot { Event::SnapshotWanted(reply) } else { Event::SyncWanted(reply) });
+    let Ok(state) = replied.await else {
+        return Answer::Failed(match is_snapshot {
+            false => "the database can't be followed just now; its log says why".into(),
+            true => "the snapshot was not stored; the log says why, and it is tried again".into(),
+        });
+    };
+    match is_snapshot {
+        true => Answer::SnapshotStored(state),
+        false => match confirmed.wait_for(|&txid| txid >= state.position.txid).await {
+            Ok(_) => Answer::Synced(state),
+            Err(_) => Answer::Failed("it stopped before everything was confirmed".into()),
+        },
+    }
+}
+
+/// How to reach the database's thread; one that is about to begin is waited for.
+async fn link(board: &Board) -> Option<Link> {
+    for _ in 0..START_LOOKS {
+        match board.link() {
+            None if board.status().phase == Phase::Starting => tokio::time::sleep(START_LOOK_INTERVAL).await,
+            link => return link,
+        }
+    }
+    None
+}
+
+fn not_followed(board: &Board) -> String {
+    let why = board.status().error.map_or(String::new(), |error| format!(": {error}"));
+    format!("the database is not followed just now{why}")
+}
