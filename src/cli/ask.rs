@@ -13,7 +13,20 @@ use crate::clock::format_time;
 use crate::config::units::parse_duration;
 use crate::replicate::control::{Request, State, ask};
 
-/// Arguments of `sync` and `snapshot`.
+/// Arguments of `sync`.
+#[derive(Debug, Args)]
+pub struct SyncArguments {
+    /// Return when it is confirmed: what it does anyway
+    #[arg(long = "wait", conflicts_with = "no_wait")]
+    _wait: bool,
+    /// Return when it is captured and on its way
+    #[arg(long)]
+    no_wait: bool,
+    #[command(flatten)]
+    ask: AskArguments,
+}
+
+/// Arguments of `snapshot`, and what `sync` has in common with it.
 #[derive(Debug, Args)]
 pub struct AskArguments {
     /// The database [default: the configuration's only one, or the environment's]
@@ -32,8 +45,11 @@ pub struct AskArguments {
 ///
 /// # Errors
 /// See [`crate::replicate::control::ControlError`].
-pub async fn sync(arguments: AskArguments) -> Result<(), Failure> {
-    arguments.ask(Request::Sync, "").await
+pub async fn sync(arguments: SyncArguments) -> Result<(), Failure> {
+    match arguments.no_wait {
+        false => arguments.ask.ask(Request::Sync, "confirmed  ").await,
+        true => arguments.ask.ask(Request::Ship, "captured   ").await,
+    }
 }
 
 /// Has a snapshot made, in every replica, and waits until it is confirmed.
@@ -41,7 +57,7 @@ pub async fn sync(arguments: AskArguments) -> Result<(), Failure> {
 /// # Errors
 /// See [`crate::replicate::control::ControlError`].
 pub async fn snapshot(arguments: AskArguments) -> Result<(), Failure> {
-    arguments.ask(Request::Snapshot, "a snapshot of ").await
+    arguments.ask(Request::Snapshot, "confirmed  a snapshot of ").await
 }
 
 impl AskArguments {
@@ -66,7 +82,7 @@ impl AskArguments {
                 }
             };
             let to = if databases.len() > 1 { format!(", in {}", database.replica) } else { String::new() };
-            tell(format_args!("confirmed  {what}{position}, {}{to}", format_time(time_ms)));
+            tell(format_args!("{what}{position}, {}{to}", format_time(time_ms)));
         }
         failure.map_or(Ok(()), |error| Err(error.into()))
     }

@@ -23,7 +23,7 @@ Examples:
 Puts a few small objects (and one of 5 MiB) under doctor/ in the replica's place, and removes them. Exit code 1 when something is
 bad.")]
 pub struct DoctorArguments {
-    /// A replica URL, or the path of a database of the configuration [default: the only one there, or the environment's]
+    /// A replica URL, or the path of a database that is configured or followed [default: the only configured one]
     source: Option<String>,
     #[command(flatten)]
     config: ConfigArgument,
@@ -38,7 +38,7 @@ pub async fn run(arguments: DoctorArguments) -> Result<(), Failure> {
 }
 
 async fn examine(arguments: DoctorArguments) -> Result<(), Failure> {
-    let source = arguments.config.resolve(arguments.source.as_deref())?;
+    let source = arguments.config.resolve(arguments.source.as_deref()).await?;
     let mut findings = Vec::new();
     if let Some(database) = &source.database {
         findings.push(place(&database.path));

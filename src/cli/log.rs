@@ -23,7 +23,7 @@ Examples:
   waltrail log s3://my-bucket/app --transactions
   waltrail log --config /etc/waltrail.toml /data/app.db --format json")]
 pub struct LogArguments {
-    /// A replica URL, or the path of a database of the configuration [default: the only one there, or the environment's]
+    /// A replica URL, or the path of a database that is configured or followed [default: the only configured one]
     source: Option<String>,
     /// One line for each transaction instead of for each object
     #[arg(long)]
@@ -114,7 +114,7 @@ impl Line {
 /// # Errors
 /// See [`crate::restore::RestoreError`].
 pub async fn run(arguments: LogArguments) -> Result<(), Failure> {
-    let source = arguments.config.resolve(arguments.source.as_deref())?;
+    let source = arguments.config.resolve(arguments.source.as_deref()).await?;
     let store = open_patiently(&source.replica).await;
     let history = History::load(&store).await?;
     let mut out = io::BufWriter::new(io::stdout().lock());

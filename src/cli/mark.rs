@@ -12,10 +12,12 @@ use super::tell::{TextOrJson, shown, tell};
 use super::{ConfigArgument, Source, open_patiently};
 use crate::clock::{Clock, SystemClock, format_time};
 use crate::config::units::parse_duration;
+use crate::format::key::MarkKey;
 use crate::format::record::MarkRecord;
 use crate::replicate::control::{Request, State, ask};
 use crate::restore::history::History;
 use crate::restore::plan::Target;
+use crate::retain::RetainError;
 use crate::retain::marks::{load_marks, remove_mark, set_mark};
 
 /// Arguments of `mark`.
@@ -32,8 +34,9 @@ that. With a replica URL it holds the newest state that is in storage already. W
 storage. It keeps its state for as long as it is there, whatever the retention.")]
 pub struct MarkArguments {
     /// 1 to 100 of A-Z, a-z, 0-9, '.', '_' and '-'
+    #[arg(value_parser = parse_name)]
     name: String,
-    /// The path of a database of the configuration, or a replica URL [default: the only one there, or the environment's]
+    /// The path of a database that is configured or followed, or a replica URL [default: the only configured one]
     source: Option<String>,
     /// Mark the state at this time
     #[arg(long, value_name = "TIME", conflicts_with = "txid")]
@@ -54,7 +57,7 @@ pub struct MarkArguments {
 /// Arguments of `marks`.
 #[derive(Debug, Args)]
 pub struct MarksArguments {
-    /// A replica URL, or the path of a database of the configuration [default: the only one there, or the environment's]
+    /// A replica URL, or the path of a database that is configured or followed [default: the only configured one]
     source: Option<String>,
     /// How to write them
     #[arg(long, value_enum, default_value_t = TextOrJson::Text)]
@@ -68,7 +71,7 @@ pub struct MarksArguments {
 pub struct UnmarkArguments {
     /// The mark
     name: String,
-    /// A replica URL, or the path of a database of the configuration [default: the only one there, or the environment's]
+    /// A replica URL, or the path of a database that is configured or followed [default: the only configured one]
     source: Option<String>,
     #[command(flatten)]
     config: ConfigArgument,
@@ -77,19 +80,23 @@ pub struct UnmarkArguments {
 impl MarkArguments {
     /// The state to mark, and the line it is on. Without any wish the newest one, after everything that was committed is shipped.
     async fn target(&self, source: &Source, now_ms: u64) -> Result<(Target, Option<u32>), Failure> {
-        match (&self.at, self.txid, self.epoch, &source.database) {
+        match (&self.at, self.txid, self.epoch, source.live()) {
             (Some(at), ..) => {
                 Ok((Target::Time(parse_moment(at, now_ms, &TimeZone::UTC).map_err(Failure::usage)?), self.epoch))
             }
             (None, Some(txid), ..) => Ok((Target::Txid(txid), self.epoch)),
-            (None, None, None, Some(database)) => {
-                let State { position, .. } =
-                    ask(&database.path, &database.state_dir, Request::Sync, self.timeout).await?;
+            (None, None, None, Some((database, state_dir))) => {
+                let State { position, .. } = ask(database, state_dir, Request::Sync, self.timeout).await?;
                 Ok((Target::Txid(position.txid), Some(position.epoch)))
             }
             (None, None, epoch, _) => Ok((Target::Latest, epoch)),
         }
     }
+}
+
+/// Said before anything else is looked at: who has the arguments the wrong way round is told of that.
+fn parse_name(name: &str) -> Result<String, RetainError> {
+    MarkKey::of(name).map(|_| name.to_owned()).ok_or_else(|| RetainError::BadName(name.to_owned()))
 }
 
 /// Gives a state a name.
@@ -99,7 +106,7 @@ impl MarkArguments {
 pub async fn mark(arguments: MarkArguments) -> Result<(), Failure> {
     let now_ms = SystemClock::new().now_ms();
     // Each replica numbers transactions by itself.
-    for source in arguments.config.resolve_replicas(arguments.source.as_deref())? {
+    for source in arguments.config.resolve_replicas(arguments.source.as_deref()).await? {
         let store = open_patiently(&source.replica).await;
         let (target, epoch) = arguments.target(&source, now_ms).await?;
         let (mark, plan) = set_mark(&store, &arguments.name, target, epoch, now_ms).await?;
@@ -116,7 +123,7 @@ pub async fn mark(arguments: MarkArguments) -> Result<(), Failure> {
 /// # Errors
 /// See [`crate::retain::RetainError`].
 pub async fn marks(arguments: MarksArguments) -> Result<(), Failure> {
-    let source = arguments.config.resolve(arguments.source.as_deref())?;
+    let source = arguments.config.resolve(arguments.source.as_deref()).await?;
     let store = open_patiently(&source.replica).await;
     // That there is no replica is not the same as that it has no marks.
     History::load(&store).await?;
@@ -143,7 +150,7 @@ fn show(marks: &[MarkRecord], format: TextOrJson) -> io::Result<()> {
 /// # Errors
 /// See [`crate::retain::RetainError`].
 pub async fn unmark(arguments: UnmarkArguments) -> Result<(), Failure> {
-    for source in arguments.config.resolve_replicas(arguments.source.as_deref())? {
+    for source in arguments.config.resolve_replicas(arguments.source.as_deref()).await? {
         let store = open_patiently(&source.replica).await;
         let what = match remove_mark(&store, &arguments.name).await? {
             Some(mark) => format!("{}, {}", mark.position(), format_time(mark.time_ms)),

@@ -25,6 +25,7 @@ use std::collections::HashSet;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
+use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand};
 use tracing_subscriber::EnvFilter;
@@ -32,11 +33,14 @@ use tracing_subscriber::EnvFilter;
 use self::exit_code::Failure;
 use crate::config::fleet::FleetConfig;
 use crate::config::replica_url::ReplicaUrl;
-use crate::config::{Config, DatabaseConfig, LogConfig, LogFormat, LogLevel, environment, file};
+use crate::config::{Config, DatabaseConfig, LogConfig, LogFormat, LogLevel, default_state_dir, environment, file};
+use crate::replicate::control::{ControlError, ask_status};
 use crate::store::SharedStore;
 use crate::store::retry::{RetryPolicy, Retrying};
 
 const SYSTEM_CONFIG: &str = "/etc/waltrail.toml";
+/// A daemon answers how it is within this time.
+const DAEMON_PATIENCE: Duration = Duration::from_secs(10);
 const CONFIG_VARIABLE: &str = "WALTRAIL_CONFIG";
 /// Of many databases, so many are named in a message.
 const PATHS_SHOWN: usize = 5;
@@ -78,7 +82,7 @@ enum Command {
     /// Show what a replica holds
     Log(log::LogArguments),
     /// Wait until everything that was committed to a database is confirmed in storage
-    Sync(ask::AskArguments),
+    Sync(ask::SyncArguments),
     /// Show how replication is: what is captured, what is confirmed, what is wrong
     Status(status::StatusArguments),
     /// Ask a daemon's /healthz whether all is well, as a container's health check
@@ -184,13 +188,13 @@ impl ConfigArgument {
     }
 
     /// The replica that `source` names, the first one of a database that has several.
-    fn resolve(&self, source: Option<&str>) -> Result<Source, Failure> {
-        Ok(self.resolve_replicas(source)?.remove(0))
+    async fn resolve(&self, source: Option<&str>) -> Result<Source, Failure> {
+        Ok(self.resolve_replicas(source).await?.remove(0))
     }
 
-    /// The replica that `source` names: a replica URL, or the path of a known database, with all its replicas; without it those of
-    /// the only database. At least one.
-    fn resolve_replicas(&self, source: Option<&str>) -> Result<Vec<Source>, Failure> {
+    /// The replica that `source` names: a replica URL, or the path of a known database, with all its replicas, or of one that a daemon
+    /// follows; without it those of the only database. At least one.
+    async fn resolve_replicas(&self, source: Option<&str>) -> Result<Vec<Source>, Failure> {
         let of_all = |databases: Vec<DatabaseConfig>| Ok(databases.into_iter().map(Source::of).collect());
         let Some(source) = source else { return of_all(self.only_database()?) };
         if source.contains("://") {
@@ -199,7 +203,7 @@ impl ConfigArgument {
                 return of_all(vec![known]);
             }
             self.refuse(&format!("{replica} is the replica already, and is not in it"))?;
-            return Ok(vec![Source { replica, database: None }]);
+            return Ok(vec![Source { replica, database: None, followed: None }]);
         }
         let known = self.replicas_of(Path::new(source))?;
         if !known.is_empty() {
@@ -207,10 +211,14 @@ impl ConfigArgument {
         }
         let path = absolute(Path::new(source))?;
         if path.is_dir() {
-            return Ok(vec![Source { replica: ReplicaUrl::Directory(path), database: None }]);
+            return Ok(vec![Source { replica: ReplicaUrl::Directory(path), database: None, followed: None }]);
+        }
+        if let Some(source) = Source::of_daemon(path).await? {
+            return Ok(vec![source]);
         }
         Err(Failure::usage(format!(
-            "'{source}' is not a replica: it is no URL, no directory, and no database of the configuration or the environment"
+            "'{source}' is not a replica: it is no URL, no directory, and no database of the \
+             configuration or the environment, or that a daemon follows"
         )))
     }
 
@@ -225,10 +233,13 @@ impl ConfigArgument {
 
     /// The replicas that `sources` name; without any, those of all databases of the configuration or, without one, that of the
     /// environment's.
-    fn resolve_all(&self, sources: &[String]) -> Result<Vec<Source>, Failure> {
+    async fn resolve_all(&self, sources: &[String]) -> Result<Vec<Source>, Failure> {
         if !sources.is_empty() {
-            let named = sources.iter().map(|source| self.resolve_replicas(Some(source)));
-            return Ok(named.collect::<Result<Vec<_>, _>>()?.into_iter().flatten().collect());
+            let mut named = Vec::new();
+            for source in sources {
+                named.append(&mut self.resolve_replicas(Some(source)).await?);
+            }
+            return Ok(named);
         }
         Ok(self.databases(&[])?.into_iter().map(Source::of).collect())
     }
@@ -247,13 +258,36 @@ fn environment_database() -> Result<DatabaseConfig, Failure> {
 /// What a command is about.
 struct Source {
     replica: ReplicaUrl,
-    /// The database, when it is known and not only where it goes.
+    /// The database, when the configuration or the environment says all of it and not only where it goes.
     database: Option<DatabaseConfig>,
+    /// A database whose daemon was told by arguments alone, and its state directory.
+    followed: Option<(PathBuf, PathBuf)>,
 }
 
 impl Source {
     fn of(database: DatabaseConfig) -> Self {
-        Self { replica: database.replica.clone(), database: Some(database) }
+        Self { replica: database.replica.clone(), database: Some(database), followed: None }
+    }
+
+    /// Where the daemon that follows the database at `path` says that it goes; `None` where nobody answers.
+    async fn of_daemon(path: PathBuf) -> Result<Option<Self>, Failure> {
+        let state_dir = default_state_dir(&path);
+        match ask_status(&path, &state_dir, DAEMON_PATIENCE).await {
+            Err(ControlError::NoDaemon { .. }) => Ok(None),
+            Err(error) => Err(error.into()),
+            Ok(status) => {
+                Ok(Some(Self { replica: status.replica.parse()?, database: None, followed: Some((path, state_dir)) }))
+            }
+        }
+    }
+
+    /// A database that a daemon may follow, and its state directory.
+    fn live(&self) -> Option<(&Path, &Path)> {
+        match (&self.database, &self.followed) {
+            (Some(database), _) => Some((&database.path, &database.state_dir)),
+            (None, Some((path, state_dir))) => Some((path, state_dir)),
+            (None, None) => None,
+        }
     }
 }
 

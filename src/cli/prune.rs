@@ -27,7 +27,7 @@ Examples:
 The daemon does the same every hour that it ships something in. States with a mark stay; so does everything that was needed
 an hour ago, because a restore may be under way.")]
 pub struct PruneArguments {
-    /// A replica URL, or the path of a database of the configuration [default: the only one there, or the environment's]
+    /// A replica URL, or the path of a database that is configured or followed [default: the only configured one]
     source: Option<String>,
     /// Keep every state of so long: 30d, or forever [default: what the configuration says; needed with a replica URL]
     #[arg(long, value_name = "DURATION", value_parser = parse_window)]
@@ -84,7 +84,7 @@ pub async fn run(arguments: PruneArguments) -> Result<(), Failure> {
 }
 
 async fn work(arguments: PruneArguments) -> Result<(), Failure> {
-    let source = arguments.config.resolve(arguments.source.as_deref())?;
+    let source = arguments.config.resolve(arguments.source.as_deref()).await?;
     let settings = arguments.settings(source.database.map(|database| database.retention))?;
     let store = open_patiently(&source.replica).await;
     let now = Now::Told(SystemClock::new().now_ms());

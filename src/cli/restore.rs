@@ -42,7 +42,7 @@ Times: 2026-03-01T14:00:00Z, 2026-03-01T16:00:00+02:00, '2026-03-01 14:00' and '
 ago', '2 days ago'. The last transaction that is not later is chosen.
 What is restored is checked against its recorded fingerprint before the file gets its name.")]
 pub struct RestoreArguments {
-    /// A replica URL, or the path of a database of the configuration [default: the only one there, or the environment's]
+    /// A replica URL, or the path of a database that is configured or followed [default: the only configured one]
     source: Option<String>,
     /// Where to write the database; - for standard output [default: the database's path, if that was given]
     #[arg(long, short, value_name = "FILE")]
@@ -115,7 +115,7 @@ async fn restore(arguments: RestoreArguments) -> Result<(), Failure> {
     if let Some(directory) = &arguments.output_dir {
         return restore_all(&arguments, directory).await;
     }
-    let source = arguments.config.resolve(arguments.source.as_deref())?;
+    let source = arguments.config.resolve(arguments.source.as_deref()).await?;
     let known_path = source.database.as_ref().map(|database| database.path.clone());
     // A plan needs no target; all else does.
     let output = match arguments.output.clone().or(known_path).map(Output::of) {
@@ -136,7 +136,7 @@ async fn restore_all(arguments: &RestoreArguments, directory: &Path) -> Result<(
     }
     let mut failures = Vec::new();
     for (database, name) in &all {
-        let source = Source { replica: database.replica.clone(), database: None };
+        let source = Source { replica: database.replica.clone(), database: None, followed: None };
         let output = directory.join(name);
         let parent = output.parent().unwrap_or(directory);
         std::fs::create_dir_all(parent)

@@ -6,6 +6,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use clap::Args;
+use futures_util::StreamExt;
 use serde::Serialize;
 
 use super::ConfigArgument;
@@ -18,6 +19,8 @@ use crate::health::DEFAULT_HEALTHY_LAG;
 use crate::replicate::control::ask_status;
 use crate::replicate::status::{Phase, Status};
 
+/// So many databases are asked for at a time.
+const ASKED_AT_A_TIME: usize = 64;
 /// A daemon answers at once, or not.
 const PATIENCE: Duration = Duration::from_secs(3);
 
@@ -93,7 +96,8 @@ async fn rows(databases: &[DatabaseConfig], max_lag: Duration) -> Vec<Row> {
             }
         }
     };
-    futures_util::future::join_all(databases.iter().map(row)).await
+    // Each takes two descriptors here, and the daemon answers a limited number at a time.
+    futures_util::stream::iter(databases).map(row).buffered(ASKED_AT_A_TIME).collect().await
 }
 
 fn show(rows: &[Row], arguments: &StatusArguments) -> io::Result<()> {

@@ -115,7 +115,7 @@ pub async fn run(arguments: VerifyArguments) -> Result<u8, Failure> {
 }
 
 async fn work(arguments: VerifyArguments) -> Result<u8, Failure> {
-    let sources = arguments.sources()?;
+    let sources = arguments.sources().await?;
     let mut outcomes = Vec::new();
     for source in sources {
         let outcome = verify_one(&arguments, source).await?;
@@ -149,13 +149,13 @@ async fn verify_one(arguments: &VerifyArguments, source: Source) -> Result<Outco
 
 impl VerifyArguments {
     /// What is verified. With --against alone it is the replica of that database.
-    fn sources(&self) -> Result<Vec<Source>, Failure> {
-        let Some(database) = &self.against else { return self.config.resolve_all(&self.sources) };
+    async fn sources(&self) -> Result<Vec<Source>, Failure> {
+        let Some(database) = &self.against else { return self.config.resolve_all(&self.sources).await };
         let known = self.config.replicas_of(database)?;
         if self.sources.is_empty() && !known.is_empty() {
             return Ok(known.into_iter().map(Source::of).collect());
         }
-        let sources = self.config.resolve_all(&self.sources)?;
+        let sources = self.config.resolve_all(&self.sources).await?;
         let databases: HashSet<Option<&PathBuf>> =
             sources.iter().map(|source| source.database.as_ref().map(|database| &database.path)).collect();
         let is_one = sources.len() == 1 || (databases.len() == 1 && !databases.contains(&None));

@@ -85,6 +85,32 @@ fn signals_reach_the_command() {
     assert_eq!(number(&open(&scene.restored(&scene.replica(), &[])), COUNTER), 9);
 }
 
+/// In a container the entry point is process 1, and inherits what its application leaves behind.
+#[test]
+fn as_process_1_it_reaps_what_is_left_behind() {
+    let unshared = |command: &[&str]| {
+        let mut unshare = Command::new("unshare");
+        unshare
+            .args(["--user", "--map-root-user", "--pid", "--fork", "--mount-proc", "--kill-child", "--"])
+            .args(command);
+        unshare
+    };
+    if !unshared(&["true"]).status().is_ok_and(|status| status.success()) {
+        eprintln!("not shown: this machine lets nobody make a process namespace");
+        return;
+    }
+    let (scene, _) = lost();
+    // The inner shell ends at once, and what it has started becomes process 1's.
+    let script = "sh -c 'sleep 0.1 & echo $! > orphan'; sleep 1; cat /proc/1/comm > first; ls -d /proc/$(cat orphan) > left; exit 5";
+    let program = waltrail().get_program().to_str().unwrap().to_owned();
+    let (database, replica) = (scene.database(), scene.replica());
+    let command = [&program, "run", database.to_str().unwrap(), &replica, "--", "sh", "-c", script];
+    let done = unshared(&command).current_dir(scene.directory.path()).output().unwrap();
+    assert_eq!(done.status.code(), Some(5), "{}", stderr(&done));
+    let told = |name: &str| std::fs::read_to_string(scene.path(name)).unwrap();
+    assert_eq!((told("first").trim(), told("left").as_str()), ("waltrail", ""), "orphan {}", told("orphan"));
+}
+
 /// An application on an empty database, with a backup that is only out of reach or damaged, would be the end of that backup's use.
 #[test]
 fn a_failed_restore_starts_nothing() {

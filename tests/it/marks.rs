@@ -16,6 +16,37 @@ fn counted(scene: &Scene, arguments: &[&str]) -> i64 {
     number(&open(&scene.restored(&scene.replica(), arguments)), "SELECT n FROM counter")
 }
 
+/// Its daemon knows where a database goes, also when nobody else was told.
+#[test]
+fn a_path_is_enough_while_a_daemon_follows_it() {
+    let scene = Scene::new();
+    let application = create_database(&scene.database(), 50, "");
+    let daemon = scene.start();
+    wait_for("the snapshot", || (!scene.objects("snap").is_empty()).then_some(()));
+    let path = scene.database();
+    let path = path.to_str().unwrap();
+    count_up(&application);
+    let done = run(["mark", "one", path]);
+    assert!(done.status.success(), "{}", stderr(&done));
+    count_up(&application);
+    assert_eq!(counted(&scene, &["--mark", "one"]), 1);
+    let shipped = run(["sync", "--no-wait", path]);
+    assert!(stderr(&shipped).starts_with("captured "), "{}", stderr(&shipped));
+    wait_for("it to be stored", || (counted(&scene, &[]) == 2).then_some(()));
+    count_up(&application);
+    let waited = run(["sync", "--wait", path]);
+    assert!(stderr(&waited).starts_with("confirmed "), "{}", stderr(&waited));
+    assert_eq!(counted(&scene, &[]), 3);
+    let pruned = run(["prune", path]);
+    assert!(stderr(&pruned).contains("Say so with --retention"), "nobody said what is kept: {}", stderr(&pruned));
+    assert_eq!(daemon.terminate(), Some(0), "{}", scene.log());
+    let unknown = run(["mark", "two", path]);
+    assert!(stderr(&unknown).contains("or that a daemon follows"), "{}", stderr(&unknown));
+    let turned = run(["mark", path, "two"]);
+    assert!(stderr(&turned).contains("can't be a mark's name"), "{}", stderr(&turned));
+    assert_eq!((unknown.status.code(), turned.status.code()), (Some(10), Some(10)));
+}
+
 #[test]
 fn a_mark_holds_everything_that_was_committed_before_it() {
     let scene = Scene::new();

@@ -28,6 +28,8 @@ const LINE_LIMIT: u64 = 64 * 1024;
 pub enum Request {
     /// Answered when everything that was committed before is confirmed.
     Sync,
+    /// Everything that was committed before is shipped now, whenever it would be otherwise; answered when it is captured.
+    Ship,
     /// Make a snapshot now; answered when it is confirmed.
     Snapshot,
     /// Answered at once.
@@ -40,6 +42,8 @@ pub enum Request {
 pub enum Answer {
     /// This state is confirmed.
     Synced(State),
+    /// This state is captured, and on its way.
+    Shipping(State),
     /// A snapshot that serves this state is confirmed.
     SnapshotStored(State),
     /// What is known of the database's replication.
@@ -132,7 +136,7 @@ pub fn somebody_listens(state_dir: &Path) -> bool {
 /// See [`ControlError`].
 pub async fn ask(database: &Path, state_dir: &Path, request: Request, limit: Duration) -> Result<State, ControlError> {
     match ask_anything(database, state_dir, request, limit).await? {
-        Answer::Synced(state) | Answer::SnapshotStored(state) => Ok(state),
+        Answer::Synced(state) | Answer::Shipping(state) | Answer::SnapshotStored(state) => Ok(state),
         other => Err(unexpected(database, &other)),
     }
 }

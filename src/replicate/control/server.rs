@@ -117,13 +117,12 @@ async fn answer(stream: UnixStream, served: Served) {
 }
 
 async fn carry_out(request: Request, board: &Board) -> Answer {
-    let is_snapshot = match request {
-        Request::Status => return Answer::Status(Box::new(board.status())),
-        Request::Sync => false,
-        Request::Snapshot => true,
-    };
+    if request == Request::Status {
+        return Answer::Status(Box::new(board.status()));
+    }
     let Some(Link { mailbox, mut confirmed }) = link(board).await else { return Answer::Failed(not_followed(board)) };
     let (reply, replied) = oneshot::channel();
+    let is_snapshot = request == Request::Snapshot;
     mailbox.send(if is_snapshot { Event::SnapshotWanted(reply) } else { Event::SyncWanted(reply) });
     let Ok(state) = replied.await else {
         return Answer::Failed(match is_snapshot {
@@ -131,9 +130,10 @@ async fn carry_out(request: Request, board: &Board) -> Answer {
             true => "the snapshot was not stored; the log says why, and it is tried again".into(),
         });
     };
-    match is_snapshot {
-        true => Answer::SnapshotStored(state),
-        false => match confirmed.wait_for(|&txid| txid >= state.position.txid).await {
+    match request {
+        Request::Snapshot => Answer::SnapshotStored(state),
+        Request::Ship => Answer::Shipping(state),
+        Request::Sync | Request::Status => match confirmed.wait_for(|&txid| txid >= state.position.txid).await {
             Ok(_) => Answer::Synced(state),
             Err(_) => Answer::Failed("it stopped before everything was confirmed".into()),
         },
