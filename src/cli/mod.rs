@@ -29,6 +29,7 @@ use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand};
 use tracing_subscriber::EnvFilter;
+use tracing_subscriber::fmt::format::FmtSpan;
 
 use self::exit_code::Failure;
 use crate::config::fleet::FleetConfig;
@@ -389,6 +390,8 @@ fn start_log(flags: &LogConfig, config: Option<&LogConfig>, default: LogLevel) {
         .with_env_filter(filter)
         .with_writer(std::io::stderr)
         .with_target(false)
+        // Each request is a span: at its end it is told, with the time it took.
+        .with_span_events(FmtSpan::CLOSE)
         // Where it can't write, it would complain with `eprintln!`, which panics: the end of a daemon whose log reader left.
         .log_internal_errors(false);
     match format {

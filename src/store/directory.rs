@@ -11,6 +11,8 @@ use std::time::UNIX_EPOCH;
 use async_trait::async_trait;
 use bytes::Bytes;
 
+use tracing::instrument;
+
 use super::{ObjectInfo, ObjectStore, PartTag, PutMode, StoreError, StoreErrorKind};
 use crate::clock::{Clock, SystemClock};
 
@@ -188,6 +190,7 @@ impl ObjectStore for DirectoryStore {
         format!("file://{}", self.root.display())
     }
 
+    #[instrument(level = "trace", skip(self, body), fields(body_bytes = body.len()))]
     async fn put(&self, key: &str, body: Bytes, mode: PutMode) -> Result<(), StoreError> {
         self.blocking("put", key, move |store, key| {
             let mut file = store.incoming()?;
@@ -197,6 +200,7 @@ impl ObjectStore for DirectoryStore {
         .await
     }
 
+    #[instrument(level = "trace", skip(self))]
     async fn get(&self, key: &str, limit_bytes: u64) -> Result<Bytes, StoreError> {
         self.blocking("get", key, move |store, key| {
             let file = store.open(key)?;
@@ -211,6 +215,7 @@ impl ObjectStore for DirectoryStore {
         .await
     }
 
+    #[instrument(level = "trace", skip(self))]
     async fn get_range(&self, key: &str, offset: u64, len_bytes: u64) -> Result<Bytes, StoreError> {
         self.blocking("get", key, move |store, key| {
             let file = store.open(key)?;
@@ -226,6 +231,7 @@ impl ObjectStore for DirectoryStore {
         .await
     }
 
+    #[instrument(level = "trace", skip(self))]
     async fn list(&self, prefix: &str, start_after: Option<&str>) -> Result<Vec<ObjectInfo>, StoreError> {
         let start_after = start_after.map(str::to_owned);
         self.blocking("list", prefix, move |store, prefix| {
@@ -247,6 +253,7 @@ impl ObjectStore for DirectoryStore {
         .await
     }
 
+    #[instrument(level = "trace", skip(self))]
     async fn folders(&self, prefix: &str) -> Result<Vec<String>, StoreError> {
         self.blocking("list", prefix, move |store, prefix| {
             store.check_root()?;
@@ -268,6 +275,7 @@ impl ObjectStore for DirectoryStore {
         .await
     }
 
+    #[instrument(level = "trace", skip(self))]
     async fn delete(&self, key: &str) -> Result<(), StoreError> {
         self.blocking("delete", key, |store, key| {
             store.check_root()?;
@@ -279,6 +287,7 @@ impl ObjectStore for DirectoryStore {
         .await
     }
 
+    #[instrument(level = "trace", skip(self))]
     async fn create_multipart(&self, key: &str) -> Result<String, StoreError> {
         self.blocking("begin an upload of", key, |store, _| {
             let (_, path) = store.incoming()?.keep().map_err(|failed| failed.error)?;
@@ -288,6 +297,7 @@ impl ObjectStore for DirectoryStore {
         .await
     }
 
+    #[instrument(level = "trace", skip(self, body), fields(body_bytes = body.len()))]
     async fn put_part(
         &self,
         key: &str,
@@ -306,6 +316,7 @@ impl ObjectStore for DirectoryStore {
         .await
     }
 
+    #[instrument(level = "trace", skip(self))]
     async fn complete_multipart(&self, key: &str, upload_id: &str, _parts: &[PartTag]) -> Result<(), StoreError> {
         let upload_id = upload_id.to_owned();
         self.blocking("complete", key, move |store, key| {
@@ -320,6 +331,7 @@ impl ObjectStore for DirectoryStore {
         .await
     }
 
+    #[instrument(level = "trace", skip(self))]
     async fn abort_multipart(&self, key: &str, upload_id: &str) -> Result<(), StoreError> {
         let upload_id = upload_id.to_owned();
         self.blocking("give up the upload of", key, move |store, _| {

@@ -26,6 +26,8 @@ use aws_smithy_http_client::tls::rustls_provider::CryptoMode;
 use aws_smithy_http_client::{Builder, tls};
 use bytes::{Bytes, BytesMut};
 
+use tracing::instrument;
+
 use super::{DeleteFailure, ObjectInfo, ObjectStore, PartTag, PutMode, StoreError, StoreErrorKind};
 
 /// No request takes longer until its answer begins, the body that is sent included: enough for a 16 MiB part at 300 KB/s.
@@ -376,6 +378,7 @@ impl ObjectStore for S3Store {
         self.location.clone()
     }
 
+    #[instrument(level = "trace", skip(self, body), fields(body_bytes = body.len()))]
     async fn put(&self, key: &str, body: Bytes, mode: PutMode) -> Result<(), StoreError> {
         let condition = (mode == PutMode::IfAbsent).then(|| "*".to_owned());
         let request = self.client.put_object().bucket(&self.bucket).key(self.full(key)).set_if_none_match(condition);
@@ -383,12 +386,14 @@ impl ObjectStore for S3Store {
         Ok(())
     }
 
+    #[instrument(level = "trace", skip(self))]
     async fn get(&self, key: &str, limit_bytes: u64) -> Result<Bytes, StoreError> {
         let request = self.client.get_object().bucket(&self.bucket).key(self.full(key));
         let answer = request.send().await.map_err(self.failed("get", key))?;
         self.body(key, answer, limit_bytes).await
     }
 
+    #[instrument(level = "trace", skip(self))]
     async fn get_range(&self, key: &str, offset: u64, len_bytes: u64) -> Result<Bytes, StoreError> {
         let Some(last) = len_bytes.checked_sub(1).and_then(|more| offset.checked_add(more)) else {
             return Ok(Bytes::new());
@@ -415,6 +420,7 @@ impl ObjectStore for S3Store {
         Ok(body)
     }
 
+    #[instrument(level = "trace", skip(self))]
     async fn list(&self, prefix: &str, start_after: Option<&str>) -> Result<Vec<ObjectInfo>, StoreError> {
         let request = self.client.list_objects_v2().bucket(&self.bucket).prefix(self.full(prefix));
         let mut pages = request.set_start_after(start_after.map(|after| self.full(after))).into_paginator().send();
@@ -435,6 +441,7 @@ impl ObjectStore for S3Store {
         Ok(found)
     }
 
+    #[instrument(level = "trace", skip(self))]
     async fn folders(&self, prefix: &str) -> Result<Vec<String>, StoreError> {
         let full = self.full(prefix);
         let request = self.client.list_objects_v2().bucket(&self.bucket).prefix(&full).delimiter("/");
@@ -455,6 +462,7 @@ impl ObjectStore for S3Store {
         Ok(found.into_iter().collect())
     }
 
+    #[instrument(level = "trace", skip(self))]
     async fn delete(&self, key: &str) -> Result<(), StoreError> {
         let request = self.client.delete_object().bucket(&self.bucket).key(self.full(key));
         match request.send().await.map_err(self.failed("delete", key)) {
@@ -463,10 +471,12 @@ impl ObjectStore for S3Store {
         }
     }
 
+    #[instrument(level = "trace", skip(self, keys), fields(keys = keys.len()))]
     async fn delete_many(&self, keys: &[String]) -> Result<Vec<DeleteFailure>, StoreError> {
         self.delete_objects(keys).await
     }
 
+    #[instrument(level = "trace", skip(self))]
     async fn create_multipart(&self, key: &str) -> Result<String, StoreError> {
         let operation = "begin an upload of";
         let request = self.client.create_multipart_upload().bucket(&self.bucket).key(self.full(key));
@@ -475,6 +485,7 @@ impl ObjectStore for S3Store {
         answer.upload_id().map(str::to_owned).ok_or_else(missing)
     }
 
+    #[instrument(level = "trace", skip(self, body), fields(body_bytes = body.len()))]
     async fn put_part(
         &self,
         key: &str,
@@ -498,6 +509,7 @@ impl ObjectStore for S3Store {
         Ok(PartTag { number, tag, len_bytes })
     }
 
+    #[instrument(level = "trace", skip(self, parts))]
     async fn complete_multipart(&self, key: &str, upload_id: &str, parts: &[PartTag]) -> Result<(), StoreError> {
         let part =
             |part: &PartTag| CompletedPart::builder().part_number(part.number as i32).e_tag(part.tag.clone()).build();
@@ -508,6 +520,7 @@ impl ObjectStore for S3Store {
         Ok(())
     }
 
+    #[instrument(level = "trace", skip(self))]
     async fn abort_multipart(&self, key: &str, upload_id: &str) -> Result<(), StoreError> {
         let request = self.client.abort_multipart_upload().bucket(&self.bucket).key(self.full(key));
         request.upload_id(upload_id).send().await.map_err(self.failed("give up the upload of", key))?;
