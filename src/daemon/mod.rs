@@ -8,7 +8,7 @@ use std::io;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use tokio::signal::unix::Signal;
 use tokio::sync::{Notify, mpsc};
@@ -27,6 +27,8 @@ use crate::replicate::{Order, ReplicateError, Replication};
 
 /// Where databases may turn up is looked at this often, for the case that an event got lost.
 const LOOK_INTERVAL: Duration = Duration::from_secs(10);
+/// One such look in so many reads the directories also when their times tell of no new name.
+const THOROUGH_LOOK: u32 = 30;
 /// Many files that turn up at once are one look.
 const LOOK_PAUSE: Duration = Duration::from_millis(200);
 
@@ -96,6 +98,7 @@ pub async fn start(
         followed: BTreeMap::new(),
         ever_followed: HashSet::new(),
         watched: BTreeSet::new(),
+        names_changed_at: Vec::new(),
         changed: Arc::new(Notify::new()),
         troubles: Vec::new(),
         clock: clock.clone(),
@@ -132,6 +135,8 @@ struct Roster {
     /// Not to be opened any more to see what they are: see [`crate::config::fleet::FleetConfig::find`].
     ever_followed: HashSet<PathBuf>,
     watched: BTreeSet<PathBuf>,
+    /// What the directories' times were when they were read; `None` for one that could not be looked at.
+    names_changed_at: Vec<Option<SystemTime>>,
     changed: Arc<Notify>,
     troubles: Vec<String>,
     clock: Arc<dyn Clock>,
@@ -141,6 +146,7 @@ impl Roster {
     /// Keeps it right, for ever.
     async fn keep(mut self, mut config: Config, hangup: Option<(Signal, Option<Reload>)>) {
         let (mut signal, reload) = hangup.map_or((None, None), |(signal, reload)| (Some(signal), reload));
+        let mut looks = 0;
         loop {
             let hung_up = async {
                 match &mut signal {
@@ -156,10 +162,21 @@ impl Roster {
                     }
                 }
                 () = self.changed.notified(), if is_looked_for => tokio::time::sleep(LOOK_PAUSE).await,
-                () = tokio::time::sleep(LOOK_INTERVAL), if is_looked_for => {}
+                () = tokio::time::sleep(LOOK_INTERVAL), if is_looked_for => {
+                    looks += 1;
+                    if looks % THOROUGH_LOOK != 0 && self.names_change_at() == self.names_changed_at {
+                        continue;
+                    }
+                }
             }
             self.look(&config).await;
         }
+    }
+
+    /// The times of the directories that are watched.
+    fn names_change_at(&self) -> Vec<Option<SystemTime>> {
+        let time = |directory: &PathBuf| std::fs::metadata(directory).and_then(|found| found.modified()).ok();
+        self.watched.iter().map(time).collect()
     }
 
     /// Finds out who should be followed now, and gives the orders for that.
@@ -175,6 +192,7 @@ impl Roster {
             self.hub.watch_names(directory, &self.changed);
         }
         self.watched = directories;
+        self.names_changed_at = self.names_change_at();
         for trouble in troubles.iter().filter(|trouble| !self.troubles.contains(trouble)) {
             tracing::error!("while looking for databases: {trouble}");
         }

@@ -316,7 +316,10 @@ fn to_s3_and_back() {
     count_up(&application);
     assert_eq!(daemon.terminate(), Some(0), "{}", scene.log());
     assert_eq!(content(&scene.database()), content(&scene.restored(&replica, &[])));
-    assert!(scene.log().contains("TRACE put{key=\"epochs/00000001\"") && !scene.log().contains("testtest"), "no secret at any level");
+    assert!(
+        scene.log().contains("TRACE put{key=\"epochs/00000001\"") && !scene.log().contains("testtest"),
+        "no secret at any level"
+    );
     let snapshot = server.path("tenants/a/snap/00000001");
     let entry = std::fs::read_dir(snapshot).unwrap().next().unwrap().unwrap();
     assert!(entry.metadata().unwrap().len() > 9 << 20, "several parts");
