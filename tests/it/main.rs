@@ -12,6 +12,7 @@ mod fleet;
 mod format;
 mod health;
 mod install;
+mod lock_page;
 mod marks;
 mod merging;
 mod month;
