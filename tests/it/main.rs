@@ -13,6 +13,7 @@ mod format;
 mod health;
 mod install;
 mod lock_page;
+mod lost_objects;
 mod marks;
 mod merging;
 mod month;
