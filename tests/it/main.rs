@@ -19,6 +19,7 @@ mod merging;
 mod month;
 mod objects;
 mod peers;
+mod pruned_meanwhile;
 mod recover;
 mod replicas;
 mod replicate;
