@@ -18,6 +18,7 @@ mod marks;
 mod merging;
 mod month;
 mod objects;
+mod outage;
 mod peers;
 mod pruned_meanwhile;
 mod recover;
