@@ -2,6 +2,7 @@
 
 mod bounds;
 mod cli;
+mod clock;
 mod crash_points;
 mod descriptors;
 mod doctor;
@@ -10,6 +11,7 @@ mod durability;
 mod entry_point;
 mod fleet;
 mod format;
+mod garage;
 mod health;
 mod install;
 mod lock_page;
