@@ -69,7 +69,7 @@ impl AskArguments {
         };
         if let Some(state_dir) = &self.state_dir {
             databases.truncate(1);
-            databases[0].state_dir.clone_from(state_dir);
+            databases.iter_mut().for_each(|database| database.state_dir.clone_from(state_dir));
         }
         let answers = join_all(databases.iter().map(|it| ask(&it.path, &it.state_dir, request, self.timeout))).await;
         let mut failure = None;

@@ -139,6 +139,9 @@ fn table(rows: &[Row], now_ms: u64) -> String {
         if let Some(error) = error {
             text.push_str(&format!("  {error}\n"));
         }
+        for (what, found) in row.into_iter().flat_map(|row| &row.status.notes) {
+            text.push_str(&format!("  note: {what}: {found}\n"));
+        }
     }
     text
 }

@@ -2,6 +2,7 @@
 
 use std::collections::HashSet;
 use std::fs;
+use std::io::{self, Read};
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -19,6 +20,9 @@ use super::{
     LogLevel, further_state_dir, identity,
 };
 use crate::health::DEFAULT_HEALTHY_LAG;
+
+/// A configuration of thousands of databases is smaller.
+const TEXT_LIMIT_BYTES: u64 = 16 << 20;
 
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields, rename_all = "kebab-case")]
@@ -206,12 +210,22 @@ impl ReplicaValue {
     }
 }
 
+/// Reads a small file; one that is larger than any configuration is none.
+fn read_text(path: &Path) -> io::Result<String> {
+    let mut text = String::new();
+    fs::File::open(path)?.take(TEXT_LIMIT_BYTES + 1).read_to_string(&mut text)?;
+    match text.len() as u64 > TEXT_LIMIT_BYTES {
+        true => Err(io::Error::new(io::ErrorKind::FileTooLarge, "it is larger than a configuration can be")),
+        false => Ok(text),
+    }
+}
+
 /// A secret that stands in the configuration, or in a file of its own, as container platforms mount them.
 fn secret(text: Option<SecretText>, file: Option<PathBuf>) -> Result<Option<String>, String> {
     match (text, file) {
         (Some(_), Some(_)) => Err("of secret-access-key and secret-access-key-file only one can be".into()),
         (text, None) => Ok(text.map(|SecretText(text)| text)),
-        (None, Some(file)) => match fs::read_to_string(&file) {
+        (None, Some(file)) => match read_text(&file) {
             Ok(text) => Ok(Some(text.trim_end_matches(['\n', '\r']).to_owned())),
             Err(error) => Err(format!("secret-access-key-file '{}': {error}", file.display())),
         },
@@ -295,7 +309,7 @@ impl DatabaseTable {
 /// # Errors
 /// When the file can't be read, has a key that there is not (the error names key and line), or contradicts itself.
 pub fn load(path: &Path) -> Result<Config, ConfigError> {
-    let text = fs::read_to_string(path).map_err(|source| ConfigError::Unreadable { path: path.to_owned(), source })?;
+    let text = read_text(path).map_err(|source| ConfigError::Unreadable { path: path.to_owned(), source })?;
     let wrong = |what| ConfigError::Wrong { path: path.to_owned(), what };
     let text = substitute(&text, |name| std::env::var(name).ok()).map_err(wrong)?;
     parse(&text).map_err(wrong)

@@ -203,6 +203,16 @@ pub async fn list_claims(store: &SharedStore, after: Option<u32>) -> Result<Vec<
     Ok(keys)
 }
 
+/// When the record of an epoch was stored, by the store's clock, in milliseconds since 1970.
+///
+/// # Errors
+/// When the store fails.
+pub async fn claim_stored_ms(store: &SharedStore, epoch: u32) -> Result<Option<u64>, StoreError> {
+    let name = EpochKey { epoch, writer: None }.to_string();
+    let listed = store.list(&name, None).await?;
+    Ok(listed.into_iter().find(|object| object.key == name).map(|object| object.stored_ms))
+}
+
 /// Of claims those that hold: the epochs' records.
 pub fn records(claims: &[EpochKey]) -> impl DoubleEndedIterator<Item = &EpochKey> {
     claims.iter().filter(|key| key.writer.is_none())

@@ -9,7 +9,7 @@ use std::time::Duration;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot};
 
 use super::capture::Capture;
-use super::claim::Claimed;
+use super::claim::{Claimed, Continuing};
 use super::control::State;
 use super::ledger::{FOLD_AT_ENTRIES, Ledger};
 use super::neighbours::Neighbour;
@@ -17,12 +17,13 @@ use super::record::{Ignore, RecordError, Recorder, Start};
 use super::rest::{Opening, RESTS_AFTER, Rested, Seen, is_settled};
 use super::ship::{Job, Progress};
 use super::snapshots::{Advance, Snapshots};
-use super::spool::{self, Spool};
+use super::spool::{self, Spool, Spooled};
 use super::start::{Started, start};
 use super::state::{LocalState, StateDirectory, boot_id, wal_field};
 use super::wake::{Event, Mailbox};
 use crate::clock::Clock;
 use crate::format::Position;
+use crate::format::key::Span;
 use crate::sqlite::SqliteError;
 use crate::sqlite::header::{HEADER_LEN, schema_cookie};
 use crate::sqlite::live::LiveDatabase;
@@ -180,6 +181,8 @@ pub struct Following {
     snapshot_permit: Option<OwnedSemaphorePermit>,
     syncs_wanted: Vec<oneshot::Sender<State>>,
     last_cut: Option<Duration>,
+    /// The transaction and the length of the largest segment of a single one that was cut and may still wait.
+    large: Option<(u64, u64)>,
     /// When a commit was last captured; as long as there was none, when following began.
     last_commit: Duration,
     has_commits: bool,
@@ -227,6 +230,7 @@ impl Following {
             snapshot_permit: None,
             syncs_wanted: Vec::new(),
             last_cut: None,
+            large: None,
             last_commit: now,
             has_commits: false,
             last_look: now,
@@ -249,11 +253,23 @@ impl Following {
             }
             _ => {
                 following.around.progress.board.note_opened(following.around.clock.now_ms());
-                let leftovers = following.spool.waiting()?;
+                let leftovers = following.leftovers(continuing.as_ref())?;
                 following.send(Job::Claim { continuing, leftovers });
             }
         }
         Ok(following)
+    }
+
+    /// What an earlier run left to be shipped. What it cut and did not note before it was killed was never shipped: it is captured again.
+    fn leftovers(&self, continuing: Option<&Continuing>) -> io::Result<Vec<Spooled>> {
+        let is_noted = |spooled: &Spooled| {
+            let Span { epoch, first_txid, .. } = spooled.key.0;
+            let is_behind = |left: &Continuing| left.captured.epoch == epoch && first_txid > left.captured.txid;
+            continuing.is_none_or(|left| left.is_restored || !is_behind(left))
+        };
+        let (leftovers, unnoted): (Vec<_>, Vec<_>) = self.spool.waiting()?.into_iter().partition(is_noted);
+        unnoted.iter().try_for_each(|spooled| spool::remove(&spooled.path))?;
+        Ok(leftovers)
     }
 
     fn now(&self) -> Duration {
@@ -621,13 +637,29 @@ impl Following {
         let waiting = &self.around.progress.waiting_bytes;
         let waiting_bytes = waiting.fetch_add(spooled.len_bytes, Ordering::Relaxed) + spooled.len_bytes;
         self.around.progress.board.note_waiting(waiting_bytes);
-        // One segment alone may be larger: a single transaction can be.
+        self.note_large(&spooled);
         let limit_bytes = self.around.settings.spool_limit_bytes;
-        if waiting_bytes > (limit_bytes - limit_bytes / KEPT_SHARE).max(spooled.len_bytes) {
+        if waiting_bytes.saturating_sub(self.large_len_bytes()) > limit_bytes - limit_bytes / KEPT_SHARE {
             return Err(DatabaseError::SpoolFull { waiting_bytes });
         }
         self.send(Job::Ship(spooled));
         Ok(())
+    }
+
+    /// A single transaction can be as large as it likes, and takes its time to be shipped: of such segments the largest that waits is not
+    /// counted.
+    fn note_large(&mut self, spooled: &Spooled) {
+        let Span { first_txid, last_txid, .. } = spooled.key.0;
+        let is_large = spooled.len_bytes > self.around.settings.spool_limit_bytes / KEPT_SHARE;
+        if is_large && first_txid == last_txid && spooled.len_bytes > self.large_len_bytes() {
+            self.large = Some((last_txid, spooled.len_bytes));
+        }
+    }
+
+    /// Its length, as long as it waits.
+    fn large_len_bytes(&self) -> u64 {
+        let confirmed_txid = *self.around.progress.confirmed.borrow();
+        self.large.filter(|&(txid, _)| txid > confirmed_txid).map_or(0, |(_, len_bytes)| len_bytes)
     }
 
     /// Saves what the next start needs, if there is anything to prove by it.

@@ -129,9 +129,9 @@ impl Ledger {
         let pages = first_page..first_page.saturating_add(page_count);
         let changed: Vec<(u32, u64)> = self.overlay.range(pages.clone()).map(|(&page, &hash)| (page, hash)).collect();
         let lock_page = lock_page(self.page_size);
-        // The last pages may never have been folded into the base: then they are in the overlay, all of them.
-        let unfolded =
-            changed.iter().rev().zip(pages.clone().rev()).take_while(|&(&(page, _), due)| page == due).count();
+        // The last pages may never have been folded into the base: then they are in the overlay, all but the lock page.
+        let is_unfolded = |page: &u32| *page == lock_page || self.overlay.contains_key(page);
+        let unfolded = pages.clone().rev().take_while(is_unfolded).count();
         let mut base = vec![0; (page_count as usize - unfolded) * ENTRY_LEN as usize];
         self.base.read_exact_at(&mut base, u64::from(first_page - 1) * ENTRY_LEN)?;
         let mut hashes: Vec<u64> = base.as_chunks().0.iter().map(|entry| u64::from_le_bytes(*entry)).collect();
@@ -294,6 +294,22 @@ mod tests {
         ledger.apply(5, &change(&[(2, 8), (5, 5)])).unwrap();
         assert_eq!(ledger.hashes(2, 4).unwrap(), [change(&[(2, 8)])[0].1, known[2], known[3], change(&[(5, 5)])[0].1]);
         assert!(ledger.hashes(5, 2).is_err(), "page 6 is not known");
+    }
+
+    #[test]
+    fn grows_over_the_lock_page() {
+        let page_size = 65_536;
+        let lock_page = lock_page(page_size);
+        let base = tempfile::tempfile().unwrap();
+        base.set_len(u64::from(lock_page - 2) * ENTRY_LEN).unwrap();
+        let mut ledger = Ledger::with(base, page_size, lock_page - 2, lock_page - 2, 0, BTreeMap::new());
+        let added = [(lock_page - 1, 5), (lock_page + 1, 6), (lock_page + 2, 7)];
+        ledger.apply(lock_page + 2, &added).unwrap();
+        assert_eq!(ledger.fingerprint(), Some(5 ^ 6 ^ 7));
+        for _ in 0..2 {
+            assert_eq!(ledger.hashes(lock_page - 2, 5).unwrap(), [0, 5, 0, 6, 7]);
+            ledger.fold().unwrap();
+        }
     }
 
     #[test]

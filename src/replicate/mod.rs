@@ -51,6 +51,7 @@ use self::ship::ShipError;
 use self::spool::Spool;
 use self::state::StateDirectoryError;
 use self::status::{Board, Boards, Phase};
+pub use self::supervise::forget;
 use self::supervise::panic_text;
 use self::wake::WatchHub;
 use crate::clock::Clock;

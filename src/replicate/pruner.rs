@@ -6,11 +6,13 @@ use std::time::Duration;
 
 use tokio::sync::{Semaphore, watch};
 
+use super::status::Board;
 use crate::clock::{Clock, jitter_below};
 use crate::retain::prune::{Outcome, prune};
 use crate::retain::tails::TailCache;
 use crate::retain::{Now, RetentionSettings};
 use crate::store::SharedStore;
+use crate::store::probe::{Finding, Weight};
 
 /// Between two looks.
 const INTERVAL: Duration = Duration::from_secs(3600);
@@ -27,6 +29,8 @@ pub struct Pruner {
     pub clock: Arc<dyn Clock>,
     /// The last transaction that is confirmed.
     pub confirmed: watch::Receiver<u64>,
+    /// Where it is written down what the store keeps.
+    pub board: Arc<Board>,
     /// So many look at a time, of all databases.
     pub permits: Arc<Semaphore>,
 }
@@ -48,7 +52,7 @@ impl Pruner {
             let found = match prune(&self.store, &self.settings, now, &mut cache, false).await {
                 Ok(outcome) => {
                     report(&outcome);
-                    complaint_of(&outcome)
+                    note_deletions(&self.board, &outcome)
                 }
                 Err(error) => Some(format!("nothing is let go: {error}")),
             };
@@ -61,6 +65,14 @@ impl Pruner {
             complaint = found;
         }
     }
+}
+
+/// Writes down whether the store deletes: what was to be gone tells more than a probe would. Gives what a person should know.
+pub fn note_deletions(board: &Board, outcome: &Outcome) -> Option<String> {
+    let complaint = complaint_of(outcome);
+    let weight = if complaint.is_some() { Weight::Note } else { Weight::Good };
+    board.note_store(&Finding::new("delete", weight, complaint.as_deref().unwrap_or_default()));
+    complaint
 }
 
 fn report(outcome: &Outcome) {

@@ -9,7 +9,8 @@ use tokio::task::JoinSet;
 
 use super::base::Base;
 use super::claim::{
-    ClaimError, Claimed, Continuing, claim, last_stored, list_claims, open_replica, read_record, records,
+    ClaimError, Claimed, Continuing, claim, claim_stored_ms, last_stored, list_claims, open_replica, read_record,
+    records,
 };
 use super::control::State;
 use super::scan::Finished;
@@ -20,6 +21,7 @@ use crate::clock::Clock;
 use crate::format::Position;
 use crate::format::key::{SnapshotKey, Span};
 use crate::format::record::EpochRecord;
+use crate::store::probe::{CONDITIONS_IGNORED, Finding, Weight, clock_finding};
 use crate::store::retry::RetryPolicy;
 use crate::store::upload::{Upload, put_file};
 use crate::store::{PutMode, SharedStore, StoreError, StoreErrorKind};
@@ -146,6 +148,8 @@ impl Shipper {
     /// When going on makes no sense: see [`ShipError`]. A store that fails is asked again without end.
     pub async fn run(self, mut jobs: mpsc::UnboundedReceiver<Job>) -> Result<(), ShipError> {
         let mut background = JoinSet::new();
+        // What is not waited for at the end.
+        let mut beside = JoinSet::new();
         let mut claimed: Option<Claimed> = None;
         let mut checked = self.clock.monotonic();
         while let Some(job) = jobs.recv().await {
@@ -157,6 +161,8 @@ impl Shipper {
                     self.progress.confirmed.send_replace(start_txid);
                     self.progress.claimed.send_replace(Some(new.record.clone()));
                     self.mailbox.send(Event::Claimed(Box::new(new.clone())));
+                    let (store, clock, board) = (self.store.clone(), self.clock.clone(), self.progress.board.clone());
+                    beside.spawn(look_at_store(store, clock, board, new.clone()));
                     claimed = Some(new);
                 }
                 Job::Ship(spooled) => {
@@ -323,21 +329,49 @@ impl Shipper {
 
     async fn check_successor(&self, claimed: Option<&Claimed>) -> Result<(), ShipError> {
         let Some(claimed) = claimed else { return Ok(()) };
-        let newer = match list_claims(&self.store, Some(claimed.record.epoch)).await {
-            Ok(newer) => newer,
-            Err(error) => {
+        match self.successor(claimed.record.epoch).await {
+            Ok(None) => Ok(()),
+            Ok(Some(successor)) => Err(ShipError::Replaced {
+                location: self.store.location(),
+                host: successor.host,
+                epoch: successor.epoch,
+                claimed_ms: successor.claimed_ms,
+            }),
+            // At the next look it will answer.
+            Err(ClaimError::Store(error)) => {
                 tracing::debug!(%error, "could not look for another writer");
-                return Ok(());
+                Ok(())
             }
-        };
-        let Some(newest) = records(&newer).next_back() else { return Ok(()) };
-        let successor = read_record(&self.store, newest).await?;
-        Err(ShipError::Replaced {
-            location: self.store.location(),
-            host: successor.host,
-            epoch: successor.epoch,
-            claimed_ms: successor.claimed_ms,
-        })
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    /// The record of the newest epoch after this one.
+    async fn successor(&self, epoch: u32) -> Result<Option<EpochRecord>, ClaimError> {
+        let newer = list_claims(&self.store, Some(epoch)).await?;
+        match records(&newer).next_back() {
+            Some(newest) => read_record(&self.store, newest).await.map(Some),
+            None => Ok(None),
+        }
+    }
+}
+
+/// Says what a person should know of the store, in the log and in the status: what a claim found out by the way, and, with a
+/// listing, what the store's clock shows.
+async fn look_at_store(store: SharedStore, clock: Arc<dyn Clock>, board: Arc<Board>, claimed: Claimed) {
+    let weight = if claimed.has_conditional_puts { Weight::Good } else { Weight::Note };
+    let mut findings = vec![Finding::new("conditional put", weight, CONDITIONS_IGNORED)];
+    match claim_stored_ms(&store, claimed.record.epoch).await {
+        Ok(Some(stored_ms)) => findings.push(clock_finding(clock.now_ms(), stored_ms)),
+        Ok(None) => {}
+        Err(error) => tracing::debug!(%error, "the store's clock could not be looked at"),
+    }
+    for finding in findings.iter().filter(|finding| board.note_store(finding)) {
+        let (replica, what, text) = (store.location(), finding.what, &finding.text);
+        match finding.weight {
+            Weight::Bad => tracing::warn!(replica, "{what}: {text}"),
+            _ => tracing::info!(replica, "{what}: {text}"),
+        }
     }
 }
 

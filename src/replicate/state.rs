@@ -5,7 +5,7 @@
 
 use std::collections::BTreeMap;
 use std::fs::{self, DirBuilder, File};
-use std::io::{self, Write};
+use std::io::{self, Read, Write};
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Mutex;
@@ -20,6 +20,8 @@ use crate::sqlite::live::FileIdentity;
 use crate::sqlite::wal::{Checksum, Salts};
 
 const MAGIC: &[u8; 8] = b"WALTSTA1";
+/// A larger file is none of ours: an overlay of 80 million pages fits.
+const STATE_LIMIT_BYTES: u64 = 1 << 30;
 
 /// What was captured last, and what proves that nothing has happened since.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -178,8 +180,11 @@ impl StateDirectory {
     /// The saved state and the ledger's overlay; `None` when there is none, or none that is whole.
     #[must_use]
     pub fn load(&self) -> Option<(LocalState, BTreeMap<u32, u64>)> {
-        let bytes = fs::read(self.state_path()).ok()?;
-        let decoded = decode(&bytes);
+        let file = File::open(self.state_path()).ok()?;
+        let is_possible = file.metadata().is_ok_and(|found| found.len() <= STATE_LIMIT_BYTES);
+        let mut bytes = Vec::new();
+        let read = file.take(STATE_LIMIT_BYTES).read_to_end(&mut bytes);
+        let decoded = if is_possible && read.is_ok() { decode(&bytes) } else { None };
         if decoded.is_none() {
             tracing::warn!(path = %self.state_path().display(), "the local state can't be read and is not used");
         }

@@ -11,6 +11,7 @@ use tokio::sync::watch;
 use super::control::State;
 use super::locked;
 use super::wake::Mailbox;
+use crate::store::probe::{Finding, Weight};
 
 /// How far a database's replication is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
@@ -65,6 +66,9 @@ pub struct Status {
     pub snapshots: u64,
     /// What is wrong just now, in a sentence.
     pub error: Option<String>,
+    /// What was found of the store that is otherwise than it should be, by what was looked at; see [`crate::store::probe`].
+    #[serde(default)]
+    pub notes: BTreeMap<String, String>,
 }
 
 impl Status {
@@ -230,6 +234,17 @@ impl Board {
     /// Bytes that wait to be shipped.
     pub fn note_waiting(&self, waiting_bytes: u64) {
         locked(&self.status).waiting_bytes = waiting_bytes;
+    }
+
+    /// Something was found out about the store. Tells whether it is otherwise than it should be, and was not known.
+    pub fn note_store(&self, finding: &Finding) -> bool {
+        let mut status = locked(&self.status);
+        if finding.weight == Weight::Good {
+            status.notes.remove(finding.what);
+            return false;
+        }
+        let before = status.notes.insert(finding.what.to_owned(), finding.text.clone());
+        before.as_deref() != Some(finding.text.as_str())
     }
 
     /// Something does not work, and is tried again.

@@ -110,7 +110,7 @@ fn report(database: &str, error: &DatabaseError, wait: Duration) {
 }
 
 /// Discards local state that is not to be relied on. A spool that outgrew its limit goes, too.
-fn forget(directory: &StateDirectory, error: &DatabaseError) {
+pub fn forget(directory: &StateDirectory, error: &DatabaseError) {
     let discard = || -> io::Result<()> {
         directory.discard()?;
         if matches!(error, DatabaseError::SpoolFull { .. }) {
@@ -280,6 +280,7 @@ fn spawn_beside(
         settings: job.retention,
         clock: shared.clock.clone(),
         confirmed: progress.confirmed.subscribe(),
+        board: job.board.clone(),
         permits: shared.prunes.clone(),
     };
     let presence = Presence {

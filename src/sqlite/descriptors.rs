@@ -6,6 +6,7 @@
 //! ended, his connections first.
 
 use std::collections::BTreeMap;
+use std::collections::btree_map::Entry;
 use std::fs::{self, File, Metadata};
 use std::io;
 use std::ops::Deref;
@@ -23,6 +24,13 @@ struct Open {
     users: usize,
 }
 
+impl Open {
+    fn join(&mut self, id: FileId) -> SharedFile {
+        self.users += 1;
+        SharedFile { file: self.file.clone(), _user: User(id) }
+    }
+}
+
 /// Files are opened and closed with this held: whoever opens one is counted before another one's end could close it.
 static OPEN: Mutex<BTreeMap<FileId, Open>> = Mutex::new(BTreeMap::new());
 
@@ -35,12 +43,17 @@ fn id_of(metadata: &Metadata) -> FileId {
 }
 
 /// A file that is open once in the process.
+///
+/// Fields are dropped in the order of their declaration: when the last user goes, only the table holds the file still.
 #[derive(Debug)]
 pub struct SharedFile {
-    id: FileId,
-    /// `None` only while it is being dropped.
-    file: Option<Arc<File>>,
+    file: Arc<File>,
+    _user: User,
 }
+
+/// One of those who have a file open.
+#[derive(Debug)]
+struct User(FileId);
 
 impl SharedFile {
     /// Opens the file at `path` to read it, or joins those who have it open.
@@ -49,26 +62,22 @@ impl SharedFile {
     /// As the operating system answers.
     pub fn open(path: &Path) -> io::Result<Self> {
         let mut open = open_files();
-        let known = fs::metadata(path).map(|metadata| id_of(&metadata)).ok().filter(|id| open.contains_key(id));
-        let id = match known {
-            Some(id) => id,
-            None => {
-                let file = File::open(path)?;
-                let id = id_of(&file.metadata()?);
-                match open.get_mut(&id) {
-                    Some(known) => known.others.push(file),
-                    None => {
-                        open.insert(id, Open { file: Arc::new(file), others: Vec::new(), users: 0 });
-                    }
-                }
-                id
+        if let Some(id) = fs::metadata(path).map(|metadata| id_of(&metadata)).ok()
+            && let Some(known) = open.get_mut(&id)
+        {
+            return Ok(known.join(id));
+        }
+        let file = File::open(path)?;
+        let id = id_of(&file.metadata()?);
+        match open.entry(id) {
+            Entry::Occupied(mut known) => {
+                known.get_mut().others.push(file);
+                Ok(known.get_mut().join(id))
             }
-        };
-        let file = open.get_mut(&id).map(|known| {
-            known.users += 1;
-            known.file.clone()
-        });
-        Ok(Self { id, file })
+            Entry::Vacant(entry) => {
+                Ok(entry.insert(Open { file: Arc::new(file), others: Vec::new(), users: 0 }).join(id))
+            }
+        }
     }
 }
 
@@ -76,20 +85,19 @@ impl Deref for SharedFile {
     type Target = File;
 
     fn deref(&self) -> &File {
-        self.file.as_ref().expect("it is there until the value is dropped")
+        &self.file
     }
 }
 
-impl Drop for SharedFile {
+impl Drop for User {
     fn drop(&mut self) {
         let mut open = open_files();
-        let Some(known) = open.get_mut(&self.id) else { return };
+        let Some(known) = open.get_mut(&self.0) else { return };
         known.users -= 1;
         if known.users == 0 {
-            open.remove(&self.id);
+            // Closed before anybody can open it anew.
+            drop(open.remove(&self.0));
         }
-        // Closed, if nobody else has it, before anybody can open it anew.
-        self.file = None;
     }
 }
 
@@ -111,7 +119,7 @@ mod tests {
         fs::hard_link(&path, &link).unwrap();
         let first = SharedFile::open(&path).unwrap();
         let second = SharedFile::open(&link).unwrap();
-        let id = first.id;
+        let id = id_of(&first.metadata().unwrap());
         assert_eq!(first.as_raw_fd(), second.as_raw_fd());
         drop(first);
         assert!(is_open(id));
@@ -119,8 +127,9 @@ mod tests {
         fs::remove_file(&path).unwrap();
         fs::write(&path, "another").unwrap();
         let other = SharedFile::open(&path).unwrap();
-        assert_ne!(other.id, id);
+        let other_id = id_of(&other.metadata().unwrap());
+        assert_ne!(other_id, id);
         drop(second);
-        assert!(!is_open(id) && is_open(other.id));
+        assert!(!is_open(id) && is_open(other_id));
     }
 }

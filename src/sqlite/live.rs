@@ -166,11 +166,16 @@ impl Files {
     /// Whether the files at the paths are still those that are open.
     ///
     /// # Errors
-    /// [`SqliteError::Replaced`] when they are not.
+    /// [`SqliteError::Replaced`] when they are not; as the operating system answers when that can't be seen.
     pub fn check_still_there(&self) -> Result<(), SqliteError> {
         for (path, file) in [(self.path.clone(), &*self.main), (sidecar(&self.path, "-wal"), &self.wal)] {
             let open = file.metadata().map_err(SqliteError::io(&path, "look at"))?;
-            let is_same = fs::metadata(&path).is_ok_and(|there| (there.dev(), there.ino()) == (open.dev(), open.ino()));
+            let is_same = match fs::metadata(&path) {
+                Ok(there) => (there.dev(), there.ino()) == (open.dev(), open.ino()),
+                Err(error) if error.kind() == io::ErrorKind::NotFound => false,
+                // Who may not look does not know; what was captured stays true.
+                Err(error) => return Err(SqliteError::io(&path, "look at")(error)),
+            };
             if !is_same {
                 return Err(SqliteError::Replaced { path: self.path.clone() });
             }

@@ -55,6 +55,29 @@ impl fmt::Display for Finding {
     }
 }
 
+/// What is said of a store that does not honour conditional puts.
+pub const CONDITIONS_IGNORED: &str = "accepted and ignored: two daemons that start in the same moment are told apart by their names; \
+                                      one that is replaced notices within the hour";
+
+/// What is said of the machine's clock, which shows `now_ms`, when an object that was put just now was stored at `stored_ms` by the
+/// store's; `u64::MAX` where it does not tell.
+#[must_use]
+pub fn clock_finding(now_ms: u64, stored_ms: u64) -> Finding {
+    const WHAT: &str = "clock";
+    let skew_ms = now_ms.abs_diff(stored_ms);
+    if stored_ms == u64::MAX {
+        Finding::new(WHAT, Weight::Note, "the store does not tell when objects were stored: superseded ones stay")
+    } else if skew_ms <= SKEW_LIMIT_MS {
+        Finding::new(WHAT, Weight::Good, format!("{skew_ms} ms apart from the store's"))
+    } else {
+        let minutes = skew_ms / 60_000;
+        let text = format!(
+            "{minutes} minutes apart from the store's: times of transactions are those of this machine's clock"
+        );
+        Finding::new(WHAT, Weight::Bad, text)
+    }
+}
+
 /// Asks a store for everything that replication relies on.
 ///
 /// # Errors
@@ -120,16 +143,14 @@ impl Probe<'_> {
     async fn conditions(&self) -> Result<Finding, StoreError> {
         const WHAT: &str = "conditional put";
         self.put("once", b"one", PutMode::Overwrite).await?;
-        let ignored = "accepted and ignored: two daemons that start in the same moment are told apart by their names; \
-                       one that is replaced notices within the hour";
         match self.put("once", b"two", PutMode::IfAbsent).await {
             Err(error) if error.kind == StoreErrorKind::AlreadyExists => {
                 Ok(Finding::new(WHAT, Weight::Good, "honoured: of two daemons one gives way at once"))
             }
             Err(error) if error.kind == StoreErrorKind::NotSupported => {
-                Ok(Finding::new(WHAT, Weight::Note, ignored.replace("accepted and ignored", "not known")))
+                Ok(Finding::new(WHAT, Weight::Note, CONDITIONS_IGNORED.replace("accepted and ignored", "not known")))
             }
-            Ok(()) => Ok(Finding::new(WHAT, Weight::Note, ignored)),
+            Ok(()) => Ok(Finding::new(WHAT, Weight::Note, CONDITIONS_IGNORED)),
             Err(error) => Err(error),
         }
     }
@@ -161,26 +182,9 @@ impl Probe<'_> {
     }
 
     async fn clock(&self, clock: &dyn Clock) -> Result<Finding, StoreError> {
-        const WHAT: &str = "clock";
         self.put("clock", b"", PutMode::Overwrite).await?;
         let listed = self.store.list(&self.key("clock"), None).await?;
-        let now_ms = clock.now_ms();
-        let stored_ms = listed.first().map_or(u64::MAX, |object| object.stored_ms);
-        let skew_ms = now_ms.abs_diff(stored_ms);
-        Ok(if stored_ms == u64::MAX {
-            Finding::new(WHAT, Weight::Note, "the store does not tell when objects were stored: superseded ones stay")
-        } else if skew_ms <= SKEW_LIMIT_MS {
-            Finding::new(WHAT, Weight::Good, format!("{skew_ms} ms apart from the store's"))
-        } else {
-            let minutes = skew_ms / 60_000;
-            Finding::new(
-                WHAT,
-                Weight::Bad,
-                format!(
-                    "{minutes} minutes apart from the store's: times of transactions are those of this machine's clock"
-                ),
-            )
-        })
+        Ok(clock_finding(clock.now_ms(), listed.first().map_or(u64::MAX, |object| object.stored_ms)))
     }
 
     /// A refusal is a finding here: small databases never need it.

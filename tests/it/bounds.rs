@@ -1,6 +1,8 @@
 //! Limits that are reached: a full disk, a permission that was taken away, storage that is away for long. The daemon goes on living, says
 //! what is wrong, and goes on by itself when the trouble is over; the application never notices.
 
+use std::fs::Permissions;
+use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -74,9 +76,10 @@ fn place_of(scene: &Scene, place: Place) -> impl Fn(&Path) -> bool + Send + 'sta
     }
 }
 
-fn play(place: Place, trouble: Trouble, expected: Option<&str>) {
+fn play(place: Place, trouble: Trouble, words: &'static str) {
     let case = format!("{trouble:?} at {place:?}");
     let scene = Scene::new();
+    scene.expect_error(words);
     let application = create_database(&scene.database(), 100, "PRAGMA wal_autocheckpoint=0");
     let (is_on, hits) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicU64::new(0)));
     let is_there = place_of(&scene, place);
@@ -102,13 +105,11 @@ fn play(place: Place, trouble: Trouble, expected: Option<&str>) {
         count_up(&application);
         std::thread::sleep(Duration::from_millis(20));
     }
-    if let Some(words) = expected {
-        let mut last = None;
-        wait_for(&format!("{case}: status to say so, not {last:?}"), || {
-            last = told(&scene);
-            last.as_ref().is_some_and(|said| said.contains(words)).then_some(())
-        });
-    }
+    let mut last = None;
+    wait_for(&format!("{case}: status to say so, not {last:?}"), || {
+        last = told(&scene);
+        last.as_ref().is_some_and(|said| said.contains(words)).then_some(())
+    });
     std::thread::sleep(Duration::from_millis(500));
     assert!(daemon.is_running(), "{case}: died\n{}", scene.log());
     assert!(hits.load(Ordering::SeqCst) > 0, "{case}: nothing failed\n{}", scene.log());
@@ -129,23 +130,93 @@ fn play(place: Place, trouble: Trouble, expected: Option<&str>) {
 
 #[test]
 fn a_full_disk() {
-    play(Place::State, Trouble::FullDisk, Some("No space left"));
-    play(Place::Replica, Trouble::FullDisk, Some("No space left"));
-    play(Place::Database, Trouble::FullDisk, None);
+    play(Place::State, Trouble::FullDisk, "No space left");
+    play(Place::Replica, Trouble::FullDisk, "No space left");
+    play(Place::Database, Trouble::FullDisk, "database or disk is full");
 }
 
 #[test]
 fn a_permission_that_was_taken_away() {
-    play(Place::State, Trouble::NoPermission, Some("Permission denied"));
-    play(Place::Replica, Trouble::NoPermission, Some("Permission denied"));
-    // Of the database nothing is opened while it is followed.
+    play(Place::State, Trouble::NoPermission, "Permission denied");
+    play(Place::Replica, Trouble::NoPermission, "Permission denied");
 }
 
 #[test]
 fn a_disk_that_fails() {
-    play(Place::State, Trouble::BrokenDisk, Some("Input/output error"));
-    play(Place::Replica, Trouble::BrokenDisk, Some("Input/output error"));
-    play(Place::Database, Trouble::BrokenDisk, None);
+    play(Place::State, Trouble::BrokenDisk, "Input/output error");
+    play(Place::Replica, Trouble::BrokenDisk, "Input/output error");
+    play(Place::Database, Trouble::BrokenDisk, "disk I/O error");
+}
+
+/// Permissions of the database itself: what is open stays open, so of the files nothing is noticed; a directory that can't be searched any
+/// more is said, and so is a file that can't be opened at a start. Everything goes on where it was left when they are back.
+#[test]
+fn a_permission_on_the_database_that_was_taken_away() {
+    let (scene, elsewhere) = (Scene::new(), Scene::new());
+    elsewhere.expect_error("Permission denied");
+    let application = create_database(&scene.database(), 100, "");
+    let config = elsewhere.path("waltrail.toml").display().to_string();
+    let text = format!(
+        "[[database]]\npath = \"{}\"\nreplica = \"{}\"\nstate-dir = \"{}\"\nsync-interval = \"50ms\"\npoll-interval = \"100ms\"\n",
+        scene.database().display(),
+        elsewhere.replica(),
+        elsewhere.path("state").display(),
+    );
+    std::fs::write(&config, text).unwrap();
+    let start = || Daemon::start_bound_by_permissions(&["--config", &config], &elsewhere.path("daemon.log"));
+    let sync =
+        || wait_for("a sync", || run(["sync", "--config", &config, "--timeout", "60s"]).status.success().then_some(()));
+    let status = || -> Option<serde_json::Value> {
+        serde_json::from_slice(&run(["status", "--config", &config, "--format", "json"]).stdout).ok()
+    };
+    let said = |words: &str| {
+        wait_for(words, || status()?["error"].as_str().is_some_and(|said| said.contains(words)).then_some(()));
+    };
+    let check = |what: &str| {
+        let restored = content(&elsewhere.restored(&elsewhere.replica(), &[]));
+        assert!(restored == content(&scene.database()), "{what}\n{}", elsewhere.log());
+    };
+    let set_files = |mode: u32| {
+        for name in ["app.db", "app.db-wal", "app.db-shm"] {
+            std::fs::set_permissions(scene.path(name), Permissions::from_mode(mode)).unwrap();
+        }
+    };
+    let set_directory =
+        |mode: u32| std::fs::set_permissions(scene.directory.path(), Permissions::from_mode(mode)).unwrap();
+    let write = || {
+        for _ in 0..5 {
+            insert(&application, 20);
+            count_up(&application);
+        }
+    };
+    let daemon = start();
+    write();
+    sync();
+    set_files(0);
+    write();
+    sync();
+    assert!(status().unwrap()["error"].is_null(), "{}", elsewhere.log());
+    set_files(0o600);
+    check("the files could not be opened");
+    set_directory(0);
+    said("Permission denied");
+    write();
+    set_directory(0o700);
+    sync();
+    check("the directory could not be searched");
+    daemon.kill();
+    set_files(0);
+    let daemon = start();
+    said("Permission denied");
+    write();
+    set_files(0o600);
+    sync();
+    check("the files could not be opened at the start");
+    assert_eq!(daemon.terminate(), Some(0), "{}", elsewhere.log());
+    // The first epoch begins with the database; each of the others goes on from the one before.
+    let log = elsewhere.log();
+    let claims: Vec<&str> = log.lines().filter(|line| line.contains("epoch claimed")).collect();
+    assert!(claims.len() >= 3 && claims[1..].iter().all(|claim| claim.contains("continues=true")), "{log}");
 }
 
 /// Resident memory in KiB.
@@ -181,6 +252,8 @@ fn storage_that_is_away_for_long_fills_nothing() {
     const SPOOL_LIMIT_BYTES: u64 = 2 << 20;
     const THRESHOLD_BYTES: u64 = 256 << 10;
     let scene = Scene::new();
+    scene.expect_error("more than the spool's limit");
+    scene.expect_error("the spool is full and was dropped");
     let application = create_database(&scene.database(), 100, "");
     let more = format!(
         "spool-limit = \"{}KiB\"\ncheckpoint-threshold = \"{}KiB\"\n",

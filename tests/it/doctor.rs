@@ -8,6 +8,8 @@ use waltrail::store::memory::MemoryStore;
 use waltrail::store::probe::{Finding, Weight, probe};
 use waltrail::store::{Operation, SharedStore, StoreErrorKind};
 
+use crate::support::machine::Machine;
+use crate::support::quirks::{Quirk, Quirky};
 use crate::support::s3::S3Server;
 use crate::support::scene::Scene;
 use crate::support::{create_database, run, stderr, waltrail};
@@ -82,4 +84,33 @@ async fn stores_that_break_promises() {
         );
         assert_eq!(finding(&findings, "clock").weight, Weight::Bad);
     }
+}
+
+/// What a start finds out by the way is in the status for as long as it is so, and costs an idle database nothing.
+#[test]
+fn a_daemon_tells_what_it_finds_at_its_start() {
+    let notes = |quirk: Option<Quirk>, ahead_ms: i64| {
+        let quirk = std::cell::RefCell::new(quirk);
+        let mut machine = Machine::new("PRAGMA page_size=4096", |store| match quirk.take() {
+            Some(quirk) => Quirky::shared(store, quirk),
+            None => store,
+        });
+        machine.clock.jump(ahead_ms);
+        machine.start();
+        machine.commit("INSERT INTO item(n) VALUES(1)");
+        machine.sync();
+        let notes = machine.status().notes;
+        // Set right, it is said no more after the next start.
+        machine.clock.jump(-ahead_ms);
+        machine.stop();
+        machine.start();
+        machine.sync();
+        assert!(!machine.status().notes.contains_key("clock"));
+        notes
+    };
+    assert!(notes(None, 0).is_empty());
+    let found = notes(Some(Quirk::IgnoresConditions), -3_600_000);
+    assert!(found["conditional put"].contains("ignored"), "{found:?}");
+    assert!(found["clock"].starts_with("60 minutes apart"), "{found:?}");
+    assert_eq!(found.len(), 2);
 }

@@ -130,7 +130,6 @@ fn play(stop: Stop, away: Away, indexed: bool) {
     assert_eq!(scene.restored_content(&["--at", &at]), before, "{case} at {at}");
     // What differs is shipped, and nothing else.
     assert_eq!(scene.objects("snap").len(), snapshots_before, "{case}: no snapshot is needed\n{}", scene.log());
-    assert!(!scene.log().contains("ERROR"), "{case}\n{}", scene.log());
 }
 
 #[test]

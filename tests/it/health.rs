@@ -180,6 +180,7 @@ fn a_heartbeat_arrives_while_all_is_well() {
 #[test]
 fn the_daemon_drills_by_itself() {
     let scene = Scene::new();
+    scene.expect_error("the replica could not be verified");
     let application = create_database(&scene.database(), 50, "");
     count_up(&application);
     let config = scene.path("waltrail.toml");

@@ -2,6 +2,7 @@
 
 mod bounds;
 mod cli;
+mod clock;
 mod crash_points;
 mod descriptors;
 mod doctor;
@@ -10,13 +11,18 @@ mod durability;
 mod entry_point;
 mod fleet;
 mod format;
+mod garage;
 mod health;
 mod install;
+mod lock_page;
+mod lost_objects;
 mod marks;
 mod merging;
 mod month;
 mod objects;
+mod outage;
 mod peers;
+mod pruned_meanwhile;
 mod recover;
 mod replicas;
 mod replicate;

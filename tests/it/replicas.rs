@@ -59,6 +59,7 @@ fn each_replica_has_every_transaction_and_the_wal_stays_small() {
 #[test]
 fn one_that_is_down_holds_nobody_up() {
     let scene = Scene::new();
+    scene.expect_error("stopped with transactions not confirmed");
     let application = create_database(&scene.database(), 20, "");
     let database = scene.database().display().to_string();
     let daemon = start(&scene, &[NOBODY, &scene.replica()]);

@@ -8,6 +8,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use bytes::Bytes;
 use waltrail::format::Position;
 use waltrail::format::key::{SegmentKey, SnapshotKey};
+use waltrail::replicate::pruner::note_deletions;
+use waltrail::replicate::status::Board;
 use waltrail::restore::RestoreError;
 use waltrail::restore::plan::Target;
 use waltrail::retain::marks::{find_mark, load_marks, remove_mark, set_mark};
@@ -597,6 +599,10 @@ async fn stores_that_do_not_delete_are_told() {
         );
         assert_eq!(outcome.refused.example.is_some(), is_refusal);
         assert_eq!(outcome.undeleted.example.is_some(), !is_refusal);
+        let board = Board::default();
+        note_deletions(&board, &outcome);
+        let told = board.status().notes["delete"].clone();
+        assert!(told.contains(if is_refusal { "refuses to delete" } else { "and keeps it" }), "{told}");
     }
     // A listing that fails is an error, and nothing is deleted.
     let unlisted = |request: Request<'_>| match request.operation {

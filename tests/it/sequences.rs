@@ -49,8 +49,42 @@ fn digest(value: &impl Hash) -> u64 {
     hasher.finish()
 }
 
+/// What is logged as ERROR in this thread asks for a person, and nothing here does.
+#[derive(Debug, Clone, Default)]
+struct Errors(Arc<Mutex<Vec<u8>>>);
+
+impl std::io::Write for Errors {
+    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+        self.0.lock().unwrap().extend_from_slice(bytes);
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> std::io::Result<()> {
+        Ok(())
+    }
+}
+
+impl Errors {
+    /// Until the guard is dropped.
+    fn listen(&self) -> tracing::subscriber::DefaultGuard {
+        let errors = self.clone();
+        let subscriber =
+            tracing_subscriber::fmt().with_max_level(tracing::Level::ERROR).with_writer(move || errors.clone());
+        tracing::subscriber::set_default(subscriber.finish())
+    }
+
+    fn check(&self) {
+        let said = String::from_utf8_lossy(&self.0.lock().unwrap()).into_owned();
+        assert!(said.is_empty(), "{said}");
+    }
+}
+
 struct Play {
+    /// The one whose turn it is.
     machine: Machine,
+    /// A clone of it that replicates to the same place, and knows nothing of it.
+    other: Option<Machine>,
+    names: [&'static str; 2],
     numbers: Numbers,
     /// Of their own, so that a verification changes no sequence.
     verifying: Numbers,
@@ -68,7 +102,8 @@ impl Play {
         machine.merge.kept_limit_bytes = 20_000 << numbers.below(6);
         let trace = vec![format!("seed {seed} page size {page_size} {auto_vacuum}")];
         let verifying = Numbers::new(seed + 1);
-        let mut play = Self { machine, numbers, verifying, trace, cache: TailCache::default() };
+        let names = ["", "the second: "];
+        let mut play = Self { machine, other: None, names, numbers, verifying, trace, cache: TailCache::default() };
         play.machine.start();
         play
     }
@@ -84,9 +119,27 @@ impl Play {
         format!("INSERT INTO item(body, n) VALUES {}", rows.join(","))
     }
 
+    fn note(&mut self, what: impl std::fmt::Display) {
+        self.trace.push(format!("{}{what}", self.names[0]));
+    }
+
+    /// In some sequences the machine is cloned, running or not; from then on either of the two does something.
+    fn choose_machine(&mut self, is_shared: bool) {
+        if is_shared && self.other.is_none() && self.numbers.below(10) == 0 {
+            self.note("cloned");
+            self.other = Some(self.machine.cloned());
+        }
+        if let Some(other) = &mut self.other
+            && self.numbers.below(2) == 0
+        {
+            std::mem::swap(&mut self.machine, other);
+            self.names.reverse();
+        }
+    }
+
     fn tell(&mut self, sql: &str) {
         let start: String = sql.chars().take(150).collect();
-        self.trace.push(format!("{start} ({} bytes, {:x})", sql.len(), digest(&sql)));
+        self.note(format_args!("{start} ({} bytes, {:x})", sql.len(), digest(&sql)));
     }
 
     fn commit(&mut self) {
@@ -139,13 +192,13 @@ impl Play {
 
     fn set_clock(&mut self) {
         let seconds = self.numbers.below(6000) as i64 - 3000;
-        self.trace.push(format!("the clock is set by {seconds} s"));
+        self.note(format_args!("the clock is set by {seconds} s"));
         self.machine.clock.jump(seconds * 1000);
     }
 
     fn set_storage(&mut self, is_open: bool) {
         if self.machine.gate.is_open() != is_open {
-            self.trace.push(if is_open { "storage is back" } else { "storage is away" }.into());
+            self.note(if is_open { "storage is back" } else { "storage is away" });
             self.machine.gate.set_open(is_open);
         }
     }
@@ -166,7 +219,7 @@ impl Play {
             34 | 35 => return self.roll_back(),
             36 => return self.set_clock(),
             37 => {
-                self.trace.push("the application opens the database anew".into());
+                self.note("the application opens the database anew");
                 return self.machine.open_application();
             }
             _ => {}
@@ -174,14 +227,14 @@ impl Play {
         if !self.machine.is_running() {
             match what {
                 0..=2 => {
-                    self.trace.push("state lost".into());
+                    self.note("state lost");
                     self.machine.lose_state();
                 }
                 3..=6 => self.restore(),
                 7..=14 => self.commit(),
                 15..=17 => self.checkpoint(),
                 _ => {
-                    self.trace.push("start".into());
+                    self.note("start");
                     self.machine.start();
                 }
             }
@@ -195,42 +248,42 @@ impl Play {
             }
             14..=16 => self.checkpoint(),
             17..=21 => {
-                self.trace.push("sync".into());
-                self.machine.sync();
+                self.note("sync");
+                self.machine.try_sync();
             }
             22 | 23 => {
-                self.trace.push("snapshot".into());
+                self.note("snapshot");
                 self.machine.snapshot();
             }
             24 => {
                 let hours = 1 + self.numbers.below(60);
-                self.trace.push(format!("{hours} h pass"));
+                self.note(format_args!("{hours} h pass"));
                 self.pass(Duration::from_secs(hours * 3600));
                 self.machine.turns(3);
             }
             25 | 26 => {
                 let seconds = 20 + self.numbers.below(100);
-                self.trace.push(format!("{seconds} s pass"));
+                self.note(format_args!("{seconds} s pass"));
                 self.pass(Duration::from_secs(seconds));
             }
             27 => {
-                self.trace.push("stop".into());
+                self.note("stop");
                 self.machine.stop();
             }
             28 => {
                 self.pass(Duration::from_secs(11));
                 self.machine.turns(3);
                 let rests = self.machine.rest();
-                self.trace.push(format!("rest: {rests}"));
+                self.note(format_args!("rest: {rests}"));
             }
             38 => self.set_storage(false),
             29 => {
-                self.trace.push("crash".into());
+                self.note("crash");
                 self.machine.crash();
             }
             _ => {
                 let number = self.numbers.next();
-                self.trace.push("crash in requests".into());
+                self.note("crash in requests");
                 self.machine.crash_in_requests(number);
             }
         }
@@ -239,7 +292,7 @@ impl Play {
     /// The application's own.
     fn checkpoint(&mut self) {
         let mode = ["PASSIVE", "FULL", "RESTART", "TRUNCATE"][self.numbers.below(4) as usize];
-        self.trace.push(mode.into());
+        self.note(mode);
         let application = self.machine.application();
         application.busy_timeout(Duration::ZERO).unwrap();
         application.query_row(&format!("PRAGMA wal_checkpoint({mode})"), [], |_| Ok(())).unwrap();
@@ -254,27 +307,35 @@ impl Play {
 
     /// Whether it comes to its end or not: nothing that is kept may suffer.
     fn prune(&mut self) {
-        self.trace.push("prune".into());
+        self.note("prune");
         let outcome = match self.machine.prune(&mut self.cache) {
             Ok(outcome) => {
                 format!("{} deleted, {} refused\n{}", outcome.deleted_objects, outcome.refused.objects, outcome.plan)
             }
             Err(RetainError::Restore(RestoreError::Store(error))) => error.to_string(),
             // Nothing was ever shipped.
-            Err(RetainError::Restore(RestoreError::NoReplica { .. })) if self.machine.states.is_empty() => {
+            Err(RetainError::Restore(RestoreError::NoReplica { .. }))
+                if self.machines().all(|it| it.states.is_empty()) =>
+            {
                 "no replica".into()
             }
             Err(error) => panic!("{error}"),
         };
-        self.trace.push(outcome);
-        for position in self.machine.kept() {
-            self.machine.check(position);
+        self.note(outcome);
+        for machine in self.machines() {
+            for position in machine.kept() {
+                machine.check(position);
+            }
         }
+    }
+
+    fn machines(&self) -> impl Iterator<Item = &Machine> {
+        std::iter::once(&self.machine).chain(&self.other)
     }
 
     fn mark(&mut self) {
         let Some(position) = self.any_state() else { return };
-        self.trace.push(format!("mark {position}"));
+        self.note(format_args!("mark {position}"));
         let name = self.trace.len().to_string();
         if let Err(error) = self.machine.mark(&name, position) {
             assert!(matches!(&error, RetainError::Restore(RestoreError::Store(_))), "{error}");
@@ -284,8 +345,27 @@ impl Play {
     fn restore(&mut self) {
         let Some(position) = self.any_state() else { return };
         let leaves_state = self.numbers.below(3) > 0;
-        self.trace.push(format!("restore {position}, leaves state: {leaves_state}"));
+        self.note(format_args!("restore {position}, leaves state: {leaves_state}"));
         self.machine.restore(position, leaves_state);
+    }
+
+    /// One after the other starts a last time, and ships what it has; every state of both is restored.
+    fn end(&mut self) {
+        for _ in 0..2 {
+            self.machine.crash();
+            self.machine.start();
+            self.machine.sync();
+            if let Some(other) = &mut self.other {
+                std::mem::swap(&mut self.machine, other);
+                self.names.reverse();
+            }
+        }
+        for machine in self.machines() {
+            let kept = machine.kept();
+            kept.iter().for_each(|&position| machine.check(position));
+        }
+        let replaced = self.machines().map(|machine| machine.replaced.to_string()).collect::<Vec<_>>().join(", ");
+        self.note(format_args!("replaced: {replaced}"));
     }
 
     fn check(&mut self) {
@@ -307,7 +387,7 @@ impl Play {
         let (seed, now_ms) = (self.verifying.next(), self.machine.clock.now_ms());
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
         let told = runtime.block_on(check_sound(&self.machine.memory, depth, seed, now_ms));
-        self.trace.push(format!("verify: {told:?}"));
+        self.note(format_args!("verify: {told:?}"));
         assert!(told.is_ok(), "{told:?}");
     }
 }
@@ -323,17 +403,17 @@ fn play(seed: u64, steps: usize) -> Vec<String> {
             }
         }
     }
+    let errors = Errors::default();
+    let _listening = errors.listen();
     let mut told = Told(Play::new(seed));
     for _ in 0..steps {
+        told.0.choose_machine(seed % 3 == 0);
         told.0.step();
         told.0.check();
     }
     told.0.set_storage(true);
-    if !told.0.machine.is_running() {
-        told.0.machine.start();
-    }
-    told.0.machine.sync();
-    told.0.check();
+    told.0.end();
+    errors.check();
     let mut trace = std::mem::take(&mut told.0.trace);
     for object in told.0.machine.stored() {
         trace.push(format!("{} {:x}", object.key, digest(&told.0.machine.object(&object))));

@@ -1,10 +1,12 @@
 //! Two daemons that replicate to one place: a cloned virtual machine, a container that outlived its replacement. On a store that
 //! honours conditional puts, and on one that accepts the condition and ignores it.
 
+use std::process::Command;
 use std::sync::Arc;
 use std::time::Duration;
 
-use waltrail::clock::{Clock, SystemClock};
+use rusqlite::Connection;
+use waltrail::clock::SystemClock;
 use waltrail::format::key::{SegmentKey, Span};
 use waltrail::replicate::claim::{claim, open_replica};
 use waltrail::replicate::ship::ShipError;
@@ -12,8 +14,12 @@ use waltrail::restore::history::History;
 use waltrail::store::SharedStore;
 use waltrail::store::memory::MemoryStore;
 
+use crate::support::clock::Clock;
 use crate::support::machine::Machine;
 use crate::support::quirks::{Quirk, Quirky};
+use crate::support::s3::S3Server;
+use crate::support::scene::Scene;
+use crate::support::{Daemon, content, count_up, create_database, insert, open, run, stderr, wait_for, waltrail};
 
 const INSERT: &str = "INSERT INTO item(body, n) VALUES(randomblob(200), random())";
 
@@ -75,6 +81,125 @@ fn so_too_on_a_store_that_ignores_conditions() {
     both_write_on(|store| Quirky::shared(store, Quirk::IgnoresConditions));
 }
 
+/// A real daemon on one of two machines: the second one's files are a copy of the first one's.
+struct Writer {
+    scene: Scene,
+    clock: Clock,
+    application: Connection,
+    config: String,
+    /// What was confirmed to it: epoch, transaction, content.
+    confirmed: Vec<(String, String, Vec<String>)>,
+}
+
+impl Writer {
+    fn new(application: Connection, scene: Scene, replica: &str) -> Self {
+        let config = scene.path("waltrail.toml").display().to_string();
+        let text =
+            format!("[[database]]\npath = \"{}\"\nsync-interval = \"20ms\"\n{replica}", scene.database().display());
+        std::fs::write(&config, text).unwrap();
+        Self { scene, clock: Clock::new(), application, config, confirmed: Vec::new() }
+    }
+
+    fn clone_to_another_machine(&self, replica: &str) -> Self {
+        let scene = Scene::new();
+        for name in ["app.db", "app.db-wal", ".app.db-waltrail"] {
+            let copied =
+                Command::new("cp").arg("-r").arg(self.scene.path(name)).arg(scene.path(name)).status().unwrap();
+            assert!(copied.success());
+        }
+        Self::new(open(&scene.database()), scene, replica)
+    }
+
+    fn start(&self) -> Daemon {
+        let log = self.scene.path("daemon.log");
+        Daemon::start_with_clock(&["--config", &self.config], &log, &self.clock)
+    }
+
+    fn sync(&self) {
+        let config = &self.config;
+        wait_for("a sync", || run(["sync", "--config", config, "--timeout", "60s"]).status.success().then_some(()));
+    }
+
+    fn write(&mut self) {
+        insert(&self.application, 20);
+        count_up(&self.application);
+        self.sync();
+        let status = run(["status", "--config", &self.config, "--format", "json"]);
+        let status: serde_json::Value = serde_json::from_slice(&status.stdout).unwrap();
+        let position = &status["confirmed"]["position"];
+        let (epoch, txid) = (position["epoch"].to_string(), position["txid"].to_string());
+        self.confirmed.push((epoch, txid, content(&self.scene.database())));
+    }
+
+    fn check(&self) {
+        let (database, output) = (self.scene.database(), self.scene.path("out.db"));
+        for (epoch, txid, right) in &self.confirmed {
+            let done = waltrail()
+                .args(["restore", "--config", &self.config, "--force", "--epoch", epoch, "--txid", txid, "--output"])
+                .args([&output, &database])
+                .output()
+                .unwrap();
+            assert!(done.status.success(), "{}", stderr(&done));
+            assert!(content(&output) == *right, "transaction {txid} of epoch {epoch} is restored wrong");
+        }
+    }
+}
+
+/// Two real daemons on one place, each on files of its own. `replica` is what the configuration says of the place.
+pub fn two_daemons(replica: &str) {
+    let scene = Scene::new();
+    let application = create_database(&scene.database(), 200, "");
+    let mut first = Writer::new(application, scene, replica);
+    let mut daemon = first.start();
+    first.write();
+    let mut second = first.clone_to_another_machine(replica);
+    let successor = second.start();
+    for _ in 0..3 {
+        second.write();
+        first.write();
+    }
+    let epochs = [&first, &second].map(|writer| writer.confirmed.last().unwrap().0.clone());
+    assert_ne!(epochs[0], epochs[1]);
+    // The hour is over in which the first one did not look.
+    first.clock.set(0, 3700);
+    count_up(&first.application);
+    wait_for("the end of the one that was replaced", || {
+        // What is captured is shipped only after the look.
+        count_up(&first.application);
+        (!daemon.is_running()).then_some(())
+    });
+    assert_eq!(daemon.terminate(), Some(16), "{}", first.scene.log());
+    let says = format!("(epoch {})", epochs[1]);
+    assert!(
+        first.scene.log().contains("was taken over by") && first.scene.log().contains(&says),
+        "{}",
+        first.scene.log()
+    );
+    first.scene.expect_error("was taken over by");
+    second.write();
+    // Started again it takes over in turn, on its own database; both lines are whole.
+    let daemon = first.start();
+    first.write();
+    assert_eq!((daemon.terminate(), successor.terminate()), (Some(0), Some(0)), "{}", first.scene.log());
+    // In the same moment: each gets an epoch of its own.
+    let both = [first.start(), second.start()];
+    first.write();
+    second.write();
+    let epochs = [&first, &second].map(|writer| writer.confirmed.last().unwrap().0.clone());
+    assert_ne!(epochs[0], epochs[1]);
+    both.into_iter().for_each(|daemon| assert_eq!(daemon.terminate(), Some(0)));
+    first.check();
+    second.check();
+    let verified = run(["verify", "--config", &first.config, "--depth", "data"]);
+    assert_eq!(verified.status.code(), Some(0), "{}{}", String::from_utf8_lossy(&verified.stdout), stderr(&verified));
+}
+
+#[test]
+fn two_real_daemons_on_one_place() {
+    let server = S3Server::start();
+    two_daemons(&format!("replica = \"{}\"\n", server.url("app")));
+}
+
 /// Writers that start in the same moment: each gets an epoch of its own.
 #[tokio::test]
 async fn many_claims_in_one_moment() {
@@ -111,8 +236,8 @@ fn somebody_elses_object_is_not_taken_for_ours() {
         let before = machine.sync();
         machine.pass(Duration::from_secs(2));
         // The time stands still, so the next segment's name is known.
-        let txid = before.txid + 1;
-        let span = Span { epoch: before.epoch, first_txid: txid, last_txid: txid, time_ms: machine.clock.now_ms() };
+        let (txid, now_ms) = (before.txid + 1, waltrail::clock::Clock::now_ms(&*machine.clock));
+        let span = Span { epoch: before.epoch, first_txid: txid, last_txid: txid, time_ms: now_ms };
         let key = SegmentKey(span).to_string();
         machine.commit(INSERT);
         if ours {

@@ -15,8 +15,10 @@ use tokio::task::JoinHandle;
 use waltrail::clock::Clock;
 use waltrail::format::Position;
 use waltrail::format::key::SnapshotKey;
+use waltrail::replicate::claim::{list_claims, records};
 use waltrail::replicate::control::State;
-use waltrail::replicate::database::{DatabaseSettings, Following, Surroundings};
+use waltrail::replicate::database::{DatabaseError, DatabaseSettings, Following, Surroundings};
+use waltrail::replicate::forget;
 use waltrail::replicate::handover::{Handover, Restored};
 use waltrail::replicate::merge::MergeSettings;
 use waltrail::replicate::merger::Merger;
@@ -26,6 +28,7 @@ use waltrail::replicate::ship::{Progress, ShipError, Shipper};
 use waltrail::replicate::snapshots::SnapshotNote;
 use waltrail::replicate::spool::Spool;
 use waltrail::replicate::state::StateDirectory;
+use waltrail::replicate::status::{Board, Status};
 use waltrail::replicate::wake::{Event, Mailbox};
 use waltrail::restore::execute::execute;
 use waltrail::restore::history::History;
@@ -106,6 +109,7 @@ struct Daemon {
     directory: Arc<StateDirectory>,
     mailbox: Arc<Mailbox>,
     confirmed: watch::Receiver<u64>,
+    board: Arc<Board>,
     shipping: JoinHandle<Result<(), ShipError>>,
     runtime: Runtime,
 }
@@ -143,6 +147,12 @@ pub struct Machine {
     pub marked: BTreeSet<Position>,
     /// Objects are pruned to this window.
     pub window: Duration,
+    /// The epoch that its daemon claimed last.
+    epoch: u32,
+    /// How often its spool was full.
+    pub spools_dropped: u32,
+    /// How often its daemon ended because another one had taken over.
+    pub replaced: u32,
 }
 
 /// What several machines can share.
@@ -175,6 +185,9 @@ impl Machine {
             started_since_sync: false,
             marked: BTreeSet::new(),
             window: Duration::from_secs(2 * 86_400),
+            epoch: 0,
+            spools_dropped: 0,
+            replaced: 0,
         }
     }
 
@@ -309,17 +322,22 @@ impl Machine {
             permits: Arc::new(Semaphore::new(1)),
         };
         runtime.spawn(merger.run(merging));
-        let confirmed = progress.confirmed.subscribe();
+        let (confirmed, board) = (progress.confirmed.subscribe(), progress.board.clone());
         let (store, told) = (self.store.clone(), mailbox.clone());
         let shipper = Shipper { store, mailbox: told, progress, clock, spool, kept };
         let shipping = runtime.spawn(shipper.run(queue));
         let following = Some(Following::begin(around(), directory.clone(), None).unwrap());
         drop(guard);
         let around = Box::new(around);
-        let daemon = Daemon { following, rested: None, around, directory, mailbox, confirmed, shipping, runtime };
-        self.daemon = Some(daemon);
+        self.daemon =
+            Some(Daemon { following, rested: None, around, directory, mailbox, confirmed, board, shipping, runtime });
         self.sees_all = false;
         self.started_since_sync = true;
+    }
+
+    /// What the daemon says of itself.
+    pub fn status(&self) -> Status {
+        self.daemon.as_ref().unwrap().board.status()
     }
 
     /// Lets the daemon take so many turns, with storage doing what it can in between.
@@ -338,7 +356,7 @@ impl Machine {
             let file = std::fs::File::options().append(true).open(path).unwrap();
             file.set_modified(std::time::SystemTime::UNIX_EPOCH + Duration::from_secs(DATED_BACK_S)).unwrap();
         }
-        let daemon = self.daemon.as_mut().unwrap();
+        let Some(daemon) = &mut self.daemon else { return false };
         daemon.rested = daemon.following.as_mut().unwrap().rest().unwrap().map(Box::new);
         if daemon.rested.is_none() {
             return false;
@@ -348,16 +366,45 @@ impl Machine {
         true
     }
 
+    /// Does nothing where no daemon runs: it may have been replaced.
     fn turn(&mut self) {
-        let daemon = self.daemon.as_mut().unwrap();
+        let Some(daemon) = &mut self.daemon else { return };
         let rested = daemon.rested.take();
         let following = daemon
             .following
             .get_or_insert_with(|| Following::begin((daemon.around)(), daemon.directory.clone(), rested).unwrap());
         let (_, events) = daemon.mailbox.wait(Duration::ZERO);
-        following.turn(events).unwrap();
+        if let Err(error) = following.turn(events) {
+            return self.take_up_again(&error);
+        }
         settle(&daemon.runtime, &self.gate);
-        assert!(!daemon.shipping.is_finished(), "{:?}", daemon.runtime.block_on(&mut daemon.shipping));
+        if let Some(captured) = daemon.board.status().captured {
+            self.epoch = captured.position.epoch;
+        }
+        if daemon.shipping.is_finished() {
+            let ended = daemon.runtime.block_on(&mut daemon.shipping).unwrap();
+            self.note_replaced(ended);
+            self.crash();
+        }
+    }
+
+    /// As the supervisor does it; a full spool is the only reason.
+    fn take_up_again(&mut self, error: &DatabaseError) {
+        assert!(matches!(error, DatabaseError::SpoolFull { .. }), "{error}");
+        let directory = self.daemon.as_ref().unwrap().directory.clone();
+        self.crash();
+        forget(&directory, error);
+        drop(directory);
+        self.spools_dropped += 1;
+        self.pass(Duration::from_secs(1));
+        self.start();
+    }
+
+    /// Another machine's daemon is the only reason for shipping to end.
+    fn note_replaced(&mut self, ended: Result<(), ShipError>) {
+        let is_replaced = matches!(&ended, Err(ShipError::Replaced { epoch, .. }) if *epoch > self.epoch);
+        assert!(is_replaced, "{ended:?}");
+        self.replaced += 1;
     }
 
     /// Takes turns until shipping ends by itself, and gives what it ended with.
@@ -376,13 +423,13 @@ impl Machine {
         panic!("shipping does not end");
     }
 
-    /// Takes turns until `done`.
-    fn pump<T>(&mut self, what: &str, mut done: impl FnMut(&mut Daemon) -> Option<T>) -> T {
+    /// Takes turns until `done`; `None` when the daemon was replaced before that.
+    fn pump<T>(&mut self, what: &str, mut done: impl FnMut(&mut Daemon) -> Option<T>) -> Option<T> {
         for round in 0..20_000 {
             self.turn();
-            let daemon = self.daemon.as_mut().unwrap();
+            let daemon = self.daemon.as_mut()?;
             if let Some(answer) = done(daemon) {
-                return answer;
+                return Some(answer);
             }
             if round > 20 {
                 daemon.runtime.block_on(async { tokio::time::sleep(Duration::from_micros(200)).await });
@@ -393,16 +440,25 @@ impl Machine {
 
     /// Waits until everything that was committed is confirmed.
     pub fn ship(&mut self) -> Position {
+        self.try_ship().expect("replaced")
+    }
+
+    fn try_ship(&mut self) -> Option<Position> {
         let (reply, mut replied) = oneshot::channel();
         self.daemon.as_ref().unwrap().mailbox.send(Event::SyncWanted(reply));
-        let State { position, .. } = self.pump("a sync", |_| replied.try_recv().ok());
-        self.pump("confirmation", |daemon| (*daemon.confirmed.borrow() >= position.txid).then_some(()));
-        position
+        let State { position, .. } = self.pump("a sync", |_| replied.try_recv().ok())?;
+        self.pump("confirmation", |daemon| (*daemon.confirmed.borrow() >= position.txid).then_some(()))?;
+        Some(position)
     }
 
     /// The same, and notes which state is which.
     pub fn sync(&mut self) -> Position {
-        let position = self.ship();
+        self.try_sync().expect("replaced")
+    }
+
+    /// The same; `None` when the daemon was replaced before it was done.
+    pub fn try_sync(&mut self) -> Option<Position> {
+        let position = self.try_ship()?;
         let commits = std::mem::take(&mut self.commits);
         // Each commit was seen, so each has its number; otherwise only the last one is known.
         let known = if self.sees_all { commits.len() } else { 0 };
@@ -418,7 +474,7 @@ impl Machine {
         self.newest = Some(position);
         self.sees_all = true;
         self.started_since_sync = false;
-        position
+        Some(position)
     }
 
     /// Has a snapshot made, to its confirmation.
@@ -440,15 +496,15 @@ impl Machine {
     /// As SIGTERM does it.
     pub fn stop(&mut self) {
         self.turn();
-        let Daemon { following, around, shipping, runtime, .. } = self.daemon.take().unwrap();
+        let Some(Daemon { following, around, shipping, runtime, .. }) = self.daemon.take() else { return };
         following.unwrap().end().unwrap();
         // With it goes the last one who could give orders.
         drop(around);
-        runtime
-            .block_on(async { tokio::time::timeout(Duration::from_secs(20), shipping).await })
-            .expect("shipping ends")
-            .unwrap()
-            .unwrap();
+        let ended = runtime.block_on(async { tokio::time::timeout(Duration::from_secs(20), shipping).await });
+        let ended = ended.expect("shipping ends").unwrap();
+        if ended.is_err() {
+            self.note_replaced(ended);
+        }
         self.sees_all = false;
     }
 
@@ -482,8 +538,11 @@ impl Machine {
     pub fn kept(&self) -> Vec<Position> {
         // What was let go when the clock stood later does not come back.
         let start_ms = self.clock.latest_ms() - self.window.as_millis() as u64;
+        let claims = block_on(list_claims(&self.memory, None)).unwrap();
+        // By another machine.
+        let is_superseded = records(&claims).next_back().is_some_and(|newest| newest.epoch > self.epoch);
         let is_kept = |(position, known): &(&Position, &Known)| {
-            let is_newest = self.newest == Some(**position) && !self.started_since_sync;
+            let is_newest = self.newest == Some(**position) && !self.started_since_sync && !is_superseded;
             let is_newest = is_newest && self.commits.first().is_none_or(|next| next.committed_ms >= start_ms);
             known.committed_ms >= start_ms || is_newest || self.marked.contains(position)
         };

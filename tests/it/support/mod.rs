@@ -1,5 +1,6 @@
 //! What the tests drive: the built program, real databases, a real S3 server.
 
+pub mod clock;
 pub mod gate;
 pub mod machine;
 pub mod oracle;
@@ -8,6 +9,7 @@ pub mod s3;
 pub mod scene;
 pub mod syscalls;
 
+use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::time::Duration;
@@ -15,6 +17,7 @@ use std::time::Duration;
 use rusqlite::Connection;
 use waltrail::format::segment::Segment;
 
+use self::clock::Clock;
 use self::syscalls::{Call, Verdict};
 
 /// The built program, with credentials for [`s3::S3Server`] and nothing else of the environment that could change it.
@@ -53,9 +56,39 @@ pub struct Daemon {
 
 impl Daemon {
     pub fn start(arguments: &[&str], log: &Path) -> Self {
+        Self { child: Self::command(arguments, log).spawn().unwrap() }
+    }
+
+    fn command(arguments: &[&str], log: &Path) -> Command {
         let file = std::fs::File::options().create(true).append(true).open(log).unwrap();
-        let child = waltrail().arg("replicate").args(arguments).stdout(Stdio::null()).stderr(file).spawn().unwrap();
-        Self { child }
+        let mut command = waltrail();
+        command.arg("replicate").args(arguments).stdout(Stdio::null()).stderr(file);
+        command
+    }
+
+    /// The same, bound by the permissions of files even where root runs the tests.
+    pub fn start_bound_by_permissions(arguments: &[&str], log: &Path) -> Self {
+        // To pass over permissions, and to read and search in spite of them: capabilities(7).
+        const CAP_DAC_OVERRIDE: libc::c_ulong = 1;
+        const CAP_DAC_READ_SEARCH: libc::c_ulong = 2;
+        let mut command = Self::command(arguments, log);
+        let drop_capabilities = || {
+            for capability in [CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH] {
+                // SAFETY: takes numbers only. Who is not root can't drop them, and does not have them.
+                unsafe { libc::prctl(libc::PR_CAPBSET_DROP, capability, 0, 0, 0) };
+            }
+            Ok(())
+        };
+        // SAFETY: only system calls after the fork.
+        unsafe { command.pre_exec(drop_capabilities) };
+        Self { child: command.spawn().unwrap() }
+    }
+
+    /// The same, with clocks that the test sets.
+    pub fn start_with_clock(arguments: &[&str], log: &Path, clock: &Clock) -> Self {
+        let mut command = Self::command(arguments, log);
+        command.env("LD_PRELOAD", clock.library()).env("AHEAD_FILE", clock.file());
+        Self { child: command.spawn().unwrap() }
     }
 
     /// The same, with its system calls in the test's hands.
@@ -65,10 +98,7 @@ impl Daemon {
         calls: &[libc::c_long],
         decide: impl FnMut(&Call) -> Verdict + Send + 'static,
     ) -> Self {
-        let file = std::fs::File::options().create(true).append(true).open(log).unwrap();
-        let mut command = waltrail();
-        command.arg("replicate").args(arguments).stdout(Stdio::null()).stderr(file);
-        Self { child: syscalls::spawn(&mut command, calls, decide) }
+        Self { child: syscalls::spawn(&mut Self::command(arguments, log), calls, decide) }
     }
 
     /// Its process id.

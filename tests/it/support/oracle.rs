@@ -252,6 +252,13 @@ impl Oracle {
         key
     }
 
+    /// Its first state is of this time, in milliseconds since 1970.
+    pub fn begin_at(&mut self, ms: u64) {
+        assert!(self.records.is_empty());
+        self.current.time_ms = ms;
+        self.memory.set_now_ms(ms);
+    }
+
     /// Nothing happens for a while. What is put afterwards is stored then.
     pub fn pass_time(&mut self, ms: u64) {
         self.current.time_ms += ms;

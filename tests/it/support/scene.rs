@@ -1,5 +1,6 @@
 //! What most tests begin with.
 
+use std::cell::RefCell;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{SystemTime, UNIX_EPOCH};
@@ -8,14 +9,48 @@ use super::{Daemon, content, run, stderr, wait_for_restored};
 
 pub const COUNTER: &str = "SELECT n FROM counter";
 
-/// A database and a daemon that replicates it to a directory.
+/// A database and a daemon that replicates it to a directory. What the daemon logs as ERROR asks for a person: at the end there must be
+/// none that the test does not expect.
 pub struct Scene {
     pub directory: tempfile::TempDir,
+    /// Words of an ERROR, and whether one has to be there.
+    expected_errors: RefCell<Vec<(&'static str, bool)>>,
+}
+
+impl Drop for Scene {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            return;
+        }
+        let log = std::fs::read_to_string(self.path("daemon.log")).unwrap_or_default();
+        let expected = self.expected_errors.borrow();
+        let is_unexpected =
+            |line: &&str| line.contains("ERROR") && !expected.iter().any(|(words, _)| line.contains(words));
+        let unexpected: Vec<&str> = log.lines().filter(is_unexpected).collect();
+        assert!(unexpected.is_empty(), "not expected:\n{}\n\n{log}", unexpected.join("\n"));
+        for (words, _) in expected.iter().filter(|(_, must_be)| *must_be) {
+            assert!(log.contains(words), "expected, and not said: {words}\n\n{log}");
+        }
+    }
 }
 
 impl Scene {
     pub fn new() -> Self {
-        Self { directory: tempfile::tempdir().unwrap() }
+        Self::at(tempfile::tempdir().unwrap())
+    }
+
+    pub fn at(directory: tempfile::TempDir) -> Self {
+        Self { directory, expected_errors: RefCell::default() }
+    }
+
+    /// The log has to hold an ERROR with these words.
+    pub fn expect_error(&self, words: &'static str) {
+        self.expected_errors.borrow_mut().push((words, true));
+    }
+
+    /// The log may hold one: whether it comes to it depends on how fast the machine is.
+    pub fn allow_error(&self, words: &'static str) {
+        self.expected_errors.borrow_mut().push((words, false));
     }
 
     pub fn path(&self, name: &str) -> PathBuf {

@@ -1,0 +1,93 @@
+//! Storage is away for an hour of simulated time, while the application writes every few seconds.
+
+use std::path::Path;
+use std::time::Duration;
+
+use waltrail::format::Position;
+
+use crate::support::machine::Machine;
+
+const SPOOL_LIMIT_BYTES: u64 = 2 << 20;
+const STEP: Duration = Duration::from_secs(6);
+const STEPS: u32 = 600;
+
+fn len_below(directory: &Path) -> u64 {
+    let entries = std::fs::read_dir(directory).unwrap().map(Result::unwrap);
+    entries
+        .map(|entry| if entry.path().is_dir() { len_below(&entry.path()) } else { entry.metadata().unwrap().len() })
+        .sum()
+}
+
+/// What is known after the hour: the machine, the last state before it, and the largest spool and WAL in it.
+fn an_hour_away(row_len: u32, spool_limit_bytes: u64) -> (Machine, Position, u64, u64) {
+    let mut machine = Machine::new("PRAGMA page_size=4096", |store| store);
+    machine.settings.spool_limit_bytes = spool_limit_bytes;
+    machine.start();
+    machine.commit("INSERT INTO item(id, body) VALUES(1, zeroblob(100))");
+    let before = machine.sync();
+    machine.gate.set_open(false);
+    let (mut spool_bytes, mut wal_bytes) = (0, 0);
+    let wal = machine.database().with_extension("db-wal");
+    for step in 0..STEPS {
+        machine.commit(&format!(
+            "INSERT OR REPLACE INTO item(id, body, n) VALUES({}, randomblob({row_len}), {step})",
+            step % 50
+        ));
+        machine.pass(STEP);
+        machine.turns(2);
+        spool_bytes = spool_bytes.max(len_below(&machine.state_dir().join("spool")));
+        wal_bytes = wal_bytes.max(std::fs::metadata(&wal).unwrap().len());
+    }
+    machine.gate.set_open(true);
+    machine.sync();
+    (machine, before, spool_bytes, wal_bytes)
+}
+
+/// All of it fits the spool: not one transaction is lost.
+#[test]
+fn an_hour_without_storage_that_the_spool_outlasts() {
+    let (machine, before, spool_bytes, wal_bytes) = an_hour_away(300, 8 << 20);
+    assert!(spool_bytes > 500_000 && machine.spools_dropped == 0, "{spool_bytes}");
+    assert!(wal_bytes < 3 * machine.settings.checkpoint_threshold_bytes, "{wal_bytes}");
+    let last = machine.newest.unwrap();
+    assert_eq!((last.epoch, last.txid), (before.epoch, before.txid + u64::from(STEPS)));
+    assert_eq!(machine.states.len(), 1 + STEPS as usize);
+    machine.states.keys().for_each(|&position| machine.check(position));
+}
+
+/// More than the spool may hold: it is dropped, a new epoch begins, and what was confirmed before stays as it is.
+#[test]
+fn an_hour_without_storage_that_the_spool_does_not_outlast() {
+    let (machine, before, spool_bytes, wal_bytes) = an_hour_away(30_000, SPOOL_LIMIT_BYTES);
+    // Once: what follows is not recorded before an epoch can be claimed.
+    assert_eq!(machine.spools_dropped, 1);
+    assert!(spool_bytes < SPOOL_LIMIT_BYTES, "{spool_bytes}");
+    // While it is taken up again, SQLite's own threshold of 1,000 pages holds.
+    assert!(wal_bytes < 8 << 20, "{wal_bytes}");
+    assert!(machine.newest.unwrap().epoch > before.epoch);
+    machine.states.keys().for_each(|&position| machine.check(position));
+}
+
+/// A single transaction may be as large as it likes. What comes behind it while it is shipped does not fill the spool.
+#[test]
+fn what_waits_behind_a_large_transaction() {
+    let mut machine = Machine::new("PRAGMA page_size=4096", |store| store);
+    machine.settings.spool_limit_bytes = SPOOL_LIMIT_BYTES;
+    machine.start();
+    machine.commit("INSERT INTO item(id, body) VALUES(1, zeroblob(100))");
+    machine.sync();
+    for len in [SPOOL_LIMIT_BYTES * 7 / 10, SPOOL_LIMIT_BYTES * 2] {
+        machine.gate.set_open(false);
+        machine.commit(&format!("INSERT INTO item(body) VALUES(randomblob({len}))"));
+        for step in 0..5 {
+            machine.pass(STEP);
+            machine.turns(2);
+            machine.commit(&format!("UPDATE item SET body = randomblob(20000), n = {step} WHERE id = 1"));
+        }
+        machine.turns(2);
+        machine.gate.set_open(true);
+        machine.sync();
+    }
+    assert_eq!((machine.spools_dropped, machine.states.len()), (0, 13));
+    machine.states.keys().for_each(|&position| machine.check(position));
+}
