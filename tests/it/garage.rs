@@ -90,7 +90,7 @@ fn a_life_on_garage() {
             code,
             Some(0),
             "{arguments:?}: {said}\n{}",
-            scene.path("daemon.log").exists().then(|| scene.log()).unwrap_or_default()
+            if scene.path("daemon.log").exists() { scene.log() } else { String::new() }
         );
         said
     };
