@@ -53,7 +53,7 @@ pub enum GoesBecause {
     NotNeeded,
     /// A larger segment holds the same transactions.
     Superseded,
-    /// It is the record of an epoch of which nothing is left, nor of any before it.
+    /// It is the record of an epoch of which nothing is left, nor of any before it, and that was not claimed lately.
     EmptyEpoch,
 }
 
@@ -91,7 +91,7 @@ pub enum StaysBecause {
     Damaged(String),
     /// It holds other transactions than those of its epoch.
     NotUnderstood,
-    /// It is the record of an epoch that is not the oldest, or of which something is left.
+    /// It is the record of an epoch that is not the oldest, of which something is left, or that was claimed inside the window.
     EpochStays,
     /// Retention is off.
     RetentionOff,
@@ -256,11 +256,16 @@ pub fn plan(
     Ok(plan)
 }
 
-/// Records go from the oldest on, and only those of epochs of which nothing stays. The newest stays in any case: the next
-/// epoch's number follows from it. With retention off all stay.
+/// Records go from the oldest on, and only those of epochs of which nothing stays and that were claimed before the window: a writer may
+/// have shipped nothing yet, and what it ships is restorable only as long as its record is there. The newest stays in any case: the
+/// next epoch's number follows from it. With retention off all stay.
 fn plan_records(plan: &mut RetentionPlan, history: &History, epochs_with_objects: &BTreeSet<u32>) {
+    let start_ms = plan.window_start_ms.unwrap_or(0);
+    let was_claimed_inside = |epoch: &Epoch| epoch.claims.iter().any(|claim| claim.stored_ms >= start_ms);
+    let claimed = history.epochs.iter().filter(|(_, epoch)| was_claimed_inside(epoch)).map(|(&number, _)| number);
     let newest = history.epochs.keys().next_back().copied().unwrap_or(0);
-    let first_that_stays = epochs_with_objects.first().map_or(newest, |&first| first.min(newest));
+    let first_that_stays =
+        epochs_with_objects.first().copied().into_iter().chain(claimed).min().unwrap_or(newest).min(newest);
     for (&number, epoch) in &history.epochs {
         let goes = plan.window_start_ms.is_some() && number < first_that_stays;
         for claim in &epoch.claims {

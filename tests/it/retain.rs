@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use bytes::Bytes;
 use waltrail::format::Position;
-use waltrail::format::key::{SegmentKey, SnapshotKey};
+use waltrail::format::key::{EpochKey, SegmentKey, SnapshotKey};
 use waltrail::replicate::pruner::note_deletions;
 use waltrail::replicate::status::Board;
 use waltrail::restore::RestoreError;
@@ -332,6 +332,23 @@ async fn an_epoch_without_a_snapshot_takes_nothing_away() {
     prune_at(&oracle.store, &window(DAY_MS), oracle.now_ms()).await;
     let (plan, bytes) = restore(&oracle.store, Target::Latest, None).await.unwrap();
     assert!(plan.position == known && bytes == oracle.states[&known].bytes());
+}
+
+/// Two writers: the first one has claimed its epoch and shipped nothing yet when the second one takes over. What it ships then must be
+/// restorable.
+#[tokio::test]
+async fn an_epoch_that_was_claimed_lately_stays() {
+    let mut oracle = Oracle::new(512, 64).await;
+    oracle.pass_time(DAY_MS);
+    oracle.begin(None, false).await;
+    let record = oracle.records.keys().map(|&epoch| EpochKey { epoch, writer: None }.to_string()).next().unwrap();
+    oracle.begin_with_snapshot(Some(oracle.position()), 0).await;
+    oracle.commit_and_cut(2).await;
+    prune_at(&oracle.store, &window(DAY_MS), oracle.now_ms()).await;
+    assert!(keys(&oracle.store).await.contains(&record));
+    oracle.pass_time(3 * DAY_MS);
+    prune_at(&oracle.store, &window(DAY_MS), oracle.now_ms()).await;
+    assert!(!keys(&oracle.store).await.contains(&record));
 }
 
 #[tokio::test]

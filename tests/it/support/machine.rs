@@ -228,8 +228,10 @@ impl Machine {
                 std::fs::copy(from, format!("{}{suffix}", path.display())).unwrap();
             }
         }
-        let status = Command::new("cp").arg("-r").arg(self.state_dir()).arg(directory.path()).status().unwrap();
-        assert!(status.success());
+        if self.state_dir().exists() {
+            let copied = Command::new("cp").arg("-r").arg(self.state_dir()).arg(directory.path()).status().unwrap();
+            assert!(copied.success());
+        }
         let settings = DatabaseSettings { path, ..self.settings.clone() };
         let (store, memory, bare) = (self.store.clone(), self.memory.clone(), self.bare.clone());
         let storage = Storage { store, gate: self.gate.clone(), memory, bare, clock: self.clock.clone() };
