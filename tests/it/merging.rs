@@ -82,6 +82,8 @@ fn small_segments_become_large_ones() {
         (left <= 14).then_some(all)
     });
     assert!(all.len() > 60, "{}", all.len());
+    let synced = run(["sync", scene.database().to_str().unwrap()]);
+    assert!(synced.status.success(), "{}", crate::support::stderr(&synced));
     check_every_transaction(&scene, turns);
     for (path, _) in all.iter().filter(|(_, span)| is_superseded(&all, span)) {
         std::fs::remove_file(path).unwrap();
