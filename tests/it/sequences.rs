@@ -407,7 +407,7 @@ fn play(seed: u64, steps: usize) -> Vec<String> {
     let _listening = errors.listen();
     let mut told = Told(Play::new(seed));
     for _ in 0..steps {
-        told.0.choose_machine(seed % 3 == 0);
+        told.0.choose_machine(seed.is_multiple_of(3));
         told.0.step();
         told.0.check();
     }
