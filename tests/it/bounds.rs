@@ -4,6 +4,7 @@
 use std::fs::Permissions;
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
+use std::process::Stdio;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
@@ -11,8 +12,8 @@ use std::time::Duration;
 use rusqlite::Connection;
 
 use crate::support::scene::Scene;
-use crate::support::syscalls::{CHANGES, Call, Verdict};
-use crate::support::{Daemon, content, count_up, create_database, insert, run, stderr, wait_for};
+use crate::support::syscalls::{self, CHANGES, Call, Verdict};
+use crate::support::{Daemon, content, count_up, create_database, insert, run, stderr, wait_for, waltrail};
 
 #[derive(Debug, Clone, Copy, PartialEq)]
 enum Place {
@@ -57,6 +58,61 @@ fn start(scene: &Scene, more: &str, decide: impl FnMut(&Call) -> Verdict + Send 
 fn sync(scene: &Scene) {
     let database = scene.database().display().to_string();
     wait_for("a sync", || run(["sync", &database, "--timeout", "60s"]).status.success().then_some(()));
+}
+
+/// Restores, with a disk that is full from the `nth` write to anything beside the target on; tells, too, whether it came to that.
+fn restore_to_full_disk(scene: &Scene, output: &Path, nth: u64) -> (std::process::Output, bool) {
+    let written = Arc::new(AtomicU64::new(0));
+    let (count, place) = (written.clone(), output.parent().unwrap().to_owned());
+    let decide = move |call: &Call| {
+        let answer =
+            Trouble::FullDisk.answer(call).filter(|_| call.paths().iter().any(|path| path.starts_with(&place)));
+        match answer {
+            Some(number) if count.fetch_add(1, Ordering::SeqCst) + 1 >= nth => Verdict::Fails(number),
+            _ => Verdict::Goes,
+        }
+    };
+    let mut command = waltrail();
+    command.arg("restore").arg(scene.replica()).args(["--force", "--output"]).arg(output);
+    command.stdout(Stdio::null()).stderr(Stdio::piped());
+    let done = syscalls::spawn(&mut command, CHANGES, decide).wait_with_output().unwrap();
+    (done, written.load(Ordering::SeqCst) >= nth)
+}
+
+/// Wherever the disk is full, what was there before stays, whole, until the new database is.
+#[test]
+fn a_full_disk_at_the_target_of_a_restore() {
+    let scene = Scene::new();
+    let application = create_database(&scene.database(), 2000, "");
+    let daemon = scene.start();
+    count_up(&application);
+    scene.wait_for(1);
+    assert_eq!(daemon.terminate(), Some(0), "{}", scene.log());
+    let expected = content(&scene.database());
+    std::fs::create_dir(scene.path("target")).unwrap();
+    let output = scene.path("target/out.db");
+    let before = b"what was there before".as_slice();
+    let mut refused = 0;
+    for nth in 1.. {
+        std::fs::write(&output, before).unwrap();
+        let (done, was_full) = restore_to_full_disk(&scene, &output, nth);
+        if done.status.code() == Some(0) {
+            assert_eq!(content(&output), expected, "full from write {nth} on");
+            if !was_full {
+                break;
+            }
+            // All that is left then is what the next start would go on from; it is told that there is none.
+            assert!(stderr(&done).contains("takes it as it is then"), "{nth}: {}", stderr(&done));
+        } else {
+            assert_eq!(done.status.code(), Some(14), "{nth}: {}", stderr(&done));
+            assert!(stderr(&done).contains("No space left on device"), "{nth}: {}", stderr(&done));
+            assert!(std::fs::read(&output).unwrap() == before, "{nth}: the old file is not as it was");
+            refused += 1;
+        }
+        std::fs::remove_dir_all(scene.path("target")).unwrap();
+        std::fs::create_dir(scene.path("target")).unwrap();
+    }
+    assert!(refused > 3, "{refused}");
 }
 
 /// What `waltrail status` says to be wrong.
