@@ -173,7 +173,7 @@ fn merge_runs(
     if transactions.is_empty() {
         return Ok(());
     }
-    writer.begin_run(transactions)?;
+    writer.begin_run(transactions.iter().map(Transaction::parts))?;
     // By page number; where several runs hold a page, the older run comes first.
     let next = |(index, cursor): (usize, &Cursor<'_>)| Some(Reverse((cursor.pages.next_place()?.page_number, index)));
     let mut heap: BinaryHeap<Reverse<(u32, usize)>> = cursors.iter().enumerate().filter_map(next).collect();
