@@ -117,7 +117,7 @@ def idle(work, options):
         cpu_s = daemon.cpu_s()
         time.sleep(20)
         yield dict(databases=count, rss_mb=daemon.status("VmRSS"), own_mb=daemon.status("RssAnon"), peak_mb=daemon.status("VmHWM"),
-                   cpu_ms_a_second=round((daemon.cpu_s() - cpu_s) / 20 * 1000, 2), threads=int(daemon.status("Threads") * 1024))
+                   cpu_ms_a_second=round((daemon.cpu_s() - cpu_s) / 20 * 1000, 2), threads=len(os.listdir(f"/proc/{daemon.process.pid}/task")))
         daemon.stop()
         shutil.rmtree(f"{work}/replica")
         for path in databases:

@@ -82,8 +82,7 @@ impl Compression {
     fn window_log(self) -> u32 {
         match self {
             Self::Table => WINDOW_LOG_LIMIT,
-            Self::FreshPages | Self::ManyPages => 20,
-            Self::MergedPages => 19,
+            Self::FreshPages | Self::ManyPages | Self::MergedPages => 18,
         }
     }
 
