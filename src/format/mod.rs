@@ -5,6 +5,7 @@
 pub mod block;
 pub mod key;
 pub mod record;
+pub mod run;
 pub mod segment;
 pub mod snapshot;
 

@@ -10,6 +10,7 @@ use std::ops::Range;
 
 use super::block::{BLOCK_HEADER_LEN, BLOCK_RAW_LIMIT, BlockReader, BlockWriter, Compression, read_section};
 use super::key::{SegmentKey, Span};
+use super::run::RunBuffer;
 use super::{
     FOOTER_LEN, Fields, FormatError, HEADER_LEN, decode_footer, decode_header, encode_footer, encode_header,
     is_page_size, lock_page,
@@ -22,8 +23,8 @@ const FOOTER_MAGIC: &[u8; 8] = b"WALTSEGE";
 const RECORD_LEN: u64 = 32;
 /// Length of a run's record in the table.
 const RUN_LEN: u64 = 16;
-/// A writer that does not know what comes puts images in order in memory, so many bytes of them at a time.
-const RUN_RAW_LEN: usize = 4 << 20;
+/// A run of more bytes of page images than this is compressed for speed: so much in a second is a load.
+const COMPRESSED_WELL_LEN: usize = 8 << 20;
 /// No table is longer than this, in bytes: a reader keeps all of it in memory. It is enough for 67 million pages, of
 /// which 512 bytes each make 34 GB.
 pub const TABLE_RAW_LIMIT: u64 = 256 << 20;
@@ -60,13 +61,24 @@ pub struct Transaction {
     pub page_numbers: Vec<u32>,
 }
 
+impl Transaction {
+    /// As a writer takes it.
+    #[must_use]
+    pub fn parts(&self) -> (&TransactionInfo, &[u32]) {
+        (&self.info, &self.page_numbers)
+    }
+}
+
 /// Writes a segment to `sink`, which it never seeks in. Memory: the table, and the images of one run.
 #[derive(Debug)]
 pub struct SegmentWriter<W> {
     sink: W,
     page_size: u32,
     compression: Compression,
-    run: OpenRun,
+    /// Transactions that are collected here.
+    run: RunBuffer,
+    /// The run whose images come in its order.
+    ordered: Option<OrderedRun>,
     /// Records of the runs that are written.
     runs: Vec<u8>,
     run_count: u32,
@@ -76,19 +88,14 @@ pub struct SegmentWriter<W> {
     table: Vec<u8>,
     transaction_count: u32,
     page_count: u64,
-    pages_due: usize,
     last_time_ms: u64,
 }
 
-/// The run that is being written.
-#[derive(Debug, Default)]
-struct OpenRun {
+#[derive(Debug)]
+struct OrderedRun {
     transaction_count: u32,
-    /// The images that have to be put in order, and the numbers of their pages.
-    images: Vec<u8>,
-    page_numbers: Vec<u32>,
-    /// Where images go that come in the run's order.
-    ordered: Option<BlockWriter>,
+    pages_due: usize,
+    blocks: BlockWriter,
 }
 
 impl<W: Write> SegmentWriter<W> {
@@ -106,11 +113,14 @@ impl<W: Write> SegmentWriter<W> {
     /// When the sink fails.
     pub fn with_compression(mut sink: W, page_size: u32, compression: Compression) -> io::Result<Self> {
         sink.write_all(&encode_header(HEADER_MAGIC, page_size))?;
+        let mut run = RunBuffer::default();
+        run.reset(page_size);
         Ok(Self {
             sink,
             page_size,
             compression,
-            run: OpenRun::default(),
+            run,
+            ordered: None,
             runs: Vec::new(),
             run_count: 0,
             pages_len: 0,
@@ -118,17 +128,8 @@ impl<W: Write> SegmentWriter<W> {
             table: Vec::new(),
             transaction_count: 0,
             page_count: 0,
-            pages_due: 0,
             last_time_ms: 0,
         })
-    }
-
-    /// Puts images in order in the memory of `buffer`: a new one for each segment costs more than to write to it.
-    #[must_use]
-    pub fn with_buffer(mut self, mut buffer: Vec<u8>) -> Self {
-        buffer.clear();
-        self.run.images = buffer;
-        self
     }
 
     /// Begins the next transaction; the images of `page_numbers` (strictly ascending) must follow.
@@ -137,39 +138,59 @@ impl<W: Write> SegmentWriter<W> {
     /// When the transaction before still wants pages, or the numbers do not ascend: a mistake of the caller that must not
     /// reach storage. When the table would outgrow [`TABLE_RAW_LIMIT`], or the sink fails.
     pub fn begin_transaction(&mut self, info: &TransactionInfo, page_numbers: &[u32]) -> io::Result<()> {
-        let raw_len = page_numbers.len() * self.page_size as usize;
-        if self.run.ordered.is_some() || self.run.images.len() + raw_len > RUN_RAW_LEN {
+        if self.run.pages_due() != 0 || !ascends(page_numbers) {
+            return Err(io::Error::other("a transaction was not handed over as it must be"));
+        }
+        if self.run.is_too_large(page_numbers.len()) {
+            return self.begin_run([(info, page_numbers)]);
+        }
+        if self.ordered.is_some() || self.run.is_full_for(page_numbers.len()) {
             self.end_run()?;
         }
-        self.note_transaction(info, page_numbers)?;
-        if raw_len > RUN_RAW_LEN {
-            // Alone in its run, its pages come in order: it may be larger than memory.
-            self.run.ordered = Some(BlockWriter::new(self.compression));
-        } else {
-            self.run.page_numbers.extend_from_slice(page_numbers);
-        }
+        self.run.begin_transaction(info, page_numbers);
         Ok(())
     }
 
-    /// Begins a run of several transactions whose images follow in the run's order, as [`Run::places`] gives it.
+    /// Begins a run of transactions (what is said of each, and the numbers of its pages) whose images follow in the run's order,
+    /// as [`Run::places`] gives it. They are not kept in memory.
     ///
     /// # Errors
     /// As [`SegmentWriter::begin_transaction`].
-    pub fn begin_run<'a>(&mut self, transactions: impl IntoIterator<Item = &'a Transaction>) -> io::Result<()> {
+    pub fn begin_run<'a>(
+        &mut self,
+        transactions: impl IntoIterator<Item = (&'a TransactionInfo, &'a [u32])>,
+    ) -> io::Result<()> {
         self.end_run()?;
-        let mut page_count = 0;
-        for transaction in transactions {
-            self.note_transaction(&transaction.info, &transaction.page_numbers)?;
-            page_count += std::mem::take(&mut self.pages_due);
+        let mut run = OrderedRun { transaction_count: 0, pages_due: 0, blocks: BlockWriter::new(self.compression) };
+        for (info, page_numbers) in transactions {
+            self.note_transaction(info, page_numbers)?;
+            run.transaction_count += 1;
+            run.pages_due += page_numbers.len();
         }
-        self.pages_due = page_count;
-        self.run.ordered = Some(BlockWriter::new(self.compression));
+        self.ordered = Some(run);
         Ok(())
     }
 
+    /// Writes a run that was collected elsewhere.
+    ///
+    /// # Errors
+    /// As [`SegmentWriter::begin_transaction`].
+    pub fn write_run(&mut self, run: &RunBuffer) -> io::Result<()> {
+        self.end_run()?;
+        let mut transaction_count = 0;
+        for (info, page_numbers) in run.transactions() {
+            self.note_transaction(info, page_numbers)?;
+            transaction_count += 1;
+        }
+        let is_much = self.run_count > 0 || run.raw_len() > COMPRESSED_WELL_LEN;
+        let compression = if is_much { Compression::ManyPages } else { self.compression };
+        let mut blocks = BlockWriter::new(compression);
+        run.for_each_image(|image| blocks.push(&mut self.sink, image))?;
+        self.note_run(transaction_count, blocks)
+    }
+
     fn note_transaction(&mut self, info: &TransactionInfo, page_numbers: &[u32]) -> io::Result<()> {
-        let ascends = page_numbers.is_sorted_by(|before, after| before < after);
-        if self.pages_due != 0 || !ascends {
+        if !ascends(page_numbers) {
             return Err(io::Error::other("a transaction was not handed over as it must be"));
         }
         let flags = flag(info.fingerprint.is_some(), FLAG_FINGERPRINT)
@@ -186,10 +207,8 @@ impl<W: Write> SegmentWriter<W> {
         for field in [info.size_pages, info.schema_cookie, page_count, flags].iter().chain(page_numbers) {
             self.table.extend_from_slice(&field.to_le_bytes());
         }
-        self.pages_due = page_numbers.len();
         self.page_count += u64::from(page_count);
         self.transaction_count += 1;
-        self.run.transaction_count += 1;
         self.last_time_ms = info.time_ms;
         Ok(())
     }
@@ -199,72 +218,49 @@ impl<W: Write> SegmentWriter<W> {
     /// # Errors
     /// When no page is due or the image has not the page size; when the sink fails.
     pub fn push_page(&mut self, image: &[u8]) -> io::Result<()> {
-        if self.pages_due == 0 || image.len() != self.page_size as usize {
+        let Some(run) = &mut self.ordered else { return self.run.push_page(image) };
+        if run.pages_due == 0 || image.len() != self.page_size as usize {
             return Err(io::Error::other("a page was not handed over as it must be"));
         }
-        self.pages_due -= 1;
-        match &mut self.run.ordered {
-            Some(blocks) => blocks.push(&mut self.sink, image),
-            None => {
-                self.run.images.extend_from_slice(image);
-                Ok(())
-            }
-        }
+        run.pages_due -= 1;
+        run.blocks.push(&mut self.sink, image)
     }
 
-    /// Writes what is left of the run, and its record.
+    /// Writes what is left of the run that was begun or collected here.
     fn end_run(&mut self) -> io::Result<()> {
-        if self.pages_due != 0 {
-            return Err(io::Error::other("a run was ended before it was whole"));
+        if let Some(run) = self.ordered.take() {
+            if run.pages_due != 0 {
+                return Err(io::Error::other("a run was ended before it was whole"));
+            }
+            self.note_run(run.transaction_count, run.blocks)?;
         }
-        let OpenRun { transaction_count, images, page_numbers, ordered } = &mut self.run;
-        if *transaction_count == 0 {
-            return Ok(());
+        if !self.run.is_empty() {
+            let mut run = std::mem::take(&mut self.run);
+            self.write_run(&run)?;
+            run.reset(self.page_size);
+            self.run = run;
         }
-        let mut blocks = ordered.take().unwrap_or_else(|| BlockWriter::new(self.compression));
-        for place in places(page_numbers.iter().copied(), 0) {
-            let at = place.image as usize * self.page_size as usize;
-            blocks.push(&mut self.sink, &images[at..at + self.page_size as usize])?;
-        }
+        Ok(())
+    }
+
+    /// Writes what is left of a run's blocks, and its record.
+    fn note_run(&mut self, transaction_count: u32, mut blocks: BlockWriter) -> io::Result<()> {
         blocks.finish(&mut self.sink)?;
         self.runs.extend_from_slice(&blocks.len_bytes.to_le_bytes());
-        for field in [*transaction_count, blocks.block_count] {
+        for field in [transaction_count, blocks.block_count] {
             self.runs.extend_from_slice(&field.to_le_bytes());
         }
         self.run_count += 1;
         self.pages_len += blocks.len_bytes;
         self.page_block_count += blocks.block_count;
-        *transaction_count = 0;
-        images.clear();
-        page_numbers.clear();
         Ok(())
-    }
-
-    /// Raw bytes of page images so far.
-    #[must_use]
-    pub fn raw_len_bytes(&self) -> u64 {
-        self.page_count * u64::from(self.page_size)
-    }
-
-    /// Number of transactions so far.
-    #[must_use]
-    pub fn transaction_count(&self) -> u32 {
-        self.transaction_count
     }
 
     /// Ends the segment. The sink is flushed, not synced.
     ///
     /// # Errors
     /// When there is no transaction, or pages are missing; when the sink fails.
-    pub fn finish(self, epoch: u32, first_txid: u64) -> io::Result<(W, SegmentKey)> {
-        self.finish_with_buffer(epoch, first_txid).map(|(sink, key, _)| (sink, key))
-    }
-
-    /// The same, and gives the buffer back.
-    ///
-    /// # Errors
-    /// As [`SegmentWriter::finish`].
-    pub fn finish_with_buffer(mut self, epoch: u32, first_txid: u64) -> io::Result<(W, SegmentKey, Vec<u8>)> {
+    pub fn finish(mut self, epoch: u32, first_txid: u64) -> io::Result<(W, SegmentKey)> {
         self.end_run()?;
         if self.transaction_count == 0 {
             return Err(io::Error::other("a segment was ended before it was whole"));
@@ -294,8 +290,12 @@ impl<W: Write> SegmentWriter<W> {
         };
         self.sink.write_all(&footer.encode())?;
         self.sink.flush()?;
-        Ok((self.sink, SegmentKey(footer.span), self.run.images))
+        Ok((self.sink, SegmentKey(footer.span)))
     }
+}
+
+fn ascends(page_numbers: &[u32]) -> bool {
+    page_numbers.is_sorted_by(|before, after| before < after)
 }
 
 /// Whether so many blocks fit the bytes that they are said to take.
@@ -562,7 +562,7 @@ pub struct Place {
 }
 
 /// Puts images, the first of which is number `first_image`, in a run's order: by page number, and those of one page by age.
-fn places(page_numbers: impl IntoIterator<Item = u32>, first_image: usize) -> Vec<Place> {
+pub(super) fn places(page_numbers: impl IntoIterator<Item = u32>, first_image: usize) -> Vec<Place> {
     // A table has room for less than 2^26 images.
     let images = first_image as u32..;
     let mut places: Vec<Place> =

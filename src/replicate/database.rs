@@ -48,7 +48,9 @@ const SNAPSHOT_PERMIT_RETRY: Duration = Duration::from_millis(50);
 /// A database that can't be restored yet makes others wait for no longer than this to be taken up.
 const START_PATIENCE: Duration = Duration::from_secs(5);
 /// A segment is cut when it has so many bytes of page images, whatever the time.
-const SEGMENT_RAW_LIMIT: u64 = 32 << 20;
+const SEGMENT_RAW_LIMIT: u64 = 256 << 20;
+/// How soon a segment that is due is asked again whether it can be cut without a long wait.
+const CUT_RETRY: Duration = Duration::from_millis(2);
 /// After a database has not been written to for so long, what is left in the WAL is checkpointed.
 const QUIET_AFTER: Duration = Duration::from_secs(1);
 /// Then it is polled no more often than this, as long as events come.
@@ -183,6 +185,8 @@ pub struct Following {
     last_cut: Option<Duration>,
     /// The transaction and the length of the largest segment of a single one that was cut and may still wait.
     large: Option<(u64, u64)>,
+    /// Not before then is asked again whether a segment can be cut.
+    cut_retry: Duration,
     /// When a commit was last captured; as long as there was none, when following began.
     last_commit: Duration,
     has_commits: bool,
@@ -231,6 +235,7 @@ impl Following {
             syncs_wanted: Vec::new(),
             last_cut: None,
             large: None,
+            cut_retry: now,
             last_commit: now,
             has_commits: false,
             last_look: now,
@@ -383,8 +388,9 @@ impl Following {
     fn time_to_wait(&self) -> Result<Duration, DatabaseError> {
         let now = self.now();
         let mut wait = self.poll_interval(now);
-        let cut_due = self.recorder.as_ref().and_then(Recorder::open_len_bytes).and(self.last_cut);
-        let cut_due = cut_due.filter(|_| self.claimed.is_some()).map(|last| last + self.around.settings.sync_interval);
+        let is_open = self.claimed.is_some() && self.recorder.as_ref().and_then(Recorder::open_len_bytes).is_some();
+        let cut_due = self.last_cut.map_or(now, |last| last + self.around.settings.sync_interval).max(self.cut_retry);
+        let cut_due = is_open.then_some(cut_due);
         let barrier_due = self.is_barrier_wanted().then_some(self.barrier_due);
         let snapshot_due = match self.snapshots.is_due(now, self.around.clock.now_ms()) {
             true => Some(now + SNAPSHOT_PERMIT_RETRY),
@@ -620,10 +626,15 @@ impl Following {
         let Some(open_len_bytes) = self.recorder.as_ref().and_then(Recorder::open_len_bytes) else { return Ok(()) };
         let interval = self.around.settings.sync_interval;
         let is_due = self.last_cut.is_none_or(|last| self.now().saturating_sub(last) >= interval);
-        if self.claimed.is_some() && (is_due || open_len_bytes >= SEGMENT_RAW_LIMIT) {
-            self.cut()?;
+        if self.claimed.is_none() || !(is_due || open_len_bytes >= SEGMENT_RAW_LIMIT) || self.cut_retry > self.now() {
+            return Ok(());
         }
-        Ok(())
+        let Some(recorder) = &mut self.recorder else { return Ok(()) };
+        if !recorder.is_ready_to_cut()? {
+            self.cut_retry = self.now() + CUT_RETRY;
+            return Ok(());
+        }
+        self.cut()
     }
 
     /// Ends the segment that is being written: first the local state says that it is captured, then it is shipped. So

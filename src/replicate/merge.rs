@@ -19,8 +19,8 @@ use crate::format::key::SegmentKey;
 use crate::format::segment::{PageStream, Run, SegmentFooter, SegmentWriter, Table, Transaction};
 use crate::format::{FOOTER_LEN, FormatError};
 
-/// So many runs become one at a time. Each needs memory to be read: a window of up to 1 MiB, and half as much again.
-const RUNS_AT_A_TIME: usize = 8;
+/// So many runs become one at a time. Each needs memory to be read: a window of 256 KiB, and as much again.
+const RUNS_AT_A_TIME: usize = 24;
 
 /// What is merged, and how much may be kept for it.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -173,7 +173,7 @@ fn merge_runs(
     if transactions.is_empty() {
         return Ok(());
     }
-    writer.begin_run(transactions)?;
+    writer.begin_run(transactions.iter().map(Transaction::parts))?;
     // By page number; where several runs hold a page, the older run comes first.
     let next = |(index, cursor): (usize, &Cursor<'_>)| Some(Reverse((cursor.pages.next_place()?.page_number, index)));
     let mut heap: BinaryHeap<Reverse<(u32, usize)>> = cursors.iter().enumerate().filter_map(next).collect();

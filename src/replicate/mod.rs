@@ -15,6 +15,7 @@ pub mod ledger;
 pub mod merge;
 pub mod merger;
 pub mod neighbours;
+pub mod open_segment;
 pub mod presence;
 pub mod pruner;
 pub mod record;

@@ -1,14 +1,14 @@
 //! The recorder: takes captured transactions into the ledger and into the segment that is being written.
 
-use std::fs::File;
-use std::io::{self, BufWriter};
+use std::io;
 use std::sync::Arc;
 
 use super::capture::Sink;
 use super::ledger::Ledger;
+use super::open_segment::{OpenSegment, SegmentMemory};
 use super::spool::{Spool, Spooled};
 use crate::clock::Clock;
-use crate::format::segment::{SegmentWriter, TransactionInfo};
+use crate::format::segment::TransactionInfo;
 use crate::format::{Position, lock_page, page_hash};
 use crate::sqlite::SqliteError;
 use crate::sqlite::follow::{Images, PageImage, WalTransaction};
@@ -47,9 +47,9 @@ pub struct Recorder {
     /// The hashes of all pages.
     pub ledger: Ledger,
     page_size: u32,
-    segment: Option<SegmentWriter<BufWriter<File>>>,
-    /// The memory that the last segment's images were put in order in, for the next one.
-    buffer: Vec<u8>,
+    segment: Option<OpenSegment>,
+    /// What the last segment's images were put in order in: new memory for each costs more than to write to it.
+    memory: SegmentMemory,
     last: Start,
     /// Whether the log has said that the clock is behind.
     has_warned: bool,
@@ -65,7 +65,16 @@ impl Recorder {
     /// A recorder whose next transaction follows `start`.
     #[must_use]
     pub fn new(spool: Spool, clock: Arc<dyn Clock>, ledger: Ledger, page_size: u32, start: Start) -> Self {
-        Self { spool, clock, ledger, page_size, segment: None, buffer: Vec::new(), last: start, has_warned: false }
+        Self {
+            spool,
+            clock,
+            ledger,
+            page_size,
+            segment: None,
+            memory: SegmentMemory::default(),
+            last: start,
+            has_warned: false,
+        }
     }
 
     /// The last transaction that was recorded, its time, and the schema cookie after it.
@@ -82,7 +91,15 @@ impl Recorder {
     /// Bytes of page images in the segment that is being written; `None` when it holds no transaction.
     #[must_use]
     pub fn open_len_bytes(&self) -> Option<u64> {
-        self.segment.as_ref().map(SegmentWriter::raw_len_bytes)
+        self.segment.as_ref().map(OpenSegment::raw_len_bytes)
+    }
+
+    /// Whether [`Recorder::cut`] takes no long wait; under load it is a while from the first question to a yes.
+    ///
+    /// # Errors
+    /// As the operating system answers; the recorder is then not to be used any more.
+    pub fn is_ready_to_cut(&mut self) -> io::Result<bool> {
+        self.segment.as_mut().map_or(Ok(true), OpenSegment::is_ready_to_end)
     }
 
     /// Ends the segment that is being written and puts it into the spool; `None` when there is none.
@@ -92,15 +109,15 @@ impl Recorder {
     pub fn cut(&mut self) -> io::Result<Option<Spooled>> {
         let Some(segment) = self.segment.take() else { return Ok(None) };
         let Position { epoch, txid } = self.last.position;
-        let first_txid = txid + 1 - u64::from(segment.transaction_count());
+        let first_txid = txid + 1 - segment.transaction_count();
         let key;
-        (_, key, self.buffer) = segment.finish_with_buffer(epoch, first_txid)?;
+        (key, self.memory) = segment.finish(epoch, first_txid)?;
         self.spool.accept(key).map(Some)
     }
 
     /// Lets go of memory that is of use only while the database is written to.
     pub fn release_memory(&mut self) {
-        self.buffer = Vec::new();
+        self.memory = SegmentMemory::default();
     }
 
     /// Commit times never run backwards, whatever the clock does.
@@ -117,11 +134,10 @@ impl Recorder {
         now_ms.max(self.last.time_ms)
     }
 
-    fn segment(&mut self) -> io::Result<&mut SegmentWriter<BufWriter<File>>> {
+    fn segment(&mut self) -> io::Result<&mut OpenSegment> {
         if self.segment.is_none() {
-            let file = File::create(self.spool.open_segment_path())?;
-            let segment = SegmentWriter::new(BufWriter::with_capacity(64 * 1024, file), self.page_size)?;
-            self.segment = Some(segment.with_buffer(std::mem::take(&mut self.buffer)));
+            let memory = std::mem::take(&mut self.memory);
+            self.segment = Some(OpenSegment::create(&self.spool.open_segment_path(), self.page_size, memory)?);
         }
         self.segment.as_mut().ok_or_else(|| io::Error::other("no segment"))
     }

@@ -137,9 +137,9 @@ struct Watched {
 /// kernel makes one event of all that are alike.
 const EVENTS_PAUSE: Duration = Duration::from_millis(2);
 /// Under load it waits for so long. A database that is written to all the time is not looked at more often either.
-const BUSY_EVENTS_PAUSE: Duration = Duration::from_millis(10);
+const BUSY_EVENTS_PAUSE: Duration = Duration::from_millis(20);
 /// So soon after a pause another event is a load.
-const BUSY_EVENTS_GAP: Duration = Duration::from_millis(20);
+const BUSY_EVENTS_GAP: Duration = Duration::from_millis(40);
 /// What the watcher finds so soon after a pause came during it.
 const EVENTS_BATCH: Duration = Duration::from_micros(200);
 

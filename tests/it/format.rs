@@ -3,7 +3,7 @@
 use proptest::prelude::*;
 use waltrail::format::key::{EpochKey, SegmentKey, SnapshotKey};
 use waltrail::format::record::{EpochRecord, ReplicaMarker};
-use waltrail::format::segment::{Segment, SegmentFooter, SegmentWriter, TransactionInfo};
+use waltrail::format::segment::{Segment, SegmentFooter, SegmentWriter, Transaction, TransactionInfo};
 use waltrail::format::snapshot::{SnapshotFooter, SnapshotInfo, SnapshotWriter, check_snapshot_header, decode_extent};
 use waltrail::format::{extent_count, extent_pages};
 
@@ -190,11 +190,11 @@ fn a_run_of_images_that_are_in_order_already() {
     let original = Segment::decode(&segment(512, &transactions), |_, _, _| ()).unwrap();
     let mut writer = SegmentWriter::new(Vec::new(), 512).unwrap();
     assert!(writer.push_page(&image(512, 0)).is_err());
-    writer.begin_run(&original.transactions[..3]).unwrap();
+    writer.begin_run(original.transactions[..3].iter().map(Transaction::parts)).unwrap();
     for fill in [3, 1, 2, 4] {
         writer.push_page(&image(512, fill)).unwrap();
     }
-    writer.begin_run(&original.transactions[3..]).unwrap();
+    writer.begin_run(original.transactions[3..].iter().map(Transaction::parts)).unwrap();
     writer.push_page(&image(512, 5)).unwrap();
     let bytes = writer.finish(7, 100).unwrap().0;
     let mut pages = vec![Pages::new(); transactions.len()];

@@ -4,7 +4,7 @@ use std::cell::RefCell;
 use std::sync::Arc;
 use std::time::Duration;
 
-use waltrail::clock::Clock;
+use waltrail::clock::{Clock, SystemClock};
 use waltrail::format::key::SegmentKey;
 use waltrail::retain::tails::TailCache;
 use waltrail::store::metered::{Meter, Metered, Traffic};
@@ -164,4 +164,36 @@ fn what_a_month_costs() {
     cost("quiet: a transaction every 10 minutes, a month", Duration::from_secs(600), 1, 30 * 144, 1);
     // A day, and thirty times its traffic; what is stored is the day's.
     cost("busy: 5 transactions each second, a day times 30", Duration::from_secs(1), 5, 86_400, 30);
+}
+
+#[test]
+#[ignore = "takes minutes; prints what docs/PERFORMANCE.md says of restores and history"]
+fn what_a_restore_costs_by_history() {
+    for (name, minutes) in [("an hour", 60), ("a day", 24 * 60), ("30 days", 30 * 24 * 60)] {
+        let (mut machine, _) = metered();
+        let mut cache = TailCache::default();
+        for minute in 0..minutes {
+            let id = 1 + Numbers::new(minute).below(100_000);
+            machine
+                .application()
+                .execute_batch(&format!("UPDATE item SET body = hex(randomblob(80)) WHERE id = {id}"))
+                .unwrap();
+            machine.ship();
+            machine.pass(Duration::from_secs(60));
+            if minute % 60 == 59 {
+                machine.prune(&mut cache).unwrap();
+            }
+        }
+        let newest = machine.sync();
+        let plan = machine.plan(newest);
+        let read = plan.segments.len() + machine.sources(&plan).len();
+        let clock = SystemClock::default();
+        let begun = clock.monotonic();
+        machine.check(newest);
+        println!(
+            "{name}, a transaction a minute: {} objects stored, {read} read; restored in {:?}",
+            machine.stored().len(),
+            clock.monotonic() - begun
+        );
+    }
 }
