@@ -68,6 +68,12 @@ impl RunBuffer {
         !self.is_empty() && (memory_len + len > MEMORY_LIMIT || self.raw_len() + len > RAW_LIMIT)
     }
 
+    /// Whether less than half of the room is left.
+    #[must_use]
+    pub fn is_half_full(&self) -> bool {
+        self.content.len() + self.latest_images.len() > MEMORY_LIMIT / 2 || self.raw_len() > RAW_LIMIT / 2
+    }
+
     /// Whether there is no transaction.
     #[must_use]
     pub fn is_empty(&self) -> bool {

@@ -751,7 +751,10 @@ impl Following {
         let before = self.recorder.as_ref().map(|recorder| recorder.last().position.txid);
         let (begun, wal_len_bytes) = (self.now(), self.capture.wal_len_bytes());
         let is_done = match &mut self.recorder {
-            Some(recorder) => attempt(self.capture.barrier(recorder, others_move))?,
+            Some(recorder) => {
+                recorder.make_room()?;
+                attempt(self.capture.barrier(recorder, others_move))?
+            }
             None => attempt(self.capture.barrier(&mut Ignore, others_move))?,
         };
         self.last_advance = self.now();

@@ -112,6 +112,17 @@ impl OpenSegment {
         }
     }
 
+    /// Makes room for what is captured while the write lock is held: waiting for the other thread then would be the application's wait.
+    ///
+    /// # Errors
+    /// Those of the transactions before.
+    pub fn make_room(&mut self) -> io::Result<()> {
+        match self.run.is_half_full() {
+            true => self.compress_run(),
+            false => Ok(()),
+        }
+    }
+
     /// Whether the segment, which is to end, can do so without a long wait; has what stands in the way compressed meanwhile.
     ///
     /// # Errors
@@ -255,6 +266,24 @@ mod tests {
             found.sort_unstable();
             assert_eq!(found, due);
         }
+    }
+
+    #[test]
+    fn there_is_room_for_a_barrier() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("open");
+        let mut segment = OpenSegment::create(&path, PAGE_SIZE, SegmentMemory::default()).unwrap();
+        for txid in 1..=u64::from(PAGES) * 2 {
+            push(&mut segment, txid, &[txid as u32]);
+        }
+        assert!(matches!(segment.writer, Writer::Compressing(_)) && segment.run.is_half_full());
+        segment.make_room().unwrap();
+        assert!(segment.run.is_empty());
+        let pages: Vec<u32> = (1..=PAGES / 3).collect();
+        push(&mut segment, 1000, &pages);
+        assert!(!segment.run.is_empty(), "it waits for nobody");
+        segment.make_room().unwrap();
+        assert!(!segment.run.is_empty(), "there is room");
     }
 
     #[test]

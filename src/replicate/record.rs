@@ -94,6 +94,14 @@ impl Recorder {
         self.segment.as_ref().map(OpenSegment::raw_len_bytes)
     }
 
+    /// Makes room for what is captured while the write lock is held: see [`OpenSegment::make_room`].
+    ///
+    /// # Errors
+    /// As the operating system answers.
+    pub fn make_room(&mut self) -> io::Result<()> {
+        self.segment.as_mut().map_or(Ok(()), OpenSegment::make_room)
+    }
+
     /// Whether [`Recorder::cut`] takes no long wait; under load it is a while from the first question to a yes.
     ///
     /// # Errors

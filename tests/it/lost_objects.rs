@@ -167,3 +167,38 @@ fn a_snapshot_that_is_lost_is_made_good_for_by_the_next_one() {
     assert_eq!(play.verify().0, Some(0));
     assert_eq!(daemon.terminate(), Some(0), "{}", play.scene.log());
 }
+
+/// Copies of objects beside them, as tools and people leave them: nobody takes one for the object.
+#[test]
+fn objects_that_are_there_twice() {
+    let play = Play::new("");
+    let daemon = play.start();
+    play.write();
+    let (last, last_content) = play.write();
+    assert_eq!(daemon.terminate(), Some(0), "{}", play.scene.log());
+    for object in play.objects("log").into_iter().chain(play.objects("snap")) {
+        let name = object.file_name().unwrap().to_str().unwrap();
+        for copy in [format!("{name}.bak"), format!("{name} (1)"), format!("copy-of-{name}")] {
+            std::fs::copy(&object, object.with_file_name(copy)).unwrap();
+        }
+    }
+    assert_eq!(play.restored(&[]), last_content);
+    assert_eq!(play.restored(&["--txid", &last]), last_content);
+    let (code, told) = play.verify();
+    assert!(code == Some(1) && told.contains("not of this replica") && told.contains(".bak"), "{code:?} {told}");
+    // A start goes on as if they were not there.
+    let daemon = play.start();
+    let (_, content_after) = play.write();
+    assert_eq!(daemon.terminate(), Some(0), "{}", play.scene.log());
+    assert_eq!(play.restored(&[]), content_after);
+    assert_eq!(play.scene.log().matches("continues=true").count(), 1, "{}", play.scene.log());
+    // One that claims another time by its name says itself that it is not what its name says.
+    let newest = play.objects("log").into_iter().rfind(|path| !path.to_str().unwrap().contains("copy")).unwrap();
+    let name =
+        newest.file_name().unwrap().to_str().unwrap().trim_end_matches(".bak").trim_end_matches(" (1)").to_owned();
+    let (span, time) = name.rsplit_once('-').unwrap();
+    let later = u64::from_str_radix(time, 16).unwrap() + 1;
+    std::fs::copy(&newest, newest.with_file_name(format!("{span}-{later:012x}"))).unwrap();
+    let (code, told) = play.verify();
+    assert!(code != Some(0) && told.contains(&format!("{later:012x}")), "{code:?} {told}");
+}
