@@ -346,7 +346,9 @@ async fn follow(
             },
             Some(Err(panic)) = beside.join_next() => {
                 tracing::error!(error = %panic, database = %path.display(), "what checks the backup ended; it is back after a restart");
-                board.note_error(panic.to_string());
+                // Lasting, unlike an error of shipping, which is over when a segment is confirmed.
+                let trouble = format!("an internal error ended what checks the backup, until the next start: {panic}");
+                board.note_verified(shared.clock.now_ms(), Some(trouble));
                 panicked = Some(panicked_here(&path, panic.to_string()));
             }
         }

@@ -1,4 +1,4 @@
-//! A mistake in this program that makes a database's thread panic: it is told, the database is taken up again, nothing is lost.
+//! A mistake in this program that makes something of a database panic: it is told, the database is taken up again, nothing is lost.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -7,6 +7,7 @@ use std::time::Duration;
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 use waltrail::clock::{Clock, SystemClock};
+use waltrail::format::key::PRESENCE_KEY;
 use waltrail::replicate::database::DatabaseSettings;
 use waltrail::replicate::merge::MergeSettings;
 use waltrail::replicate::status::{Board, Boards, Phase};
@@ -14,14 +15,40 @@ use waltrail::replicate::wake::WatchHub;
 use waltrail::replicate::{Job, Order, ReplicateError, Replication};
 use waltrail::retain::RetentionSettings;
 use waltrail::store::directory::DirectoryStore;
+use waltrail::store::faults::{Fault, Faulty};
 
 use crate::support::scene::Scene;
 use crate::support::{content, count_up, create_database, wait_for};
 
-/// A clock that panics once, when it is asked by the thread of `app.db`.
+/// What panics.
+#[derive(Debug, Clone, Copy, PartialEq)]
+enum Where {
+    /// The database's thread.
+    Thread,
+    /// A task that goes on in storage beside it.
+    Beside,
+    /// A companion, as the drills are.
+    Companion,
+}
+
+/// Panics once when it is armed.
+#[derive(Debug, Clone, Default)]
+struct Mistake(Arc<AtomicBool>);
+
+impl Mistake {
+    fn arm(&self) {
+        self.0.store(true, Ordering::SeqCst);
+    }
+
+    fn happens(&self) {
+        assert!(!self.0.swap(false, Ordering::SeqCst), "a mistake, made on purpose");
+    }
+}
+
+/// A clock that is wrong when it is asked by the thread of `app.db`.
 struct PanickingClock {
     system: SystemClock,
-    is_armed: AtomicBool,
+    mistake: Mistake,
 }
 
 impl Clock for PanickingClock {
@@ -30,17 +57,40 @@ impl Clock for PanickingClock {
     }
 
     fn monotonic(&self) -> Duration {
-        let is_the_thread = std::thread::current().name() == Some("app.db");
-        assert!(!(is_the_thread && self.is_armed.swap(false, Ordering::SeqCst)), "a mistake, made on purpose");
+        if std::thread::current().name() == Some("app.db") {
+            self.mistake.happens();
+        }
         self.system.monotonic()
     }
 }
 
 #[test]
 fn a_panic_is_contained_told_and_survived() {
+    for place in [Where::Thread, Where::Beside, Where::Companion] {
+        play(place);
+    }
+}
+
+fn play(place: Where) {
     let scene = Scene::new();
     let application = create_database(&scene.database(), 20, "");
-    let clock = Arc::new(PanickingClock { system: SystemClock::new(), is_armed: AtomicBool::new(false) });
+    let mistakes = [Where::Thread, Where::Beside, Where::Companion].map(|it| (it, Mistake::default()));
+    let mistake = |place: Where| mistakes.iter().find(|(it, _)| *it == place).unwrap().1.clone();
+    let clock = Arc::new(PanickingClock { system: SystemClock::new(), mistake: mistake(Where::Thread) });
+    let beside = mistake(Where::Beside);
+    let store = Faulty::new(Arc::new(DirectoryStore::new(scene.path("replica"))), move |request| {
+        if request.key == PRESENCE_KEY {
+            beside.happens();
+        }
+        Fault::None
+    });
+    let companion = mistake(Where::Companion);
+    let companion = async move {
+        loop {
+            companion.happens();
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    };
     let board = Arc::new(Board::new(scene.database(), scene.replica(), clock.now_ms()));
     let job = Job {
         settings: DatabaseSettings {
@@ -52,15 +102,15 @@ fn a_panic_is_contained_told_and_survived() {
             snapshot_interval: Duration::from_secs(3600),
         },
         state_dir: scene.path("state"),
-        store: Arc::new(DirectoryStore::new(scene.path("replica"))),
+        store: Arc::new(store),
         merge: MergeSettings { windows: Vec::new(), kept_limit_bytes: 1 << 20 },
         retention: RetentionSettings::default(),
         board: board.clone(),
-        presence_interval: None,
+        presence_interval: Some(Duration::from_millis(50)),
     };
     let (standing, _) = mpsc::unbounded_channel();
     let (orders, queue) = mpsc::unbounded_channel();
-    assert!(orders.send(Order::Follow(Box::new(job), Vec::new())).is_ok());
+    assert!(orders.send(Order::Follow(Box::new(job), vec![Box::pin(companion)])).is_ok());
     let stop = CancellationToken::new();
     let hub = Arc::new(WatchHub::new());
     let replication =
@@ -70,10 +120,14 @@ fn a_panic_is_contained_told_and_survived() {
     wait_for("the first snapshot", || board.status().snapshot_ms);
     count_up(&application);
 
-    clock.is_armed.store(true, Ordering::SeqCst);
+    mistake(place).arm();
     count_up(&application);
-    let told = wait_for("the panic", || board.status().error.filter(|_| board.status().phase == Phase::Failing));
-    assert!(told.contains("internal error") && told.contains("made on purpose"), "{told}");
+    let told = wait_for("the panic", || match place {
+        // It does not end the following, but it is told as long as nobody checks.
+        Where::Companion => board.status().trouble(clock.now_ms(), Duration::from_secs(60)),
+        _ => board.status().error.filter(|_| board.status().phase == Phase::Failing),
+    });
+    assert!(told.contains("made on purpose"), "{place:?}: {told}");
     count_up(&application);
     wait_for("the database to be followed again", || (board.status().phase == Phase::Following).then_some(()));
     count_up(&application);
@@ -83,7 +137,7 @@ fn a_panic_is_contained_told_and_survived() {
     let failures = runtime.block_on(replicating).unwrap();
     assert!(
         matches!(failures.as_slice(), [ReplicateError::Panicked { .. }]),
-        "the exit code tells of it: {failures:?}"
+        "{place:?}: the exit code tells of it: {failures:?}"
     );
     assert_eq!(scene.restored_content(&[]), expected);
 }
