@@ -480,7 +480,8 @@ fn play(seed: u64, steps: usize) -> Vec<String> {
     impl Drop for Told {
         fn drop(&mut self) {
             if std::thread::panicking() {
-                eprintln!("{}", self.0.trace.join("\n"));
+                let (trace, seed) = (self.0.trace.join("\n"), self.0.seed);
+                eprintln!("{trace}\n\nagain: WALTRAIL_SEED={seed} cargo test random_sequences");
             }
         }
     }
@@ -521,7 +522,7 @@ fn random_sequences() {
         play(seed, 80);
         return;
     }
-    let (seeds, next) = (number("WALTRAIL_SEEDS").unwrap_or(150), AtomicU64::new(0));
+    let (seeds, next) = (number("WALTRAIL_SEEDS").unwrap_or(240), AtomicU64::new(0));
     std::thread::scope(|scope| {
         for _ in 0..std::thread::available_parallelism().map_or(1, usize::from) {
             scope.spawn(|| {
