@@ -162,6 +162,6 @@ fn two_daemons_on_garage() {
         waltrail().args(["doctor", "--config", &config]).output().unwrap().status.success().then_some(())
     });
     for round in 0..3 {
-        two_daemons(&garage.replica(&format!("app{round}")));
+        two_daemons(&garage.replica(&format!("app{round}")), true);
     }
 }
