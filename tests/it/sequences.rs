@@ -4,13 +4,10 @@
 //! for byte with what SQLite had. All follows from the seed: one seed gives the same objects again, byte for byte.
 
 use std::collections::HashMap;
-use std::hash::{DefaultHasher, Hash, Hasher};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use async_trait::async_trait;
-use bytes::Bytes;
 use waltrail::clock::Clock;
 use waltrail::format::Position;
 use waltrail::restore::RestoreError;
@@ -18,11 +15,12 @@ use waltrail::retain::RetainError;
 use waltrail::retain::tails::TailCache;
 use waltrail::store::faults::{Fault, Faulty};
 use waltrail::store::retry::{RetryPolicy, Retrying};
-use waltrail::store::{ObjectInfo, ObjectStore, PartTag, PutMode, SharedStore, StoreError, StoreErrorKind};
+use waltrail::store::{SharedStore, StoreErrorKind};
 use waltrail::verify::Depth;
 
 use crate::support::machine::Machine;
 use crate::support::oracle::Numbers;
+use crate::support::quirks::{Quirk, Quirky, digest};
 use crate::verify::check_sound;
 
 /// One request in twenty fails, before it is carried out or after: which ones follows from the seed, the object, and how often it
@@ -43,86 +41,15 @@ fn with_faults(seed: u64) -> impl Fn(SharedStore) -> SharedStore {
         });
         let store = Retrying::new(Arc::new(faulty), RetryPolicy { attempts: 12, base_ms: 0, max_ms: 0 });
         match lists_late(seed) {
-            true => Arc::new(Late { inner: Arc::new(store), seed, left_out: Mutex::default() }),
+            true => Quirky::shared(Arc::new(store), Quirk::ListsLate { seed, left_out: Mutex::default() }),
             false => Arc::new(store),
         }
     }
 }
 
+/// Nobody prunes on such a store: what goes is what serves nothing that is listed, which is why `doctor` calls it bad.
 fn lists_late(seed: u64) -> bool {
     seed.is_multiple_of(4)
-}
-
-/// A store that lists late: an object may be left out of the first listings after it was put. Nobody prunes there: what goes is what
-/// serves nothing that is listed, which is why `doctor` calls such a store bad.
-#[derive(Debug)]
-struct Late {
-    inner: SharedStore,
-    seed: u64,
-    left_out: Mutex<HashMap<String, u64>>,
-}
-
-#[async_trait]
-impl ObjectStore for Late {
-    fn location(&self) -> String {
-        self.inner.location()
-    }
-
-    async fn put(&self, key: &str, body: Bytes, mode: PutMode) -> Result<(), StoreError> {
-        self.inner.put(key, body, mode).await
-    }
-
-    async fn get(&self, key: &str, limit_bytes: u64) -> Result<Bytes, StoreError> {
-        self.inner.get(key, limit_bytes).await
-    }
-
-    async fn get_range(&self, key: &str, offset: u64, len_bytes: u64) -> Result<Bytes, StoreError> {
-        self.inner.get_range(key, offset, len_bytes).await
-    }
-
-    async fn list(&self, prefix: &str, start_after: Option<&str>) -> Result<Vec<ObjectInfo>, StoreError> {
-        let mut listed = self.inner.list(prefix, start_after).await?;
-        let mut left_out = self.left_out.lock().unwrap();
-        listed.retain(|object| {
-            let times = left_out.entry(object.key.clone()).or_default();
-            *times += 1;
-            *times > digest(&(self.seed, &object.key)) % 3
-        });
-        Ok(listed)
-    }
-
-    async fn delete(&self, key: &str) -> Result<(), StoreError> {
-        self.inner.delete(key).await
-    }
-
-    async fn create_multipart(&self, key: &str) -> Result<String, StoreError> {
-        self.inner.create_multipart(key).await
-    }
-
-    async fn put_part(
-        &self,
-        key: &str,
-        upload_id: &str,
-        number: u32,
-        offset: u64,
-        body: Bytes,
-    ) -> Result<PartTag, StoreError> {
-        self.inner.put_part(key, upload_id, number, offset, body).await
-    }
-
-    async fn complete_multipart(&self, key: &str, upload_id: &str, parts: &[PartTag]) -> Result<(), StoreError> {
-        self.inner.complete_multipart(key, upload_id, parts).await
-    }
-
-    async fn abort_multipart(&self, key: &str, upload_id: &str) -> Result<(), StoreError> {
-        self.inner.abort_multipart(key, upload_id).await
-    }
-}
-
-fn digest(value: &impl Hash) -> u64 {
-    let mut hasher = DefaultHasher::new();
-    value.hash(&mut hasher);
-    hasher.finish()
 }
 
 /// What is logged as ERROR in this thread asks for a person, and nothing here does.

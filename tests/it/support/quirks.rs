@@ -1,5 +1,9 @@
 //! Stores that behave oddly, as some providers do, or that let something happen at the worst moment.
 
+use std::collections::HashMap;
+use std::hash::{DefaultHasher, Hash, Hasher};
+use std::sync::Mutex;
+
 use async_trait::async_trait;
 use bytes::Bytes;
 use waltrail::clock::jitter_below;
@@ -18,6 +22,14 @@ pub enum Quirk {
     DeletesNothing,
     /// These objects are gone as soon as anything is put.
     LosesAtPut(Vec<String>),
+    /// An object may be left out of the first listings after it was put: which ones follows from the seed.
+    ListsLate { seed: u64, left_out: Mutex<HashMap<String, u64>> },
+}
+
+pub fn digest(value: &impl Hash) -> u64 {
+    let mut hasher = DefaultHasher::new();
+    value.hash(&mut hasher);
+    hasher.finish()
 }
 
 /// A store with a quirk.
@@ -67,7 +79,16 @@ impl ObjectStore for Quirky {
 
     async fn list(&self, prefix: &str, start_after: Option<&str>) -> Result<Vec<ObjectInfo>, StoreError> {
         self.let_others_go().await;
-        self.inner.list(prefix, start_after).await
+        let mut listed = self.inner.list(prefix, start_after).await?;
+        if let Quirk::ListsLate { seed, left_out } = &self.quirk {
+            let mut left_out = left_out.lock().unwrap();
+            listed.retain(|object| {
+                let times = left_out.entry(object.key.clone()).or_default();
+                *times += 1;
+                *times > digest(&(seed, &object.key)) % 3
+            });
+        }
+        Ok(listed)
     }
 
     async fn delete(&self, key: &str) -> Result<(), StoreError> {
