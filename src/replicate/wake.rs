@@ -14,6 +14,7 @@ use notify::{EventKind, RecommendedWatcher, RecursiveMode, Watcher};
 use super::base::Base;
 use super::claim::Claimed;
 use super::control::State;
+use super::locked;
 use crate::clock::{Clock, SystemClock};
 use crate::sqlite::sidecar;
 
@@ -56,7 +57,7 @@ struct Inbox {
 
 impl Mailbox {
     fn inbox(&self) -> MutexGuard<'_, Inbox> {
-        self.inbox.lock().unwrap_or_else(PoisonError::into_inner)
+        locked(&self.inbox)
     }
 
     /// A file changed.
@@ -179,7 +180,7 @@ impl WatchHub {
     }
 
     fn watched(&self) -> MutexGuard<'_, Watched> {
-        self.watched.lock().unwrap_or_else(PoisonError::into_inner)
+        locked(&self.watched)
     }
 
     /// Wakes `mailbox` when the database at `path` or its WAL changes, as long as the mailbox lives; tells whether events are to
@@ -218,7 +219,7 @@ impl WatchHub {
 
     fn watch_directory(&self, directory: &Path) -> bool {
         let Some(watcher) = &self.watcher else { return false };
-        let mut watcher = watcher.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut watcher = locked(watcher);
         match watcher.watch(directory, RecursiveMode::NonRecursive) {
             Ok(()) => true,
             Err(error) => {
@@ -237,7 +238,7 @@ impl Default for WatchHub {
 
 /// Wakes who waits for a change of these files; tells whether somebody does.
 fn dispatch(watched: &Mutex<Watched>, event: &notify::Event) -> bool {
-    let watched = watched.lock().unwrap_or_else(PoisonError::into_inner);
+    let watched = locked(watched);
     let is_name =
         matches!(event.kind, EventKind::Create(_) | EventKind::Remove(_) | EventKind::Modify(ModifyKind::Name(_)));
     let mut is_awaited = false;
