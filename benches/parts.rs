@@ -12,6 +12,7 @@ use criterion::{BatchSize, Criterion, Throughput, criterion_group, criterion_mai
 use waltrail::format::key::{EpochKey, MARKER_KEY, SegmentKey, SnapshotKey};
 use waltrail::format::page_hash;
 use waltrail::format::record::{EpochRecord, ReplicaMarker};
+use waltrail::format::change::Content;
 use waltrail::format::segment::{Segment, SegmentWriter, TransactionInfo};
 use waltrail::format::snapshot::{SnapshotInfo, SnapshotWriter};
 use waltrail::replicate::merge::merge_files;
@@ -93,6 +94,7 @@ impl Database {
 
 fn encode(commits: &[(Vec<u32>, Vec<Vec<u8>>)], fingerprint: u64, first_txid: u64) -> (Vec<u8>, SegmentKey) {
     let mut writer = SegmentWriter::new(Vec::new(), PAGE_SIZE).unwrap();
+    let (mut found, mut changes) = (HashMap::new(), Vec::new());
     for (txid, (numbers, images)) in (first_txid..).zip(commits) {
         let info = TransactionInfo {
             time_ms: txid,
@@ -103,7 +105,11 @@ fn encode(commits: &[(Vec<u32>, Vec<Vec<u8>>)], fingerprint: u64, first_txid: u6
             schema_changed: false,
         };
         writer.begin_transaction(&info, numbers).unwrap();
-        images.iter().for_each(|image| writer.push_page(image).unwrap());
+        for (number, image) in numbers.iter().zip(images) {
+            let former = found.get(number).map(Vec::as_slice);
+            writer.push(Content::of(image, former, &mut changes)).unwrap();
+            found.insert(*number, image.clone());
+        }
     }
     writer.finish(1, first_txid).unwrap()
 }

@@ -257,7 +257,7 @@ async fn carry_out(
     reporter: Reporter,
 ) -> Result<u64, Failure> {
     let progress = Arc::new(Progress::default());
-    let mut watching = reporter.watch(&progress, plan.database_len_bytes());
+    let mut watching = reporter.watch(&progress, plan.work_len_bytes());
     let Output::File(path) = output else {
         to_stdout(store, plan, progress).await?;
         return Ok(0);

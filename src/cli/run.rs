@@ -257,7 +257,7 @@ async fn restore(replicas: &[DatabaseConfig]) -> Result<(), Failure> {
     // An empty file is what opening a database that is not there leaves. A container that is ended in the middle goes on.
     let manner = Manner { forces: path.exists(), keeps_old: false, resumes: true };
     let (state_dir, progress) = (database.state_dir.as_path(), Arc::new(Progress::default()));
-    let _watching = Reporter::new(RestoreOutput::Text, false).watch(&progress, plan.database_len_bytes());
+    let _watching = Reporter::new(RestoreOutput::Text, false).watch(&progress, plan.work_len_bytes());
     let recovery =
         Recovery { store: &store, history: &history, plan: &plan, output: path, state_dir, manner, progress };
     for note in recovery.carry_out().await?.notes {

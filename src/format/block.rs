@@ -123,15 +123,16 @@ impl BlockWriter {
         Self { compression, ..Self::default() }
     }
 
-    /// Adds content; writes a block each time that one is full. `unit` is never split between blocks.
+    /// Adds content; writes a block each time that one is full. `unit`, in parts, is never split between blocks.
     ///
     /// # Errors
     /// When the sink or zstd fails.
-    pub fn push(&mut self, sink: &mut impl Write, unit: &[u8]) -> io::Result<()> {
-        if !self.raw.is_empty() && self.raw.len() + unit.len() > self.compression.block_raw_len() {
+    pub fn push(&mut self, sink: &mut impl Write, unit: &[&[u8]]) -> io::Result<()> {
+        let len: usize = unit.iter().map(|part| part.len()).sum();
+        if !self.raw.is_empty() && self.raw.len() + len > self.compression.block_raw_len() {
             self.write_block(sink, None)?;
         }
-        self.raw.extend_from_slice(unit);
+        unit.iter().for_each(|part| self.raw.extend_from_slice(part));
         Ok(())
     }
 

@@ -3,6 +3,7 @@
 //! `docs/FORMAT.md` describes the same byte for byte.
 
 pub mod block;
+pub mod change;
 pub mod key;
 pub mod record;
 pub mod run;

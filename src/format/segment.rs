@@ -2,13 +2,14 @@
 //!
 //! Layout: header (32 bytes), runs of page blocks, table blocks, footer (100 bytes). `docs/FORMAT.md` has the fields.
 //!
-//! A run holds the images of some transactions by ascending page number, and those of one page by age: so the versions of a
-//! page stand side by side, where compression finds in a small window that they are alike.
+//! A run holds what some transactions made of their pages (see [`super::change`]) by ascending page number, and what they made of one
+//! page by age: so what is alike stands side by side, where compression finds it in a small window.
 
 use std::io::{self, Write};
 use std::ops::Range;
 
 use super::block::{BLOCK_HEADER_LEN, BLOCK_RAW_LIMIT, BlockReader, BlockWriter, Compression, read_section};
+use super::change::Content;
 use super::key::{SegmentKey, Span};
 use super::run::RunBuffer;
 use super::{
@@ -16,15 +17,17 @@ use super::{
     is_page_size, lock_page,
 };
 
-const HEADER_MAGIC: &[u8; 8] = b"WALTSEG1";
+const HEADER_MAGIC: &[u8; 8] = b"WALTSEG2";
 const FOOTER_MAGIC: &[u8; 8] = b"WALTSEGE";
 
 /// Length of a transaction's record in the table, without its page numbers.
 const RECORD_LEN: u64 = 32;
 /// Length of a run's record in the table.
 const RUN_LEN: u64 = 16;
-/// A run of more bytes of page images than this is compressed for speed: so much in a second is a load.
-const COMPRESSED_WELL_LEN: usize = 8 << 20;
+/// Length of what a page's content begins with: how many bytes follow.
+pub(super) const ENTRY_HEADER_LEN: usize = 4;
+/// A run of more bytes than this is compressed for speed: so much in a second is a load.
+const COMPRESSED_WELL_LEN: usize = 2 << 20;
 /// No table is longer than this, in bytes: a reader keeps all of it in memory. It is enough for 67 million pages, of
 /// which 512 bytes each make 34 GB.
 pub const TABLE_RAW_LIMIT: u64 = 256 << 20;
@@ -69,7 +72,7 @@ impl Transaction {
     }
 }
 
-/// Writes a segment to `sink`, which it never seeks in. Memory: the table, and the images of one run.
+/// Writes a segment to `sink`, which it never seeks in. Memory: the table, and one run.
 #[derive(Debug)]
 pub struct SegmentWriter<W> {
     sink: W,
@@ -77,7 +80,7 @@ pub struct SegmentWriter<W> {
     compression: Compression,
     /// Transactions that are collected here.
     run: RunBuffer,
-    /// The run whose images come in its order.
+    /// The run whose entries come in its order.
     ordered: Option<OrderedRun>,
     /// Records of the runs that are written.
     runs: Vec<u8>,
@@ -132,7 +135,7 @@ impl<W: Write> SegmentWriter<W> {
         })
     }
 
-    /// Begins the next transaction; the images of `page_numbers` (strictly ascending) must follow.
+    /// Begins the next transaction; the contents of `page_numbers` (strictly ascending) must follow.
     ///
     /// # Errors
     /// When the transaction before still wants pages, or the numbers do not ascend: a mistake of the caller that must not
@@ -151,8 +154,8 @@ impl<W: Write> SegmentWriter<W> {
         Ok(())
     }
 
-    /// Begins a run of transactions (what is said of each, and the numbers of its pages) whose images follow in the run's order,
-    /// as [`Run::places`] gives it. They are not kept in memory.
+    /// Begins a run of transactions (what is said of each, and the numbers of its pages) whose pages' contents follow in the run's
+    /// order, as [`Run::places`] gives it. They are not kept in memory.
     ///
     /// # Errors
     /// As [`SegmentWriter::begin_transaction`].
@@ -182,10 +185,10 @@ impl<W: Write> SegmentWriter<W> {
             self.note_transaction(info, page_numbers)?;
             transaction_count += 1;
         }
-        let is_much = self.run_count > 0 || run.raw_len() > COMPRESSED_WELL_LEN;
+        let is_much = self.run_count > 0 || run.len_bytes() > COMPRESSED_WELL_LEN;
         let compression = if is_much { Compression::ManyPages } else { self.compression };
         let mut blocks = BlockWriter::new(compression);
-        run.for_each_image(|image| blocks.push(&mut self.sink, image))?;
+        run.for_each_entry(|entry| blocks.push(&mut self.sink, &[entry]))?;
         self.note_run(transaction_count, blocks)
     }
 
@@ -213,17 +216,19 @@ impl<W: Write> SegmentWriter<W> {
         Ok(())
     }
 
-    /// Adds the image of the next page: the transaction's, or the run's.
+    /// Adds the content of the next page: the transaction's, or the run's.
     ///
     /// # Errors
-    /// When no page is due or the image has not the page size; when the sink fails.
-    pub fn push_page(&mut self, image: &[u8]) -> io::Result<()> {
-        let Some(run) = &mut self.ordered else { return self.run.push_page(image) };
-        if run.pages_due == 0 || image.len() != self.page_size as usize {
+    /// When no page is due or it can't be the content of a page; when the sink fails.
+    pub fn push(&mut self, content: Content<'_>) -> io::Result<()> {
+        let Some(run) = &mut self.ordered else { return self.run.push(content) };
+        if run.pages_due == 0 || !content.is_of(self.page_size as usize) {
             return Err(io::Error::other("a page was not handed over as it must be"));
         }
         run.pages_due -= 1;
-        run.blocks.push(&mut self.sink, image)
+        // A page has less than 2^32 bytes.
+        let len = content.bytes().len() as u32;
+        run.blocks.push(&mut self.sink, &[&len.to_le_bytes(), content.bytes()])
     }
 
     /// Writes what is left of the run that was begun or collected here.
@@ -267,7 +272,7 @@ impl<W: Write> SegmentWriter<W> {
         }
         let mut table = BlockWriter::default();
         for part in self.runs.chunks(1 << 20).chain(self.table.chunks(1 << 20)) {
-            table.push(&mut self.sink, part)?;
+            table.push(&mut self.sink, &[part])?;
         }
         table.finish(&mut self.sink)?;
         let footer = SegmentFooter {
@@ -331,7 +336,7 @@ pub struct SegmentFooter {
     pub table_block_count: u32,
     /// Number of transactions.
     pub transaction_count: u32,
-    /// Number of page images.
+    /// Number of page images and changes.
     pub page_count: u64,
     /// Number of runs.
     pub run_count: u32,
@@ -390,7 +395,7 @@ impl SegmentFooter {
             && run_count <= transaction_count
             && table_raw_len == table_raw_due
             && table_raw_len <= TABLE_RAW_LIMIT
-            && page_count.saturating_mul(u64::from(page_size)) <= u64::from(page_block_count) * BLOCK_RAW_LIMIT as u64
+            && page_count.saturating_mul(ENTRY_HEADER_LEN as u64) <= u64::from(page_block_count) * BLOCK_RAW_LIMIT as u64
             && has_room_for(pages_len, page_block_count)
             && has_room_for(table_len, table_block_count)
             && table_len <= most_compressed(table_raw_len, table_block_count);
@@ -571,7 +576,7 @@ pub(super) fn places(page_numbers: impl IntoIterator<Item = u32>, first_image: u
     places
 }
 
-/// Reads the images of a run, block by block.
+/// Reads what a run holds, block by block.
 pub struct PageStream {
     blocks: BlockReader,
     page_size: usize,
@@ -582,7 +587,7 @@ pub struct PageStream {
 }
 
 impl PageStream {
-    /// Before the first block of a run whose images stand so.
+    /// Before the first block of a run whose entries stand so.
     ///
     /// # Errors
     /// When zstd can't be set up.
@@ -591,37 +596,52 @@ impl PageStream {
         Ok(Self { blocks, page_size: page_size as usize, raw: Vec::new(), taken: 0, places: places.into_iter() })
     }
 
-    /// Reads the block at the start of `bytes`, and tells how many bytes it took. Its images are handed out from now on.
+    /// Reads the block at the start of `bytes`, and tells how many bytes it took. Its entries are handed out from now on.
     ///
     /// # Errors
-    /// When the block is damaged, holds no whole pages, or more than are due.
+    /// When the block is damaged, holds no whole entries, or more than are due.
     pub fn read_block(&mut self, bytes: &[u8]) -> Result<usize, FormatError> {
         let len = self.blocks.read(bytes, &mut self.raw)?;
         self.taken = 0;
-        if self.raw.is_empty() || !self.raw.len().is_multiple_of(self.page_size) {
+        let (mut count, mut rest) = (0, self.raw.as_slice());
+        while let Some((entry, others)) = split_entry(rest).filter(|(entry, _)| entry.len() <= self.page_size) {
+            count += 1;
+            // An entry is checked where it is read first, so that a damaged one is found by whoever only reads.
+            if let changes @ Content::Changes(_) = Content::decode(entry, self.page_size) {
+                changes.check(self.page_size)?;
+            }
+            rest = others;
+        }
+        if self.raw.is_empty() || !rest.is_empty() {
             return Err(FormatError::Inconsistent("a block of the segment's pages holds no whole pages".into()));
         }
-        if self.raw.len() / self.page_size > self.places.len() { Err(contradicts_table()) } else { Ok(len) }
+        if count > self.places.len() { Err(contradicts_table()) } else { Ok(len) }
     }
 
-    /// The next image of the block that was read, and what it is; `None` when another block must be read, or all were.
-    pub fn next_image(&mut self) -> Option<(Place, &[u8])> {
-        let image = self.raw.get(self.taken..self.taken + self.page_size)?;
-        self.taken += self.page_size;
-        Some((self.places.next()?, image))
+    /// The next content of the block that was read, and whose it is; `None` when another block must be read, or all were.
+    pub fn next_content(&mut self) -> Option<(Place, Content<'_>)> {
+        let (entry, _) = split_entry(&self.raw[self.taken..])?;
+        self.taken += ENTRY_HEADER_LEN + entry.len();
+        Some((self.places.next()?, Content::decode(entry, self.page_size)))
     }
 
-    /// What the next image is, of whatever block; `None` after the last one.
+    /// Whose the next content is, of whatever block; `None` after the last one.
     #[must_use]
     pub fn next_place(&self) -> Option<Place> {
         self.places.as_slice().first().copied()
     }
 
-    /// Whether the block that was read has another image.
+    /// Whether the block that was read has another one.
     #[must_use]
-    pub fn has_image(&self) -> bool {
+    pub fn has_content(&self) -> bool {
         self.taken < self.raw.len()
     }
+}
+
+/// The bytes of the first entry, and what follows it.
+fn split_entry(raw: &[u8]) -> Option<(&[u8], &[u8])> {
+    let (header, rest) = raw.split_first_chunk::<ENTRY_HEADER_LEN>()?;
+    rest.split_at_checked(u32::from_le_bytes(*header) as usize)
 }
 
 /// A segment that is wholly in memory, with everything checked.
@@ -634,12 +654,12 @@ pub struct Segment {
 }
 
 impl Segment {
-    /// Reads a segment and hands each page's image to `page` with the index of its transaction and its number: run after run,
-    /// in the order in which they stand there.
+    /// Reads a segment and hands what it holds of each page to `page` with the index of the transaction and the page's number: run
+    /// after run, in the order in which they stand there.
     ///
     /// # Errors
     /// When any byte of it is not as it was written.
-    pub fn decode(bytes: &[u8], mut page: impl FnMut(usize, u32, &[u8])) -> Result<Self, FormatError> {
+    pub fn decode(bytes: &[u8], mut page: impl FnMut(usize, u32, Content<'_>)) -> Result<Self, FormatError> {
         let footer = SegmentFooter::decode(bytes, bytes.len() as u64)?;
         check_segment_header(bytes, &footer)?;
         // The footer's lengths add up to the object's, so these are inside; and so are the runs'.
@@ -654,8 +674,8 @@ impl Segment {
             for _ in 0..run.block_count {
                 let len = pages.read_block(blocks)?;
                 blocks = &blocks[len..];
-                while let Some((place, image)) = pages.next_image() {
-                    page(owners[place.image as usize - run.first_image], place.page_number, image);
+                while let Some((place, content)) = pages.next_content() {
+                    page(owners[place.image as usize - run.first_image], place.page_number, content);
                 }
             }
             if pages.next_place().is_some() || !blocks.is_empty() {

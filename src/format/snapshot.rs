@@ -175,7 +175,7 @@ impl SnapshotWriter {
         let mut bytes = Vec::new();
         let mut index = BlockWriter::default();
         for extent in self.extents.values() {
-            index.push(&mut bytes, &encode_extent_record(extent))?;
+            index.push(&mut bytes, &[&encode_extent_record(extent)])?;
         }
         index.finish(&mut bytes)?;
         bytes.extend_from_slice(&encode_sources(&sources));

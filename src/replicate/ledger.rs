@@ -157,28 +157,32 @@ impl Ledger {
         }
     }
 
-    /// Takes in a transaction: the size after it, and its pages (ascending) with their hashes.
+    /// Takes in a transaction: the size after it, and its pages (ascending) with their hashes. Gives the hashes that these pages
+    /// had before; `None` of those that were not there or are not known yet.
     ///
     /// # Errors
     /// As the operating system answers. The ledger is then not to be used any more.
-    pub fn apply(&mut self, size_pages: u32, pages: &[(u32, u64)]) -> io::Result<()> {
+    pub fn apply(&mut self, size_pages: u32, pages: &[(u32, u64)]) -> io::Result<Vec<Option<u64>>> {
         let was_complete = self.known_pages == self.size_pages;
         let old_size_pages = self.size_pages;
         for page_number in size_pages.saturating_add(1)..=self.known_pages {
             self.forget(page_number)?;
         }
         self.known_pages = self.known_pages.min(size_pages);
-        for &(page_number, hash) in pages.iter().filter(|&&(page_number, _)| page_number <= self.known_pages) {
-            if page_number != lock_page(self.page_size) {
-                self.fingerprint ^= self.get(page_number)? ^ hash;
+        let mut former_hashes = vec![None; pages.len()];
+        for (&(page_number, hash), former_hash) in pages.iter().zip(&mut former_hashes) {
+            if page_number <= self.known_pages && page_number != lock_page(self.page_size) {
+                let former = self.get(page_number)?;
+                self.fingerprint ^= former ^ hash;
                 self.overlay.insert(page_number, hash);
+                *former_hash = Some(former);
             }
         }
         self.size_pages = size_pages;
         if was_complete {
             self.grow(old_size_pages, pages);
         }
-        Ok(())
+        Ok(former_hashes)
     }
 
     fn forget(&mut self, page_number: u32) -> io::Result<()> {

@@ -15,6 +15,7 @@ use std::time::Duration;
 
 use super::spool::Spooled;
 use crate::format::block::{BLOCK_HEADER_LEN, BlockHeader, Compression};
+use crate::format::change::Content;
 use crate::format::key::SegmentKey;
 use crate::format::segment::{PageStream, Run, SegmentFooter, SegmentWriter, Table, Transaction};
 use crate::format::{FOOTER_LEN, FormatError};
@@ -179,7 +180,7 @@ fn merge_runs(
     let mut heap: BinaryHeap<Reverse<(u32, usize)>> = cursors.iter().enumerate().filter_map(next).collect();
     while let Some(Reverse((_, index))) = heap.pop() {
         let cursor = &mut cursors[index];
-        writer.push_page(cursor.next_image()?)?;
+        writer.push(cursor.next_content()?)?;
         match cursor.pages.next_place() {
             Some(place) => heap.push(Reverse((place.page_number, index))),
             None => cursor.check_end()?,
@@ -234,20 +235,20 @@ impl<'a> Cursor<'a> {
         Ok(Self { input, pages, at: run.bytes.start, end: run.bytes.end })
     }
 
-    fn next_image(&mut self) -> io::Result<&[u8]> {
-        while !self.pages.has_image() && self.at < self.end {
+    fn next_content(&mut self) -> io::Result<Content<'_>> {
+        while !self.pages.has_content() && self.at < self.end {
             let header = self.input.read(self.at, BLOCK_HEADER_LEN)?;
             let header = BlockHeader::decode(&header, "a kept block").map_err(damaged)?;
             let block = self.input.read(self.at, BLOCK_HEADER_LEN + header.compressed_len)?;
             self.at += self.pages.read_block(&block).map_err(damaged)? as u64;
         }
-        let (_, image) =
-            self.pages.next_image().ok_or_else(|| io::Error::other("it has fewer pages than its table"))?;
-        Ok(image)
+        let (_, content) =
+            self.pages.next_content().ok_or_else(|| io::Error::other("it has fewer pages than its table"))?;
+        Ok(content)
     }
 
     fn check_end(&self) -> io::Result<()> {
-        if self.at == self.end && !self.pages.has_image() {
+        if self.at == self.end && !self.pages.has_content() {
             Ok(())
         } else {
             Err(io::Error::other("it has more pages than its table"))

@@ -6,14 +6,13 @@ use std::io::{self, BufWriter};
 use std::path::Path;
 use std::thread::JoinHandle;
 
+use crate::format::change::Content;
 use crate::format::key::SegmentKey;
 use crate::format::run::RunBuffer;
 use crate::format::segment::{SegmentWriter, TransactionInfo};
 
-/// A run that is shorter than this is compressed while the thread that follows the database waits.
-const SHORT_RUN_LEN: usize = 8 << 20;
-/// The same in a segment of which a run was compressed already: then there is a load.
-const SHORT_RUN_UNDER_LOAD_LEN: usize = 2 << 20;
+/// A run that is shorter than this is compressed while the thread that follows the database waits: for a few milliseconds.
+const SHORT_RUN_LEN: usize = 1 << 20;
 /// Where compression does not keep up, a segment that is to end gets so many more runs before it is waited for.
 const RUNS_BEFORE_END: u32 = 4;
 
@@ -29,7 +28,8 @@ pub struct OpenSegment {
     spare: RunBuffer,
     /// Whether pages go to the writer itself, because their transaction has a run for itself.
     is_ordered: bool,
-    has_runs: bool,
+    /// The changes of the page that is being added.
+    changes: Vec<u8>,
     transaction_count: u64,
     raw_len_bytes: u64,
     /// How many runs were begun to be compressed since the segment was to end.
@@ -63,7 +63,7 @@ impl OpenSegment {
             run,
             spare,
             is_ordered: false,
-            has_runs: false,
+            changes: Vec::new(),
             transaction_count: 0,
             raw_len_bytes: 0,
             runs_since_due: 0,
@@ -82,7 +82,7 @@ impl OpenSegment {
         self.transaction_count
     }
 
-    /// Begins the next transaction; the images of `page_numbers` must follow.
+    /// Begins the next transaction; the pages of `page_numbers` must follow.
     ///
     /// # Errors
     /// As [`SegmentWriter::begin_transaction`], and those of the transactions before.
@@ -101,15 +101,19 @@ impl OpenSegment {
         Ok(())
     }
 
-    /// Adds the image of the next page.
+    /// Adds the next page, `former` being the page as the transaction found it, if that is known.
     ///
     /// # Errors
-    /// As [`SegmentWriter::push_page`].
-    pub fn push_page(&mut self, image: &[u8]) -> io::Result<()> {
+    /// As [`SegmentWriter::push`].
+    pub fn push_page(&mut self, image: &[u8], former: Option<&[u8]>) -> io::Result<()> {
+        let mut changes = std::mem::take(&mut self.changes);
+        let content = Content::of(image, former, &mut changes);
         match self.is_ordered {
-            true => self.writer()?.push_page(image),
-            false => self.run.push_page(image),
+            true => self.writer()?.push(content)?,
+            false => self.run.push(content)?,
         }
+        self.changes = changes;
+        Ok(())
     }
 
     /// Makes room for what is captured while the write lock is held: waiting for the other thread then would be the application's wait.
@@ -128,11 +132,10 @@ impl OpenSegment {
     /// # Errors
     /// Those of the transactions before.
     pub fn is_ready_to_end(&mut self) -> io::Result<bool> {
-        let short = if self.has_runs { SHORT_RUN_UNDER_LOAD_LEN } else { SHORT_RUN_LEN };
         if matches!(&self.writer, Writer::Compressing(thread) if !thread.is_finished()) {
             return Ok(self.runs_since_due >= RUNS_BEFORE_END);
         }
-        if self.run.raw_len() <= short || self.runs_since_due >= RUNS_BEFORE_END {
+        if self.run.len_bytes() <= SHORT_RUN_LEN || self.runs_since_due >= RUNS_BEFORE_END {
             return Ok(true);
         }
         self.runs_since_due += 1;
@@ -174,7 +177,6 @@ impl OpenSegment {
         {
             writer.write_run(&self.run)?;
             self.run.reset(self.page_size);
-            self.has_runs = true;
         }
         Ok(())
     }
@@ -189,7 +191,6 @@ impl OpenSegment {
         let run = std::mem::replace(&mut self.run, std::mem::take(&mut self.spare));
         let compress = move || writer.write_run(&run).map(|()| (writer, run));
         self.writer = Writer::Compressing(std::thread::Builder::new().name("compress".into()).spawn(compress)?);
-        self.has_runs = true;
         Ok(())
     }
 }
@@ -233,7 +234,7 @@ mod tests {
         };
         segment.begin_transaction(&info, page_numbers).unwrap();
         for &page_number in page_numbers {
-            segment.push_page(&image(txid, page_number)).unwrap();
+            segment.push_page(&image(txid, page_number), None).unwrap();
         }
     }
 
@@ -251,7 +252,6 @@ mod tests {
                 push(&mut segment, txid, pages);
                 due.extend(pages.iter().map(|&page_number| (txid, page_number)));
             }
-            assert!(segment.has_runs);
             assert_eq!(segment.raw_len_bytes(), due.len() as u64 * u64::from(PAGE_SIZE));
             while !segment.is_ready_to_end().unwrap() {
                 std::thread::yield_now();
@@ -259,10 +259,12 @@ mod tests {
             memory = segment.finish(1, 1).unwrap().1;
             let mut found = Vec::new();
             let decoded = Segment::decode(&std::fs::read(&path).unwrap(), |index, page_number, page| {
-                assert_eq!(page, image(index as u64 + 1, page_number));
+                assert_eq!(page, Content::Image(&image(index as u64 + 1, page_number)));
                 found.push((index as u64 + 1, page_number));
             });
-            assert_eq!(decoded.unwrap().transactions.len(), PAGES as usize * 3);
+            let decoded = decoded.unwrap();
+            assert_eq!(decoded.transactions.len(), PAGES as usize * 3);
+            assert!(decoded.footer.run_count > 3);
             found.sort_unstable();
             assert_eq!(found, due);
         }

@@ -175,7 +175,8 @@ impl Recorder {
             if page_hash(page_number, &image) != hash {
                 return Err(SqliteError::PageChanged { path: self.spool.open_segment_path(), page_number }.into());
             }
-            self.segment()?.push_page(&image)?;
+            // What it was before nobody can tell any more.
+            self.segment()?.push_page(&image, None)?;
         }
         Ok(())
     }
@@ -211,16 +212,16 @@ impl Sink for Recorder {
         let lock_page = lock_page(self.page_size);
         let pages: Vec<&PageImage> = transaction.pages.iter().filter(|page| page.page_number != lock_page).collect();
         let hashes: Vec<(u32, u64)> = pages.iter().map(|page| (page.page_number, page.hash)).collect();
-        self.ledger.apply(transaction.size_pages, &hashes)?;
+        let former_hashes = self.ledger.apply(transaction.size_pages, &hashes)?;
         let cookie = match pages.first() {
             Some(page) if page.page_number == 1 => schema_cookie(images.get(page)?),
             _ => self.last.schema_cookie,
         };
         let page_numbers: Vec<u32> = pages.iter().map(|page| page.page_number).collect();
         self.begin_transaction(transaction.size_pages, cookie, false, &page_numbers)?;
-        for page in pages {
-            let image = images.get(page)?;
-            self.segment()?.push_page(image)?;
+        for (page, former_hash) in pages.into_iter().zip(former_hashes) {
+            let (image, former) = images.get_with_former(page, former_hash)?;
+            self.segment()?.push_page(image, former)?;
         }
         Ok(())
     }

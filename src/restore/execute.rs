@@ -1,5 +1,5 @@
-//! Carrying a plan out: segments, newest first, then the snapshot's extents, into a file that has no name anybody looks at; then
-//! its fingerprint is checked.
+//! Carrying a plan out: the snapshot's extents, then what the segments' transactions changed, oldest first, into a file that has no
+//! name anybody looks at; then its fingerprint is checked.
 
 use std::fs::File;
 use std::num::NonZero;
@@ -75,10 +75,10 @@ pub async fn execute_with(
     let index = extents::read_index(store, &plan.location, &plan.snapshot_footer).await?;
     // Before anything is written to it.
     let kept = if is_empty { Vec::new() } else { extents::kept(&execution, &index).await? };
-    progress.enter(Phase::Segments);
-    segments::apply(&execution).await?;
     progress.enter(Phase::Snapshot);
     let reused_bytes = extents::apply(&execution, &index, &kept, old).await?;
+    progress.enter(Phase::Segments);
+    segments::apply(&execution, &index).await?;
     progress.enter(Phase::Syncing);
     let found = execution.blocking(|execution| execution.image.finish()).await?;
     if found != plan.fingerprint {

@@ -1,5 +1,5 @@
-//! The part of a restore that writes the snapshot's extents: those that no segment wrote wholly, from what is on the local
-//! disk already where it has the right content, otherwise from the objects they are in, neighbours with one request.
+//! The part of a restore that writes the snapshot's extents: from what is on the local disk already where it has the right content,
+//! otherwise from the objects they are in, neighbours with one request.
 
 use std::fs::File;
 use std::os::unix::fs::FileExt;
@@ -67,7 +67,7 @@ fn is_content(number: u32, extent: &ExtentRecord, content: &[u8], image: &Image)
     content_hash(number, content, image.page_size) == extent.content_hash
 }
 
-/// Writes all extents' pages that are still wanted. `kept` are the numbers, ascending, of those that the file holds. Gives the
+/// Writes all extents of which anything is in the restored database. `kept` are the numbers, ascending, of those that the file holds. Gives the
 /// bytes of the database that were not fetched.
 pub(super) async fn apply(
     execution: &Arc<Execution>,
@@ -76,10 +76,7 @@ pub(super) async fn apply(
     old: Option<File>,
 ) -> Result<u64, RestoreError> {
     let image = &execution.image;
-    let is_wanted = |&(number, extent): &Numbered| {
-        let first_page = first_page(number, image);
-        (first_page..first_page.saturating_add(extent.page_count)).any(|page_number| image.wants(page_number))
-    };
+    let is_wanted = |&(number, _): &Numbered| first_page(number, image) <= image.size_pages;
     let wanted: Vec<Numbered> = (0..).zip(index.extents.iter().copied()).filter(is_wanted).collect();
     let (here, missing): (Vec<Numbered>, Vec<Numbered>) =
         wanted.into_iter().partition(|(number, _)| kept.binary_search(number).is_ok());
@@ -103,7 +100,7 @@ pub(super) async fn apply(
     Ok(reused_bytes)
 }
 
-/// Takes extents that the file holds for written. What segments wrote into them since is not wanted any more.
+/// Takes extents that the file holds for written.
 fn keep(execution: &Execution, extents: &[Numbered]) -> Result<u64, RestoreError> {
     let mut len_bytes = 0;
     for (number, extent) in extents {

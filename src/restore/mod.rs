@@ -5,6 +5,7 @@ pub(crate) mod extents;
 pub mod history;
 mod image;
 pub mod install;
+mod pages;
 pub mod plan;
 pub mod progress;
 pub mod run;

@@ -64,6 +64,12 @@ impl Plan {
         self.segments.iter().map(|planned| planned.stored.len_bytes).sum()
     }
 
+    /// What a restore has to do, in bytes: the database is written, and segments are worked off.
+    #[must_use]
+    pub fn work_len_bytes(&self) -> u64 {
+        self.database_len_bytes() + self.segments_len_bytes()
+    }
+
     /// Size of the restored database in bytes.
     #[must_use]
     pub fn database_len_bytes(&self) -> u64 {

@@ -7,10 +7,10 @@ use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
 pub enum Phase {
     /// What is there already is looked at.
     Comparing,
-    /// Segments are fetched and written.
-    Segments,
     /// The snapshot's extents are fetched and written.
     Snapshot,
+    /// Segments are fetched, and what they changed is written.
+    Segments,
     /// Everything is written; it is made durable.
     Syncing,
 }
@@ -41,13 +41,14 @@ impl Progress {
     pub fn phase(&self) -> Phase {
         match self.phase.load(Ordering::Relaxed) {
             0 => Phase::Comparing,
-            1 => Phase::Segments,
-            2 => Phase::Snapshot,
+            1 => Phase::Snapshot,
+            2 => Phase::Segments,
             _ => Phase::Syncing,
         }
     }
 
-    /// Bytes of the database that are written.
+    /// Bytes of the snapshot's part of the database that are written, and of segments that were worked off: see
+    /// [`super::plan::Plan::work_len_bytes`].
     #[must_use]
     pub fn done_bytes(&self) -> u64 {
         self.done_bytes.load(Ordering::Relaxed)

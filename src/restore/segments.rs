@@ -1,21 +1,21 @@
-//! The part of a restore that writes segments' pages. Which image of a page counts is decided from the segments' tables, one
-//! segment after another, newest first; fetching, decoding and writing them goes on at the same time.
+//! The part of a restore that works segments off, oldest first: what a transaction changed in a page is told by what the page was
+//! before. Those that follow are fetched meanwhile.
 
 use std::ops::Range;
 use std::sync::Arc;
 
 use bytes::{Bytes, BytesMut};
 use futures_util::stream::{self, BoxStream, StreamExt};
-use tokio::task::JoinSet;
 
 use super::RestoreError;
 use super::execute::Execution;
-use super::image::Image;
+use super::pages::{Open, RunReader, Since};
 use super::run::PlannedSegment;
 use super::tail::{check_footer, read_table};
 use crate::format::block::{BLOCK_HEADER_LEN, BlockHeader};
 use crate::format::key::SegmentKey;
-use crate::format::segment::{PageStream, Run, SegmentFooter, Table, check_segment_header};
+use crate::format::segment::{Run, SegmentFooter, Table, check_segment_header};
+use crate::format::snapshot::SnapshotIndex;
 use crate::store::SharedStore;
 
 /// A segment up to this size is fetched whole.
@@ -24,12 +24,10 @@ pub(crate) const SMALL_SEGMENT: u64 = 4 << 20;
 const HEADS_IN_FLIGHT: usize = 6;
 /// The pages of larger ones are fetched in pieces of so many bytes,
 const PIECE_LEN: u64 = 8 << 20;
-/// so many at a time,
+/// so many at a time.
 const PIECES_IN_FLIGHT: usize = 2;
-/// of so many segments at a time.
-const LARGE_AT_A_TIME: usize = 2;
 
-/// What is needed to choose a segment's pages, and, of a small one, everything.
+/// A segment's table, and, of a small one, everything.
 struct Head {
     planned: PlannedSegment,
     footer: SegmentFooter,
@@ -37,46 +35,23 @@ struct Head {
     whole: Option<Bytes>,
 }
 
-/// Neighbours are written together up to so many bytes.
-const WRITE_LEN: usize = 256 << 10;
-
-/// Writes all segments' pages.
-pub(super) async fn apply(execution: &Arc<Execution>) -> Result<(), RestoreError> {
-    let newest_first = execution.plan.segments.iter().rev().copied();
-    let mut heads = stream::iter(newest_first).map(|planned| head(execution, planned)).buffered(HEADS_IN_FLIGHT);
-    let mut writing = JoinSet::new();
+/// Works all segments off, on top of what the snapshot's extents hold.
+pub(super) async fn apply(execution: &Arc<Execution>, index: &SnapshotIndex) -> Result<(), RestoreError> {
+    let mut since = Since::new(&execution.plan.snapshot.key, index, execution.image.page_size);
+    let oldest_first = execution.plan.segments.iter().copied();
+    let mut heads = stream::iter(oldest_first).map(|planned| head(execution, planned)).buffered(HEADS_IN_FLIGHT);
     while let Some(next) = heads.next().await {
         let Head { planned, footer, table, whole } = next?;
-        let selected = execution.image.select(&table.transactions, planned.last_txid);
-        if !selected.contains(&true) {
-            continue;
-        }
-        let at_a_time = if whole.is_some() { execution.decoders } else { LARGE_AT_A_TIME };
-        while writing.len() >= at_a_time {
-            finished(writing.join_next().await)?;
-        }
-        let (execution, key) = (execution.clone(), planned.stored.key);
+        let key = planned.stored.key;
+        let segment = Arc::new(Open { key, table, since, last_txid: planned.last_txid });
         match whole {
-            Some(bytes) => {
-                drop(writing.spawn(async move { write_whole(&execution, key, bytes, table, selected).await }))
-            }
-            None => {
-                drop(writing.spawn(async move { write_in_pieces(&execution, key, &footer, table, selected).await }))
-            }
+            Some(bytes) => apply_whole(execution, &segment, bytes).await?,
+            None => apply_in_pieces(execution, &segment, &footer).await?,
         }
-    }
-    while !writing.is_empty() {
-        finished(writing.join_next().await)?;
+        execution.image.progress.note_done(planned.stored.len_bytes);
+        since = segment.since_after();
     }
     Ok(())
-}
-
-fn finished(ended: Option<Result<Result<(), RestoreError>, tokio::task::JoinError>>) -> Result<(), RestoreError> {
-    match ended {
-        None => Ok(()),
-        Some(Ok(result)) => result,
-        Some(Err(error)) => Err(RestoreError::Internal(error.to_string())),
-    }
 }
 
 async fn head(execution: &Arc<Execution>, planned: PlannedSegment) -> Result<Head, RestoreError> {
@@ -108,109 +83,44 @@ fn check_segment(footer: &SegmentFooter, key: &SegmentKey, location: &str, page_
     }
 }
 
-async fn write_whole(
-    execution: &Arc<Execution>,
-    key: SegmentKey,
-    bytes: Bytes,
-    table: Table,
-    selected: Vec<bool>,
-) -> Result<(), RestoreError> {
-    let write = move |execution: &Execution| {
-        for run in &table.runs {
-            let mut writer = RunWriter::new(execution, key, &table, run)?;
+async fn apply_whole(execution: &Arc<Execution>, segment: &Arc<Open>, bytes: Bytes) -> Result<(), RestoreError> {
+    let segment = segment.clone();
+    let apply = move |execution: &Execution| {
+        for run in segment.wanted_runs() {
+            let mut reader = RunReader::new(execution, &segment, run)?;
             // The runs lie inside, as the footer does.
-            writer.take(execution, &bytes[run.bytes.start as usize..run.bytes.end as usize], &selected)?;
-            writer.finish(execution)?;
+            reader.take(execution, &segment, &bytes[run.bytes.start as usize..run.bytes.end as usize])?;
+            reader.finish(execution, &segment)?;
         }
         Ok(())
     };
-    execution.blocking(write).await
+    execution.blocking(apply).await
 }
 
-/// Piece by piece: a single transaction can be larger than memory. Runs of which nothing is wanted are not decoded; those before
-/// the first and after the last that is wanted are not fetched.
-async fn write_in_pieces(
+/// Piece by piece: a single transaction can be larger than memory. Runs before the first and after the last that is wanted are not
+/// fetched.
+async fn apply_in_pieces(
     execution: &Arc<Execution>,
-    key: SegmentKey,
+    segment: &Arc<Open>,
     footer: &SegmentFooter,
-    table: Table,
-    selected: Vec<bool>,
 ) -> Result<(), RestoreError> {
     let location = &execution.plan.location;
-    let is_wanted = |run: &&Run| selected[run.first_image..run.first_image + run.page_count].contains(&true);
-    let wanted: Vec<Run> = table.runs.iter().filter(is_wanted).cloned().collect();
+    let wanted: Vec<Run> = segment.wanted_runs().cloned().collect();
     let from = wanted.first().map_or(footer.table_offset(), |run| run.bytes.start);
     let to = wanted.last().map_or(from, |run| run.bytes.end);
-    let mut blocks = Blocks::of(&execution.store, location, key, from..to);
-    let selected = Arc::new(selected);
+    let mut blocks = Blocks::of(&execution.store, location, segment.key, from..to);
     for run in wanted {
-        blocks.skip_to(run.bytes.start).await?;
-        let mut writer = RunWriter::new(execution, key, &table, &run)?;
+        let mut reader = RunReader::new(execution, segment, &run)?;
         let mut left = run.bytes.end - run.bytes.start;
         while left > 0 {
             let Some(some) = blocks.next(left).await? else { break };
             left -= some.len() as u64;
-            let selected = selected.clone();
-            let write = move |execution: &Execution| writer.take(execution, &some, &selected).map(|()| writer);
-            writer = execution.blocking(write).await?;
+            let segment = segment.clone();
+            let take = move |execution: &Execution| reader.take(execution, &segment, &some).map(|()| reader);
+            reader = execution.blocking(take).await?;
         }
-        execution.blocking(move |execution| writer.finish(execution)).await?;
-    }
-    Ok(())
-}
-
-/// Writes those images of a run that are selected. They come in the order of their pages, so neighbours go in one write.
-struct RunWriter {
-    key: SegmentKey,
-    pages: PageStream,
-    first_page: u32,
-    neighbours: Vec<u8>,
-}
-
-impl RunWriter {
-    fn new(execution: &Execution, key: SegmentKey, table: &Table, run: &Run) -> Result<Self, RestoreError> {
-        let pages = PageStream::new(execution.image.page_size, table.places(run));
-        let pages = pages.map_err(RestoreError::format(&execution.plan.location, &key))?;
-        Ok(Self { key, pages, first_page: 0, neighbours: Vec::new() })
-    }
-
-    /// Takes whole blocks.
-    fn take(&mut self, execution: &Execution, mut blocks: &[u8], selected: &[bool]) -> Result<(), RestoreError> {
-        while !blocks.is_empty() {
-            let len = self.pages.read_block(blocks);
-            blocks = &blocks[len.map_err(RestoreError::format(&execution.plan.location, &self.key))?..];
-            while let Some((place, image)) = self.pages.next_image() {
-                if !selected[place.image as usize] {
-                    continue;
-                }
-                let goes_on =
-                    self.first_page as usize + self.neighbours.len() / image.len() == place.page_number as usize;
-                if !goes_on || self.neighbours.len() >= WRITE_LEN {
-                    write_out(&execution.image, self.first_page, &mut self.neighbours)?;
-                    self.first_page = place.page_number;
-                }
-                self.neighbours.extend_from_slice(image);
-            }
-        }
-        Ok(())
-    }
-
-    fn finish(mut self, execution: &Execution) -> Result<(), RestoreError> {
-        write_out(&execution.image, self.first_page, &mut self.neighbours)?;
-        match self.pages.next_place() {
-            None => Ok(()),
-            Some(_) => {
-                let what = "it has fewer pages than its table";
-                Err(RestoreError::damaged(&execution.plan.location, &self.key, &what))
-            }
-        }
-    }
-}
-
-fn write_out(image: &Image, first_page: u32, images: &mut Vec<u8>) -> Result<(), RestoreError> {
-    if !images.is_empty() {
-        image.write(first_page, images)?;
-        images.clear();
+        let segment = segment.clone();
+        execution.blocking(move |execution| reader.finish(execution, &segment)).await?;
     }
     Ok(())
 }
@@ -270,20 +180,6 @@ impl<'a> Blocks<'a> {
         let header = BlockHeader::decode(self.unread.get(at..).unwrap_or_default(), "the segment's pages")
             .map_err(RestoreError::format(self.location, &self.key))?;
         Ok(BLOCK_HEADER_LEN + header.compressed_len)
-    }
-
-    /// Passes over what lies before an offset in the object.
-    async fn skip_to(&mut self, offset: u64) -> Result<(), RestoreError> {
-        while self.at < offset {
-            self.read_ahead(1).await?;
-            let len = self.unread.len().min((offset - self.at) as usize);
-            if len == 0 {
-                return Err(RestoreError::damaged(self.location, &self.key, &"a run is not where its table says"));
-            }
-            drop(self.unread.split_to(len));
-            self.at += len as u64;
-        }
-        Ok(())
     }
 
     /// Until so many bytes are there, or all are.

@@ -41,14 +41,17 @@ pub struct WalTransaction<'a> {
     pub pages: &'a [PageImage],
 }
 
-/// Hands out the images of a transaction's pages while it is being delivered.
+/// Hands out the images of a transaction's pages while it is being delivered, and those that it found.
 #[derive(Debug)]
 pub struct Images<'a> {
     files: &'a Files,
     header: WalHeader,
     window: &'a Window,
     hash: PageHash,
+    /// Where the pages were before the transaction.
+    in_wal: &'a HashMap<u32, InWal>,
     scratch: Vec<u8>,
+    former: Vec<u8>,
 }
 
 impl Images<'_> {
@@ -59,18 +62,63 @@ impl Images<'_> {
     /// # Errors
     /// [`SqliteError::Unsettled`] when the bytes are not those that were checked.
     pub fn get(&mut self, page: &PageImage) -> Result<&[u8], SqliteError> {
-        if let Some(frame) = self.window.frame(&self.header, page.frame) {
-            return Ok(&frame[FRAME_HEADER_LEN..]);
-        }
-        self.scratch.resize(self.header.page_size as usize, 0);
-        let offset = self.header.frame_offset(page.frame) + FRAME_HEADER_LEN as u64;
-        let read = self.files.read_wal(offset, &mut self.scratch)?;
-        if read == self.scratch.len() && (self.hash)(page.page_number, &self.scratch) == page.hash {
-            Ok(&self.scratch)
-        } else {
-            Err(SqliteError::Unsettled { path: self.files.path().to_owned() })
-        }
+        Ok(self.get_with_former(page, None)?.0)
     }
+
+    /// The same, and the page as the transaction found it, if that has the hash `former_hash` and can still be read.
+    ///
+    /// It is read from where it was last seen, which another checkpoint or a new generation of the WAL may have changed since: only
+    /// the hash proves that it is the one.
+    ///
+    /// # Errors
+    /// As [`Images::get`].
+    pub fn get_with_former(
+        &mut self,
+        page: &PageImage,
+        former_hash: Option<u64>,
+    ) -> Result<(&[u8], Option<&[u8]>), SqliteError> {
+        let has_former = match former_hash {
+            Some(hash) => self.read_former(page.page_number, hash)?,
+            None => false,
+        };
+        let image = match self.window.frame(&self.header, page.frame) {
+            Some(frame) => &frame[FRAME_HEADER_LEN..],
+            None => {
+                self.scratch.resize(self.header.page_size as usize, 0);
+                if !read_frame(self.files, &self.header, page.frame, &mut self.scratch)?
+                    || (self.hash)(page.page_number, &self.scratch) != page.hash
+                {
+                    return Err(SqliteError::Unsettled { path: self.files.path().to_owned() });
+                }
+                &self.scratch
+            }
+        };
+        Ok((image, has_former.then_some(&self.former)))
+    }
+
+    /// Reads the page with this hash as it was before the transaction; tells whether it is still to be had.
+    fn read_former(&mut self, page_number: u32, hash: u64) -> Result<bool, SqliteError> {
+        self.former.resize(self.header.page_size as usize, 0);
+        if let Some(known) = self.in_wal.get(&page_number)
+            && known.hash == hash
+        {
+            match self.window.frame(&self.header, known.frame) {
+                Some(frame) => self.former.copy_from_slice(&frame[FRAME_HEADER_LEN..]),
+                None => drop(read_frame(self.files, &self.header, known.frame, &mut self.former)?),
+            }
+            if (self.hash)(page_number, &self.former) == hash {
+                return Ok(true);
+            }
+        }
+        self.files.read_main_pages(page_number, &mut self.former)?;
+        Ok((self.hash)(page_number, &self.former) == hash)
+    }
+}
+
+/// Reads the page of a frame; tells whether the WAL goes that far.
+fn read_frame(files: &Files, header: &WalHeader, frame: u32, page: &mut [u8]) -> Result<bool, SqliteError> {
+    let offset = header.frame_offset(frame) + FRAME_HEADER_LEN as u64;
+    Ok(files.read_wal(offset, page)? == page.len())
 }
 
 /// A run of frames as they were read.
@@ -338,7 +386,15 @@ impl Follower {
             .iter()
             .map(|(&page_number, image)| PageImage { page_number, frame: image.frame, hash: image.hash })
             .collect();
-        let mut source = Images { files, header, window: &self.window, hash: self.hash, scratch: Vec::new() };
+        let mut source = Images {
+            files,
+            header,
+            window: &self.window,
+            hash: self.hash,
+            in_wal: &self.in_wal,
+            scratch: Vec::new(),
+            former: Vec::new(),
+        };
         deliver(&WalTransaction { size_pages, pages: &pages }, &mut source)
     }
 
@@ -367,8 +423,7 @@ impl Follower {
             if (self.hash)(page_number, page) == known.hash {
                 continue;
             }
-            let offset = header.frame_offset(known.frame) + FRAME_HEADER_LEN as u64;
-            if files.read_wal(offset, page)? == page.len() && (self.hash)(page_number, page) == known.hash {
+            if read_frame(files, &header, known.frame, page)? && (self.hash)(page_number, page) == known.hash {
                 continue;
             }
             // The WAL was restarted between our two reads: now the main file has it.

@@ -295,7 +295,7 @@ fn read_blocks(mut pages: PageStream, mut blocks: &[u8]) -> Result<(PageStream, 
     let mut count = 0;
     while !blocks.is_empty() {
         let len = pages.read_block(blocks)?;
-        while pages.next_image().is_some() {}
+        while pages.next_content().is_some() {}
         blocks = &blocks[len..];
         count += 1;
     }

@@ -235,18 +235,9 @@ fn a_database_that_is_none() {
 
 /// A segment with another byte in its last page, and all its checksums right.
 pub fn forged(segment: &[u8]) -> Vec<u8> {
-    use waltrail::format::segment::SegmentWriter;
-    let (whole, mut images) = crate::support::decoded(segment);
-    *images.last_mut().unwrap().last_mut().unwrap() ^= 1;
-    let mut writer = SegmentWriter::new(Vec::new(), whole.footer.page_size).unwrap();
-    let mut images = images.iter();
-    for transaction in &whole.transactions {
-        writer.begin_transaction(&transaction.info, &transaction.page_numbers).unwrap();
-        for _ in &transaction.page_numbers {
-            writer.push_page(images.next().unwrap()).unwrap();
-        }
-    }
-    writer.finish(whole.footer.span.epoch, whole.footer.span.first_txid).unwrap().0
+    let (whole, mut contents) = crate::support::decoded(segment);
+    *contents.last_mut().unwrap().last_mut().unwrap() ^= 1;
+    crate::support::encoded(&whole.footer, &whole.transactions, &contents).0
 }
 
 /// The database is gone, its WAL is not: it must not be taken for the restored database's.

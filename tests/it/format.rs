@@ -1,6 +1,9 @@
 //! The formats against everything that can be done to their bytes.
 
+use std::collections::HashMap;
+
 use proptest::prelude::*;
+use waltrail::format::change::Content;
 use waltrail::format::key::{EpochKey, SegmentKey, SnapshotKey};
 use waltrail::format::record::{EpochRecord, ReplicaMarker};
 use waltrail::format::segment::{Segment, SegmentFooter, SegmentWriter, Transaction, TransactionInfo};
@@ -14,7 +17,9 @@ fn image(page_size: u32, fill: u8) -> Vec<u8> {
     (0..page_size).map(|at| (at as u8).wrapping_mul(fill).wrapping_add(fill)).collect()
 }
 
+/// A segment in which a page that an earlier transaction wrote has only what was changed.
 fn segment(page_size: u32, transactions: &[Pages]) -> Vec<u8> {
+    let mut found: HashMap<u32, Vec<u8>> = HashMap::new();
     let mut writer = SegmentWriter::new(Vec::new(), page_size).unwrap();
     for (index, pages) in transactions.iter().enumerate() {
         let numbers: Vec<u32> = pages.keys().copied().collect();
@@ -27,8 +32,10 @@ fn segment(page_size: u32, transactions: &[Pages]) -> Vec<u8> {
             schema_changed: index == 1,
         };
         writer.begin_transaction(&info, &numbers).unwrap();
-        for &fill in pages.values() {
-            writer.push_page(&image(page_size, fill)).unwrap();
+        for (&number, &fill) in pages {
+            let image = image(page_size, fill);
+            writer.push(Content::of(&image, found.get(&number).map(Vec::as_slice), &mut Vec::new())).unwrap();
+            found.insert(number, image);
         }
     }
     writer.finish(7, 100).unwrap().0
@@ -91,9 +98,12 @@ proptest! {
         let page_size = 1 << shift;
         let bytes = segment(page_size, &transactions);
         let mut pages = vec![Pages::new(); transactions.len()];
-        let decoded = Segment::decode(&bytes, |index, number, page| {
+        let mut found: HashMap<u32, Vec<u8>> = HashMap::new();
+        let decoded = Segment::decode(&bytes, |index, number, content| {
             let fill = transactions[index][&number];
-            assert_eq!(page, image(page_size, fill));
+            let page = found.entry(number).or_insert_with(|| vec![0; page_size as usize]);
+            content.apply_to(page).unwrap();
+            assert_eq!(page, &image(page_size, fill));
             pages[index].insert(number, fill);
         }).unwrap();
         prop_assert_eq!(&pages, &transactions);
@@ -137,7 +147,7 @@ proptest! {
         let original = segment(512, &transactions);
         let count = |bytes: &[u8]| {
             let mut pages = Vec::new();
-            Segment::decode(bytes, |index, number, page| pages.push((index, number, page.to_vec()))).map(|_| pages)
+            Segment::decode(bytes, |index, number, page| pages.push((index, number, page.bytes().to_vec()))).map(|_| pages)
         };
         // The numbers of epoch and transactions are the only thing in it that nothing in the object bears out.
         if let Ok(pages) = count(&lying(&original)) {
@@ -189,17 +199,17 @@ fn a_run_of_images_that_are_in_order_already() {
         vec![[(2, 1), (9, 2)].into(), Pages::new(), [(1, 3), (9, 4)].into(), [(3, 5)].into()];
     let original = Segment::decode(&segment(512, &transactions), |_, _, _| ()).unwrap();
     let mut writer = SegmentWriter::new(Vec::new(), 512).unwrap();
-    assert!(writer.push_page(&image(512, 0)).is_err());
+    assert!(writer.push(Content::Image(&image(512, 0))).is_err());
     writer.begin_run(original.transactions[..3].iter().map(Transaction::parts)).unwrap();
     for fill in [3, 1, 2, 4] {
-        writer.push_page(&image(512, fill)).unwrap();
+        writer.push(Content::Image(&image(512, fill))).unwrap();
     }
     writer.begin_run(original.transactions[3..].iter().map(Transaction::parts)).unwrap();
-    writer.push_page(&image(512, 5)).unwrap();
+    writer.push(Content::Image(&image(512, 5))).unwrap();
     let bytes = writer.finish(7, 100).unwrap().0;
     let mut pages = vec![Pages::new(); transactions.len()];
     let decoded = Segment::decode(&bytes, |index, number, page| {
-        assert_eq!(page, image(512, transactions[index][&number]));
+        assert_eq!(page, Content::Image(&image(512, transactions[index][&number])));
         pages[index].insert(number, transactions[index][&number]);
     });
     assert_eq!(decoded.unwrap().transactions, original.transactions);
@@ -210,9 +220,12 @@ fn a_run_of_images_that_are_in_order_already() {
 #[test]
 fn the_vectors_are_read() {
     let segment = hex(include_str!("../vectors/segment.hex"));
-    let mut pages = Vec::new();
-    let decoded = Segment::decode(&segment, |index, number, page| pages.push((index, number, page[0]))).unwrap();
-    assert_eq!(pages, [(0, 1, 1), (1, 2, 3), (0, 3, 2)]);
+    let mut contents = Vec::new();
+    let keep = |index, number, content: Content<'_>| contents.push((index, number, content.bytes().to_vec()));
+    let decoded = Segment::decode(&segment, keep).unwrap();
+    let changes = [&[5, 0, 1, 0, 99][..], &[38, 1, 10, 0], &[0; 10]].concat();
+    let due = [(0, 1, image(512, 1)), (1, 2, image(512, 3)), (0, 3, image(512, 2)), (2, 3, changes)];
+    assert_eq!(contents, due);
     assert_eq!((decoded.footer.page_size, decoded.footer.span.epoch, decoded.footer.span.first_txid), (512, 7, 100));
     let snapshot = hex(include_str!("../vectors/snapshot.hex"));
     let extents = read_snapshot(&snapshot).unwrap();

@@ -6,7 +6,6 @@ use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
 use bytes::Bytes;
-use waltrail::format::segment::{Segment, SegmentWriter};
 use waltrail::restore::RestoreError;
 use waltrail::restore::execute::execute;
 use waltrail::restore::history::History;
@@ -15,7 +14,7 @@ use waltrail::restore::plan::{Target, plan};
 use waltrail::store::PutMode;
 
 use crate::support::oracle::{Oracle, all_kinds};
-use crate::support::{Daemon, create_database, decoded, insert, number, open, wait_for_restored};
+use crate::support::{Daemon, create_database, decoded, encoded, insert, number, open, wait_for_restored};
 
 /// Restores a newest state over `target`, as the command does.
 async fn restore_to(oracle: &Oracle, target: &Path, force: bool) -> Result<Vec<String>, RestoreError> {
@@ -239,16 +238,10 @@ async fn only_the_fingerprint_tells() {
     oracle.begin_with_snapshot(None, 0).await;
     let key = oracle.commit_and_cut(3).await.to_string();
     let good = oracle.store.get(&key, u64::MAX).await.unwrap();
-    let (Segment { footer, transactions }, mut pages) = decoded(&good);
-    // The last image of a transaction is the one that a restore to it takes.
-    pages.last_mut().unwrap()[100] ^= 1;
-    let mut writer = SegmentWriter::new(Vec::new(), 512).unwrap();
-    let mut images = pages.iter();
-    for transaction in &transactions {
-        writer.begin_transaction(&transaction.info, &transaction.page_numbers).unwrap();
-        images.by_ref().take(transaction.page_numbers.len()).for_each(|page| writer.push_page(page).unwrap());
-    }
-    let (bytes, written) = writer.finish(footer.span.epoch, footer.span.first_txid).unwrap();
+    let (segment, mut contents) = decoded(&good);
+    // The last byte of what the last transaction made of a page is still there at the end.
+    *contents.last_mut().unwrap().last_mut().unwrap() ^= 1;
+    let (bytes, written) = encoded(&segment.footer, &segment.transactions, &contents);
     assert_eq!(written.to_string(), key);
     oracle.store.put(&key, Bytes::from(bytes), PutMode::Overwrite).await.unwrap();
     let directory = tempfile::tempdir().unwrap();

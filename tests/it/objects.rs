@@ -8,6 +8,7 @@ use bytes::Bytes;
 use waltrail::format::block::BlockWriter;
 use waltrail::format::key::{EpochKey, MARKER_KEY, SegmentKey, SnapshotKey};
 use waltrail::format::record::{EpochRecord, ReplicaMarker};
+use waltrail::format::change::Content;
 use waltrail::format::segment::{SegmentFooter, SegmentWriter, TransactionInfo};
 use waltrail::format::snapshot::{ExtentRecord, SnapshotFooter, SnapshotInfo, SnapshotWriter};
 use waltrail::format::{FormatError, page_hash};
@@ -73,7 +74,7 @@ fn segment(
         schema_changed: false,
     };
     writer.begin_transaction(&info, &pages.iter().map(|(number, _)| *number).collect::<Vec<_>>()).unwrap();
-    pages.iter().for_each(|(_, page)| writer.push_page(page).unwrap());
+    pages.iter().for_each(|(_, page)| writer.push(Content::Image(page)).unwrap());
     let (bytes, key) = writer.finish(1, txid).unwrap();
     (key, bytes)
 }
@@ -99,7 +100,7 @@ fn referring_snapshot(
         let long = [extent.offset, extent.content_hash, extent.txid].map(u64::to_le_bytes).concat();
         let short =
             [extent.source, extent.compressed_len, extent.crc32, extent.page_count].map(u32::to_le_bytes).concat();
-        index.push(&mut bytes, &[long, short].concat()).unwrap();
+        index.push(&mut bytes, &[&[long, short].concat()]).unwrap();
     }
     index.finish(&mut bytes).unwrap();
     let mut sources = Vec::new();

@@ -13,7 +13,6 @@ use waltrail::clock::Clock;
 use waltrail::format::FOOTER_LEN;
 use waltrail::format::key::{PRESENCE_KEY, SegmentKey, SnapshotKey};
 use waltrail::format::record::PresenceRecord;
-use waltrail::format::segment::SegmentWriter;
 use waltrail::format::snapshot::{ExtentRecord, SnapshotFooter, SnapshotWriter, decode_extent};
 use waltrail::restore::RestoreError;
 use waltrail::restore::plan::Target;
@@ -30,7 +29,7 @@ use waltrail::verify::{Depth, Settings, VerifyError, verify};
 use crate::support::oracle::{Oracle, all_kinds};
 use crate::support::s3::S3Server;
 use crate::support::scene::Scene;
-use crate::support::{count_up, create_database, decoded, insert, run, stderr, wait_for, waltrail};
+use crate::support::{count_up, create_database, decoded, encoded, insert, run, stderr, wait_for, waltrail};
 
 const HOUR_MS: u64 = 3_600_000;
 const DEPTHS: [Depth; 3] = [Depth::Structure, Depth::Data, Depth::Drill];
@@ -326,18 +325,10 @@ async fn content_of_another_history() {
 
 /// The same segment, of a history in which its last transaction left another state.
 fn of_another_history(segment: &[u8]) -> Vec<u8> {
-    let (whole, images) = decoded(segment);
-    let mut writer = SegmentWriter::new(Vec::new(), whole.footer.page_size).unwrap();
-    let (mut images, last_txid) = (images.iter(), whole.footer.span.last_txid);
-    for transaction in &whole.transactions {
-        let mut info = transaction.info;
-        if transaction.txid == last_txid {
-            info.fingerprint = info.fingerprint.map(|fingerprint| fingerprint ^ 1);
-        }
-        writer.begin_transaction(&info, &transaction.page_numbers).unwrap();
-        transaction.page_numbers.iter().for_each(|_| writer.push_page(images.next().unwrap()).unwrap());
-    }
-    writer.finish(whole.footer.span.epoch, whole.footer.span.first_txid).unwrap().0
+    let (mut whole, contents) = decoded(segment);
+    let last = whole.transactions.last_mut().unwrap();
+    last.info.fingerprint = last.info.fingerprint.map(|fingerprint| fingerprint ^ 1);
+    encoded(&whole.footer, &whole.transactions, &contents).0
 }
 
 /// An old version of an object in place, whole in itself: what others say of the same state gives it away.

@@ -15,7 +15,9 @@ use std::process::{Child, Command, Output, Stdio};
 use std::time::Duration;
 
 use rusqlite::Connection;
-use waltrail::format::segment::Segment;
+use waltrail::format::change::Content;
+use waltrail::format::key::SegmentKey;
+use waltrail::format::segment::{Segment, SegmentFooter, SegmentWriter, Transaction};
 
 use self::clock::Clock;
 use self::syscalls::{Call, Verdict};
@@ -229,10 +231,25 @@ pub fn count_up(connection: &Connection) {
     connection.execute_batch("UPDATE counter SET n = n + 1").unwrap();
 }
 
-/// A segment, and the images of its pages in the order of its table.
+/// A segment, and what it holds of its pages in the order of its table.
 pub fn decoded(bytes: &[u8]) -> (Segment, Vec<Vec<u8>>) {
-    let mut images = Vec::new();
-    let segment = Segment::decode(bytes, |index, number, image| images.push((index, number, image.to_vec()))).unwrap();
-    images.sort();
-    (segment, images.into_iter().map(|(_, _, image)| image).collect())
+    let mut contents = Vec::new();
+    let keep = |index, number, content: Content<'_>| contents.push((index, number, content.bytes().to_vec()));
+    let segment = Segment::decode(bytes, keep).unwrap();
+    contents.sort();
+    (segment, contents.into_iter().map(|(_, _, content)| content).collect())
+}
+
+/// A segment of these transactions and contents.
+pub fn encoded(footer: &SegmentFooter, transactions: &[Transaction], contents: &[Vec<u8>]) -> (Vec<u8>, SegmentKey) {
+    let mut writer = SegmentWriter::new(Vec::new(), footer.page_size).unwrap();
+    let mut contents = contents.iter();
+    for transaction in transactions {
+        writer.begin_transaction(&transaction.info, &transaction.page_numbers).unwrap();
+        for bytes in contents.by_ref().take(transaction.page_numbers.len()) {
+            let is_image = bytes.len() == footer.page_size as usize;
+            writer.push(if is_image { Content::Image(bytes) } else { Content::Changes(bytes) }).unwrap();
+        }
+    }
+    writer.finish(footer.span.epoch, footer.span.first_txid).unwrap()
 }

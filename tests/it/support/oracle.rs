@@ -5,6 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use bytes::Bytes;
+use waltrail::format::change::Content;
 use waltrail::format::key::{EpochKey, MARKER_KEY, SegmentKey, SnapshotKey};
 use waltrail::format::record::{EpochRecord, ReplicaMarker};
 use waltrail::format::segment::{SegmentWriter, TransactionInfo};
@@ -55,7 +56,15 @@ impl State {
     }
 }
 
-type Pending = (TransactionInfo, BTreeMap<u32, Vec<u8>>);
+type Pending = (TransactionInfo, BTreeMap<u32, Written>);
+
+/// A page that a transaction wrote.
+#[derive(Debug, Clone)]
+struct Written {
+    image: Vec<u8>,
+    /// What it found, if a segment is to have only what was changed.
+    former: Option<Arc<[u8]>>,
+}
 
 /// The replica, and what it must give back.
 pub struct Oracle {
@@ -163,9 +172,22 @@ impl Oracle {
         (0..len).flat_map(|_| if is_noise { numbers.next() } else { value }.to_le_bytes()).collect()
     }
 
+    /// A page with a few other bytes, or quite another one.
+    fn page_after(&mut self, former: &[u8]) -> Vec<u8> {
+        if self.numbers.below(3) == 0 {
+            return self.page();
+        }
+        let mut page = former.to_vec();
+        for _ in 0..self.numbers.below(4) {
+            let at = self.numbers.below(page.len() as u64 - 8) as usize;
+            page[at..at + 8].copy_from_slice(&self.numbers.next().to_le_bytes());
+        }
+        page
+    }
+
     /// Changes pages, sometimes the size; gives the pages that were written. Pages that are added are always written, as SQLite
     /// does, unless the oracle leaves holes.
-    fn change(&mut self) -> BTreeMap<u32, Vec<u8>> {
+    fn change(&mut self) -> BTreeMap<u32, Written> {
         let old_size = self.current.pages.len() as u64;
         let size = match self.numbers.below(8) {
             0 => 1 + self.numbers.below(old_size.max(1)),
@@ -178,15 +200,24 @@ impl Oracle {
         if self.leaves_holes {
             written.retain(|_, page| page[0] % 3 == 0);
         }
+        let found = self.current.pages.clone();
         for _ in 0..=self.numbers.below(self.most_pages) {
             let number = 1 + self.numbers.below(size);
-            written.insert(number as u32, self.page());
+            let page = match found.get(number as usize - 1) {
+                Some(former) => self.page_after(former),
+                None => self.page(),
+            };
+            written.insert(number as u32, page);
         }
         self.current.pages.resize(size as usize, vec![0; self.page_size as usize].into());
         for (&number, page) in &written {
             self.current.pages[number as usize - 1] = page.as_slice().into();
         }
-        written
+        let with_former = |(number, image): (u32, Vec<u8>)| {
+            let former = found.get(number as usize - 1).filter(|_| self.numbers.below(4) > 0).cloned();
+            (number, Written { image, former })
+        };
+        written.into_iter().map(with_former).collect()
     }
 
     /// One transaction, sometimes in the same millisecond as the one before.
@@ -212,7 +243,7 @@ impl Oracle {
         for (info, pages) in transactions {
             writer.begin_transaction(info, &pages.keys().copied().collect::<Vec<_>>()).unwrap();
             for page in pages.values() {
-                writer.push_page(page).unwrap();
+                writer.push(Content::of(&page.image, page.former.as_deref(), &mut Vec::new())).unwrap();
             }
         }
         let (bytes, key) = writer.finish(epoch, first_txid).unwrap();
