@@ -9,10 +9,10 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 use criterion::{BatchSize, Criterion, Throughput, criterion_group, criterion_main};
+use waltrail::format::change::Content;
 use waltrail::format::key::{EpochKey, MARKER_KEY, SegmentKey, SnapshotKey};
 use waltrail::format::page_hash;
 use waltrail::format::record::{EpochRecord, ReplicaMarker};
-use waltrail::format::change::Content;
 use waltrail::format::segment::{Segment, SegmentWriter, TransactionInfo};
 use waltrail::format::snapshot::{SnapshotInfo, SnapshotWriter};
 use waltrail::replicate::merge::merge_files;

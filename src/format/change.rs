@@ -121,7 +121,9 @@ fn first_difference(former: &[u8], image: &[u8], from: usize) -> Option<usize> {
     let alike = former_words.iter().zip(image_words).take_while(|(old, new)| old == new).count();
     let at = from + alike * WORD_LEN;
     match former_words.get(alike).zip(image_words.get(alike)) {
-        Some((old, new)) => Some(at + ((u64::from_le_bytes(*old) ^ u64::from_le_bytes(*new)).trailing_zeros() / 8) as usize),
+        Some((old, new)) => {
+            Some(at + ((u64::from_le_bytes(*old) ^ u64::from_le_bytes(*new)).trailing_zeros() / 8) as usize)
+        }
         None => former_rest.iter().zip(image_rest).position(|(old, new)| old != new).map(|rest| at + rest),
     }
 }

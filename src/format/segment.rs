@@ -395,7 +395,8 @@ impl SegmentFooter {
             && run_count <= transaction_count
             && table_raw_len == table_raw_due
             && table_raw_len <= TABLE_RAW_LIMIT
-            && page_count.saturating_mul(ENTRY_HEADER_LEN as u64) <= u64::from(page_block_count) * BLOCK_RAW_LIMIT as u64
+            && page_count.saturating_mul(ENTRY_HEADER_LEN as u64)
+                <= u64::from(page_block_count) * BLOCK_RAW_LIMIT as u64
             && has_room_for(pages_len, page_block_count)
             && has_room_for(table_len, table_block_count)
             && table_len <= most_compressed(table_raw_len, table_block_count);

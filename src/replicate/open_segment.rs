@@ -12,7 +12,7 @@ use crate::format::run::RunBuffer;
 use crate::format::segment::{SegmentWriter, TransactionInfo};
 
 /// A run that is shorter than this is compressed while the thread that follows the database waits: for a few milliseconds.
-const SHORT_RUN_LEN: usize = 1 << 20;
+const SHORT_RUN_LEN: usize = 2 << 20;
 /// Where compression does not keep up, a segment that is to end gets so many more runs before it is waited for.
 const RUNS_BEFORE_END: u32 = 4;
 

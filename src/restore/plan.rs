@@ -158,7 +158,7 @@ impl Planner<'_> {
             Target::Txid(txid) => Ok((run.first_txid..=run.last_txid).contains(&txid).then_some(txid)),
             Target::BeforeSchemaChange => self.before_schema_change(run).await,
             Target::Time(asked_ms) => {
-                let known = match self.last_transaction_at(run, asked_ms).await? {
+                let mut known = match self.last_transaction_at(run, asked_ms).await? {
                     None => self
                         .first_restorable(run)
                         .await?
@@ -166,11 +166,30 @@ impl Planner<'_> {
                         .map(|info| info.last_txid),
                     known => known,
                 };
-                // If those that follow are missing, nobody knows whether they were later.
-                let follows = known.and_then(|txid| run.missing_between(txid, txid.saturating_add(1)));
-                Ok(follows.map(|gap| gap.first_txid).or(known))
+                // Where those that follow are missing, snapshots behind them may tell when they were.
+                while let Some(txid) = known
+                    && let Some(gap) = run.missing_between(txid, txid.saturating_add(1))
+                {
+                    let behind = self.snapshots_behind(run, txid).await?;
+                    match behind.iter().find(|info| info.time_ms <= asked_ms) {
+                        Some(info) => known = Some(info.last_txid),
+                        None if behind.iter().any(|info| info.last_txid == gap.first_txid) => break,
+                        // Nobody knows: this transaction can't be restored, and that is the answer.
+                        None => return Ok(Some(gap.first_txid)),
+                    }
+                }
+                Ok(known)
             }
         }
+    }
+
+    /// What the snapshots of `run` after a transaction are of, newest first.
+    async fn snapshots_behind(&self, run: &Run<'_>, txid: u64) -> Result<Vec<SnapshotInfo>, RestoreError> {
+        let mut behind = Vec::new();
+        for planned in run.snapshots.iter().take_while(|planned| planned.stored.key.txid > txid) {
+            behind.extend(self.usable(run, planned).await?);
+        }
+        Ok(behind)
     }
 
     /// The state that the last transaction of `run` that changed the schema found.

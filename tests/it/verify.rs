@@ -519,7 +519,12 @@ async fn a_wrong_index() {
         assert_found(&report(&oracle, depth).await, Verdict::Failed, &says, "outside");
     }
     // Inside, but not what is said to be there.
-    let (_, other) = indexed_otherwise(&whole, first, |extent| ExtentRecord { offset: extent.offset + 1, ..extent });
+    let shifted = |extent: ExtentRecord| ExtentRecord {
+        offset: extent.offset + 1,
+        compressed_len: extent.compressed_len - 1,
+        ..extent
+    };
+    let (_, other) = indexed_otherwise(&whole, first, shifted);
     put(store, &key, other).await;
     assert_found(&report(&oracle, Depth::Structure).await, Verdict::Ok, &[], "other");
     for depth in [Depth::Data, Depth::Drill] {
