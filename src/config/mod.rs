@@ -170,7 +170,7 @@ impl DatabaseConfig {
             replica,
             sync_interval: Duration::from_secs(1),
             poll_interval: Duration::from_secs(1),
-            checkpoint_threshold_bytes: 4 << 20,
+            checkpoint_threshold_bytes: 3584 << 10,
             spool_limit_bytes: 256 << 20,
             snapshot_interval: Duration::from_secs(24 * 3600),
             merge: vec![Duration::from_secs(60), Duration::from_secs(3600)],

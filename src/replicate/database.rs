@@ -28,14 +28,17 @@ use crate::sqlite::SqliteError;
 use crate::sqlite::header::{HEADER_LEN, schema_cookie};
 use crate::sqlite::live::LiveDatabase;
 
-/// Under load, wakes are not answered more often.
-const BUSY_WAKE_INTERVAL: Duration = Duration::from_millis(20);
-/// Otherwise they are: an application's RESTART or TRUNCATE checkpoint waits for two answers, and the waits in SQLite's busy
-/// handler grow quickly.
+/// Under load, a change of the WAL is not answered more often than this,
+const BUSY_WAKE_INTERVAL: Duration = Duration::from_millis(50);
+/// or this, after a look that found so much of the WAL: it would grow.
+const FAST_WAKE_INTERVAL: Duration = Duration::from_millis(10);
+const MUCH_FOR_A_LOOK_BYTES: u64 = 512 << 10;
+/// Otherwise it is, and a change of the main file always: an application's RESTART or TRUNCATE checkpoint waits for two answers, and
+/// the waits in SQLite's busy handler grow quickly.
 const WAKE_INTERVAL: Duration = Duration::from_millis(2);
 /// So many looks that captured something, none later than this after the one before, are a load.
 const BUSY_AFTER_LOOKS: u32 = 5;
-const BUSY_GAP: Duration = Duration::from_millis(50);
+const BUSY_GAP: Duration = Duration::from_millis(80);
 /// A writer publishes a commit after the write that woke us, and a checkpointer its progress after its fsync, neither with an
 /// event of its own: so we look again, this soon at first, then at doubling intervals.
 const FIRST_LOOK_AGAIN: Duration = Duration::from_millis(1);
@@ -195,6 +198,8 @@ pub struct Following {
     misses_events: bool,
     last_advance: Duration,
     busy_looks: u32,
+    /// Bytes of the WAL that the last look captured.
+    looked_at_bytes: u64,
     look_again: Option<Duration>,
     quiet_checkpoint_due: Option<Duration>,
     barrier_retry: Duration,
@@ -242,6 +247,7 @@ impl Following {
             misses_events: false,
             last_advance: now,
             busy_looks: 0,
+            looked_at_bytes: 0,
             look_again: None,
             quiet_checkpoint_due: Some(now + QUIET_AFTER),
             barrier_retry: FIRST_BARRIER_RETRY,
@@ -306,7 +312,7 @@ impl Following {
                 if events.is_empty() {
                     self.coalesce();
                 }
-                self.look_again = Some(if self.is_busy() { BUSY_WAKE_INTERVAL } else { FIRST_LOOK_AGAIN });
+                self.look_again = Some(if self.is_busy() { self.wake_interval() } else { FIRST_LOOK_AGAIN });
             }
             let (is_told, captured_at) =
                 (is_woken || !events.is_empty() || self.look_again.is_some(), self.last_commit);
@@ -366,11 +372,18 @@ impl Following {
         self.busy_looks >= BUSY_AFTER_LOOKS
     }
 
+    fn wake_interval(&self) -> Duration {
+        match self.is_busy() {
+            true if self.looked_at_bytes >= MUCH_FOR_A_LOOK_BYTES => FAST_WAKE_INTERVAL,
+            true => BUSY_WAKE_INTERVAL,
+            false => WAKE_INTERVAL,
+        }
+    }
+
     /// Many events are one wake.
     fn coalesce(&self) {
         let since = self.now().saturating_sub(self.last_look);
-        let interval = if self.is_busy() { BUSY_WAKE_INTERVAL } else { WAKE_INTERVAL };
-        if let Some(early) = interval.checked_sub(since) {
+        if let Some(early) = self.wake_interval().checked_sub(since) {
             self.around.mailbox.pause(early);
         }
     }
@@ -414,10 +427,13 @@ impl Following {
         // A pin that protects frames moves even when nothing is written: nobody is to find a read transaction that stands long.
         let stood = self.now().saturating_sub(self.last_advance);
         let pin_is_old = stood >= PIN_MOVES_AFTER && self.capture.wal_len_bytes() > 0;
+        let before_bytes = self.capture.follower().wal_len_bytes();
         let captured = match self.capture.has_work()? || pin_is_old {
             true => self.advance()?,
             false => 0,
         };
+        let after_bytes = self.capture.follower().wal_len_bytes();
+        self.looked_at_bytes = after_bytes.checked_sub(before_bytes).unwrap_or(after_bytes);
         let is_close = self.now().saturating_sub(self.last_commit) <= BUSY_GAP;
         self.busy_looks = if is_close { self.busy_looks.saturating_add(u32::from(captured > 0)) } else { 0 };
         if captured > 0 {

@@ -23,6 +23,9 @@ use crate::format::{FOOTER_LEN, FormatError};
 /// So many runs become one at a time. Each needs memory to be read: a window of 256 KiB, and as much again.
 const RUNS_AT_A_TIME: usize = 24;
 
+/// A segment of so many bytes is merged with no other: changes hardly become smaller any more, and it is no small object.
+const LARGE_BYTES: u64 = 8 << 20;
+
 /// What is merged, and how much may be kept for it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct MergeSettings {
@@ -33,9 +36,9 @@ pub struct MergeSettings {
 }
 
 impl MergeSettings {
-    /// What is as large as this gains nothing by being merged again.
+    /// What is as large as this is not merged again.
     fn large_bytes(&self) -> u64 {
-        self.kept_limit_bytes / 4
+        LARGE_BYTES.min(self.kept_limit_bytes / 4)
     }
 }
 

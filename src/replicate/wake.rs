@@ -52,6 +52,10 @@ pub struct Mailbox {
 #[derive(Debug, Default)]
 struct Inbox {
     is_woken: bool,
+    /// Whether what changed is the main file: then a checkpoint may wait for us.
+    is_urgent: bool,
+    /// Whether the thread waits for what is urgent alone: to wake it for anything else would cost more than it does then.
+    is_pausing: bool,
     events: VecDeque<Event>,
 }
 
@@ -60,11 +64,20 @@ impl Mailbox {
         locked(&self.inbox)
     }
 
-    /// A file changed.
+    /// The WAL changed.
     pub fn wake(&self) {
         let mut inbox = self.inbox();
-        if !inbox.is_woken {
-            inbox.is_woken = true;
+        if !std::mem::replace(&mut inbox.is_woken, true) && !inbox.is_pausing {
+            self.changed.notify_one();
+            self.stirred.notify_one();
+        }
+    }
+
+    /// The main file changed: somebody checkpoints, or something happened to the file.
+    pub fn wake_at_once(&self) {
+        let mut inbox = self.inbox();
+        inbox.is_woken = true;
+        if !std::mem::replace(&mut inbox.is_urgent, true) {
             self.changed.notify_one();
             self.stirred.notify_one();
         }
@@ -77,10 +90,14 @@ impl Mailbox {
         self.stirred.notify_one();
     }
 
-    /// Waits for an event, at most `timeout`, whatever files do.
+    /// Waits for an event or an urgent wake, at most `timeout`, whatever else files do.
     pub fn pause(&self, timeout: Duration) {
-        let inbox = self.inbox();
-        drop(self.changed.wait_timeout_while(inbox, timeout, |inbox| inbox.events.is_empty()));
+        let mut inbox = self.inbox();
+        inbox.is_pausing = true;
+        let is_empty = |inbox: &mut Inbox| !inbox.is_urgent && inbox.events.is_empty();
+        let waited = self.changed.wait_timeout_while(inbox, timeout, is_empty);
+        let (mut inbox, _) = waited.unwrap_or_else(PoisonError::into_inner);
+        (inbox.is_pausing, inbox.is_urgent) = (false, false);
     }
 
     /// Waits for a wake or an event, at most `timeout`; tells whether a file changed, and gives all events.
@@ -107,7 +124,7 @@ impl Mailbox {
     /// Takes the wake, if there is one; events stay, and the answer says what they are.
     pub fn take_wake(&self) -> Stirring {
         let mut inbox = self.inbox();
-        inbox.is_woken = false;
+        (inbox.is_woken, inbox.is_urgent) = (false, false);
         match inbox.events.iter().all(|event| matches!(event, Event::Stop)) {
             _ if inbox.events.is_empty() => Stirring::Nothing,
             true => Stirring::Stop,
@@ -127,11 +144,26 @@ pub enum Stirring {
     Work,
 }
 
-/// Files, and whom to wake when one of them changes; directories, and whom to tell of what comes and goes in them.
+/// Main files and WALs, and whom to wake when one of them changes; directories, and whom to tell of what comes and goes in them.
 #[derive(Debug, Default)]
 struct Watched {
-    files: HashMap<PathBuf, Vec<Weak<Mailbox>>>,
+    main_files: HashMap<PathBuf, Vec<Weak<Mailbox>>>,
+    wals: HashMap<PathBuf, Vec<Weak<Mailbox>>>,
     directories: HashMap<PathBuf, Weak<Notify>>,
+}
+
+impl Watched {
+    /// A database's files, and where each belongs.
+    fn files_of(&mut self, path: &Path) -> [(&mut HashMap<PathBuf, Vec<Weak<Mailbox>>>, PathBuf); 2] {
+        [(&mut self.main_files, path.to_owned()), (&mut self.wals, sidecar(path, "-wal"))]
+    }
+}
+
+fn waiting<'a>(
+    files: &'a HashMap<PathBuf, Vec<Weak<Mailbox>>>,
+    path: &Path,
+) -> impl Iterator<Item = Arc<Mailbox>> + 'a {
+    files.get(path).into_iter().flatten().filter_map(Weak::upgrade)
 }
 
 /// A commit is a row of writes, one event each. After the first that wakes somebody the watcher waits for so long: meanwhile the
@@ -186,24 +218,21 @@ impl WatchHub {
     /// Wakes `mailbox` when the database at `path` or its WAL changes, as long as the mailbox lives; tells whether events are to
     /// be had.
     pub fn watch(&self, path: &Path, mailbox: &Arc<Mailbox>) -> bool {
-        let mut watched = self.watched();
-        for file in [path.to_owned(), sidecar(path, "-wal")] {
-            let mailboxes = watched.files.entry(file).or_default();
+        for (files, file) in self.watched().files_of(path) {
+            let mailboxes = files.entry(file).or_default();
             mailboxes.retain(|mailbox| mailbox.strong_count() > 0);
             mailboxes.push(Arc::downgrade(mailbox));
         }
-        drop(watched);
         path.parent().is_some_and(|directory| self.watch_directory(directory))
     }
 
     /// Lets go of what [`WatchHub::watch`] remembers of a database that is not followed any more.
     pub fn forget(&self, path: &Path) {
-        let mut watched = self.watched();
-        for file in [path.to_owned(), sidecar(path, "-wal")] {
-            if let Some(mailboxes) = watched.files.get_mut(&file) {
+        for (files, file) in self.watched().files_of(path) {
+            if let Some(mailboxes) = files.get_mut(&file) {
                 mailboxes.retain(|mailbox| mailbox.strong_count() > 0);
                 if mailboxes.is_empty() {
-                    watched.files.remove(&file);
+                    files.remove(&file);
                 }
             }
         }
@@ -243,7 +272,11 @@ fn dispatch(watched: &Mutex<Watched>, event: &notify::Event) -> bool {
         matches!(event.kind, EventKind::Create(_) | EventKind::Remove(_) | EventKind::Modify(ModifyKind::Name(_)));
     let mut is_awaited = false;
     for path in &event.paths {
-        for mailbox in watched.files.get(path).into_iter().flatten().filter_map(Weak::upgrade) {
+        for mailbox in waiting(&watched.main_files, path) {
+            mailbox.wake_at_once();
+            is_awaited = true;
+        }
+        for mailbox in waiting(&watched.wals, path) {
             mailbox.wake();
             is_awaited = true;
         }

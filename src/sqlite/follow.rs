@@ -126,20 +126,24 @@ fn read_frame(files: &Files, header: &WalHeader, frame: u32, page: &mut [u8]) ->
 struct Window {
     first_frame: u32,
     bytes: Vec<u8>,
+    /// So many of the bytes were read; the rest is memory for more.
+    len: usize,
 }
 
 impl Window {
     fn frame(&self, header: &WalHeader, index: u32) -> Option<&[u8]> {
         let start = index.checked_sub(self.first_frame)? as usize * header.frame_len();
-        self.bytes.get(start..start + header.frame_len())
+        self.bytes[..self.len].get(start..start + header.frame_len())
     }
 
     /// Reads frames from `first_frame` on, up to `end_frame`, as many as fit (always at least one).
     fn fill(&mut self, files: &Files, header: &WalHeader, first_frame: u32, end_frame: u32) -> Result<(), SqliteError> {
         let frames = (WINDOW_LEN / header.frame_len()).clamp(1, (end_frame - first_frame) as usize);
-        self.bytes.resize(frames * header.frame_len(), 0);
-        let read = files.read_wal(header.frame_offset(first_frame), &mut self.bytes)?;
-        self.bytes.truncate(read);
+        let len = frames * header.frame_len();
+        if self.bytes.len() < len {
+            self.bytes.resize(len, 0);
+        }
+        self.len = files.read_wal(header.frame_offset(first_frame), &mut self.bytes[..len])?;
         self.first_frame = first_frame;
         Ok(())
     }
@@ -350,7 +354,7 @@ impl Follower {
         let mut images = BTreeMap::new();
         let mut transactions = 0;
         // What an earlier call read may have been overwritten since.
-        self.window.bytes.clear();
+        self.window.len = 0;
         while next < end_frame {
             if self.window.frame(&header, next).is_none() {
                 self.window.fill(files, &header, next, end_frame)?;
