@@ -198,7 +198,7 @@ pub struct Following {
     misses_events: bool,
     last_advance: Duration,
     busy_looks: u32,
-    /// Bytes of the WAL that the last look captured.
+    /// Bytes of the WAL that the last looks captured: the fewer, the longer ago.
     looked_at_bytes: u64,
     look_again: Option<Duration>,
     quiet_checkpoint_due: Option<Duration>,
@@ -427,13 +427,10 @@ impl Following {
         // A pin that protects frames moves even when nothing is written: nobody is to find a read transaction that stands long.
         let stood = self.now().saturating_sub(self.last_advance);
         let pin_is_old = stood >= PIN_MOVES_AFTER && self.capture.wal_len_bytes() > 0;
-        let before_bytes = self.capture.follower().wal_len_bytes();
         let captured = match self.capture.has_work()? || pin_is_old {
             true => self.advance()?,
             false => 0,
         };
-        let after_bytes = self.capture.follower().wal_len_bytes();
-        self.looked_at_bytes = after_bytes.checked_sub(before_bytes).unwrap_or(after_bytes);
         let is_close = self.now().saturating_sub(self.last_commit) <= BUSY_GAP;
         self.busy_looks = if is_close { self.busy_looks.saturating_add(u32::from(captured > 0)) } else { 0 };
         if captured > 0 {
@@ -465,10 +462,14 @@ impl Following {
         let advanced_at = self.now();
         self.snapshots.note_pin(advanced_at.saturating_sub(self.last_advance), self.capture.wal_len_bytes());
         self.last_advance = advanced_at;
+        let before_bytes = self.capture.follower().wal_len_bytes();
         let captured = match &mut self.recorder {
             Some(recorder) => self.capture.advance(recorder),
             None => self.capture.advance(&mut Ignore),
         };
+        let after_bytes = self.capture.follower().wal_len_bytes();
+        let new_bytes = after_bytes.checked_sub(before_bytes).unwrap_or(after_bytes);
+        self.looked_at_bytes = new_bytes.max(self.looked_at_bytes / 2);
         match captured {
             // Another process recovers the WAL just now, or so. What is not captured stays pinned.
             Err(RecordError::Sqlite(error)) if error.is_busy() => Ok(0),

@@ -76,8 +76,9 @@ impl Mailbox {
     /// The main file changed: somebody checkpoints, or something happened to the file.
     pub fn wake_at_once(&self) {
         let mut inbox = self.inbox();
-        inbox.is_woken = true;
-        if !std::mem::replace(&mut inbox.is_urgent, true) {
+        let is_known = inbox.is_woken && inbox.is_urgent;
+        (inbox.is_woken, inbox.is_urgent) = (true, true);
+        if !is_known {
             self.changed.notify_one();
             self.stirred.notify_one();
         }
@@ -286,4 +287,48 @@ fn dispatch(watched: &Mutex<Watched>, event: &notify::Event) -> bool {
         }
     }
     is_awaited
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const LONG: Duration = Duration::from_secs(60);
+
+    /// Waits on another thread, begun before `wake`; tells whether it was woken, and not by the time that passed.
+    fn is_woken(mailbox: &Arc<Mailbox>, wait: impl Fn(&Mailbox) + Send + 'static, wake: impl Fn(&Mailbox)) -> bool {
+        let (ended, has_ended) = std::sync::mpsc::channel();
+        let waiting = mailbox.clone();
+        let thread = std::thread::spawn(move || {
+            wait(&waiting);
+            ended.send(()).unwrap();
+        });
+        std::thread::sleep(Duration::from_millis(30));
+        wake(mailbox);
+        let is_woken = has_ended.recv_timeout(Duration::from_millis(500)).is_ok();
+        mailbox.send(Event::Stop);
+        thread.join().unwrap();
+        mailbox.wait(Duration::ZERO);
+        is_woken
+    }
+
+    #[test]
+    fn every_wake_ends_a_wait_and_urgent_ones_a_pause() {
+        let mailbox = Arc::new(Mailbox::default());
+        let wait = |mailbox: &Mailbox| drop(mailbox.wait(LONG));
+        let pause = |mailbox: &Mailbox| mailbox.pause(LONG);
+        for _ in 0..2 {
+            assert!(is_woken(&mailbox, wait, Mailbox::wake));
+            // More than once, with no pause in between that takes note of it.
+            assert!(is_woken(&mailbox, wait, Mailbox::wake_at_once));
+            assert!(is_woken(&mailbox, wait, Mailbox::wake_at_once));
+            mailbox.pause(Duration::ZERO);
+            assert!(!is_woken(&mailbox, pause, Mailbox::wake));
+            assert!(is_woken(&mailbox, pause, Mailbox::wake_at_once));
+        }
+        mailbox.pause(Duration::ZERO);
+        mailbox.wake();
+        mailbox.pause(Duration::from_millis(1));
+        assert!(mailbox.wait(LONG).0, "what came during a pause is known after it");
+    }
 }

@@ -77,9 +77,9 @@ impl Images<'_> {
         page: &PageImage,
         former_hash: Option<u64>,
     ) -> Result<(&[u8], Option<&[u8]>), SqliteError> {
-        let has_former = match former_hash {
-            Some(hash) => self.read_former(page.page_number, hash)?,
-            None => false,
+        let former = match former_hash {
+            Some(hash) => self.find_former(page.page_number, hash)?,
+            None => Former::Unknown,
         };
         let image = match self.window.frame(&self.header, page.frame) {
             Some(frame) => &frame[FRAME_HEADER_LEN..],
@@ -93,26 +93,42 @@ impl Images<'_> {
                 &self.scratch
             }
         };
-        Ok((image, has_former.then_some(&self.former)))
+        let former = match former {
+            Former::Unknown => None,
+            Former::Frame(frame) => self.window.frame(&self.header, frame).map(|frame| &frame[FRAME_HEADER_LEN..]),
+            Former::Read => Some(self.former.as_slice()),
+        };
+        Ok((image, former))
     }
 
-    /// Reads the page with this hash as it was before the transaction; tells whether it is still to be had.
-    fn read_former(&mut self, page_number: u32, hash: u64) -> Result<bool, SqliteError> {
-        self.former.resize(self.header.page_size as usize, 0);
-        if let Some(known) = self.in_wal.get(&page_number)
-            && known.hash == hash
+    /// Finds the page with this hash as it was before the transaction.
+    fn find_former(&mut self, page_number: u32, hash: u64) -> Result<Former, SqliteError> {
+        let known = self.in_wal.get(&page_number).filter(|known| known.hash == hash);
+        if let Some(known) = known
+            && self.window.frame(&self.header, known.frame).is_some()
         {
-            match self.window.frame(&self.header, known.frame) {
-                Some(frame) => self.former.copy_from_slice(&frame[FRAME_HEADER_LEN..]),
-                None => drop(read_frame(self.files, &self.header, known.frame, &mut self.former)?),
-            }
-            if (self.hash)(page_number, &self.former) == hash {
-                return Ok(true);
-            }
+            return Ok(Former::Frame(known.frame));
+        }
+        self.former.resize(self.header.page_size as usize, 0);
+        if let Some(known) = known
+            && read_frame(self.files, &self.header, known.frame, &mut self.former)?
+            && (self.hash)(page_number, &self.former) == hash
+        {
+            return Ok(Former::Read);
         }
         self.files.read_main_pages(page_number, &mut self.former)?;
-        Ok((self.hash)(page_number, &self.former) == hash)
+        let is_right = (self.hash)(page_number, &self.former) == hash;
+        Ok(if is_right { Former::Read } else { Former::Unknown })
     }
+}
+
+/// Where a page is as a transaction found it.
+enum Former {
+    Unknown,
+    /// In the window, where it was checked when its transaction was read.
+    Frame(u32),
+    /// It was read again, and checked.
+    Read,
 }
 
 /// Reads the page of a frame; tells whether the WAL goes that far.
