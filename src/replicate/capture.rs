@@ -66,8 +66,16 @@ impl Capture {
     /// # Errors
     /// As the operating system answers.
     pub fn has_work(&self) -> Result<bool, SqliteError> {
-        let index = self.live.files.wal_index()?;
-        Ok(self.follower.is_behind(&index) || (index.is_checkpointed() && !self.pin_is_at_zero))
+        Ok(self.is_behind()? || self.holds_up_a_checkpoint()?)
+    }
+
+    /// Whether all of the WAL is in the main file, and the pin still protects frames: then a RESTART or TRUNCATE checkpoint may wait
+    /// for it to move.
+    ///
+    /// # Errors
+    /// As the operating system answers.
+    pub fn holds_up_a_checkpoint(&self) -> Result<bool, SqliteError> {
+        Ok(self.live.files.wal_index()?.is_checkpointed() && !self.pin_is_at_zero)
     }
 
     /// Whether transactions are published that were not captured.

@@ -20,7 +20,7 @@ use super::snapshots::{Advance, Snapshots};
 use super::spool::{self, Spool, Spooled};
 use super::start::{Started, start};
 use super::state::{LocalState, StateDirectory, boot_id, wal_field};
-use super::wake::{Event, Mailbox};
+use super::wake::{Changed, Event, Mailbox};
 use crate::clock::Clock;
 use crate::format::Position;
 use crate::format::key::Span;
@@ -306,16 +306,20 @@ impl Following {
             {
                 return Ok(Ended::AtRest(Box::new(rested)));
             }
-            let (is_woken, events) = self.around.mailbox.wait(self.time_to_wait()?);
-            if is_woken {
-                // Whoever tells us something may wait for the answer with the write lock held.
-                if events.is_empty() {
-                    self.coalesce();
+            let (changed, events) = self.around.mailbox.wait(self.time_to_wait()?);
+            match changed {
+                Changed::Main => self.look_again = Some(FIRST_LOOK_AGAIN),
+                Changed::Wal => {
+                    // Whoever tells us something may wait for the answer with the write lock held.
+                    if events.is_empty() {
+                        self.coalesce();
+                    }
+                    self.look_again = Some(if self.is_busy() { self.wake_interval() } else { FIRST_LOOK_AGAIN });
                 }
-                self.look_again = Some(if self.is_busy() { self.wake_interval() } else { FIRST_LOOK_AGAIN });
+                Changed::Nothing => {}
             }
-            let (is_told, captured_at) =
-                (is_woken || !events.is_empty() || self.look_again.is_some(), self.last_commit);
+            let is_told = changed != Changed::Nothing || !events.is_empty() || self.look_again.is_some();
+            let captured_at = self.last_commit;
             let is_stopping = self.turn(events)?;
             self.misses_events |= !is_told && self.last_commit != captured_at;
             if is_stopping {
@@ -382,7 +386,7 @@ impl Following {
 
     /// Many events are one wake.
     fn coalesce(&self) {
-        let since = self.now().saturating_sub(self.last_look);
+        let since = self.now().saturating_sub(self.last_advance);
         if let Some(early) = self.wake_interval().checked_sub(since) {
             self.around.mailbox.pause(early);
         }
@@ -427,7 +431,13 @@ impl Following {
         // A pin that protects frames moves even when nothing is written: nobody is to find a read transaction that stands long.
         let stood = self.now().saturating_sub(self.last_advance);
         let pin_is_old = stood >= PIN_MOVES_AFTER && self.capture.wal_len_bytes() > 0;
-        let captured = match self.capture.has_work()? || pin_is_old {
+        // What was committed has time under load; a checkpoint that waits for the pin has not.
+        let is_early = self.is_busy() && stood < self.wake_interval();
+        let is_due = match is_early {
+            true => self.capture.holds_up_a_checkpoint()?,
+            false => self.capture.has_work()? || pin_is_old,
+        };
+        let captured = match is_due {
             true => self.advance()?,
             false => 0,
         };

@@ -98,16 +98,32 @@ impl Mailbox {
         let is_empty = |inbox: &mut Inbox| !inbox.is_urgent && inbox.events.is_empty();
         let waited = self.changed.wait_timeout_while(inbox, timeout, is_empty);
         let (mut inbox, _) = waited.unwrap_or_else(PoisonError::into_inner);
-        (inbox.is_pausing, inbox.is_urgent) = (false, false);
+        inbox.is_pausing = false;
     }
 
-    /// Waits for a wake or an event, at most `timeout`; tells whether a file changed, and gives all events.
-    pub fn wait(&self, timeout: Duration) -> (bool, VecDeque<Event>) {
+    /// Waits for a wake or an event, at most `timeout`; tells which file changed, and gives all events.
+    pub fn wait(&self, timeout: Duration) -> (Changed, VecDeque<Event>) {
         let is_empty = |inbox: &mut Inbox| !inbox.is_woken && inbox.events.is_empty();
         let waited = self.changed.wait_timeout_while(self.inbox(), timeout, is_empty);
         let (mut inbox, _) = waited.unwrap_or_else(PoisonError::into_inner);
-        (std::mem::take(&mut inbox.is_woken), std::mem::take(&mut inbox.events))
+        let changed = match (std::mem::take(&mut inbox.is_woken), std::mem::take(&mut inbox.is_urgent)) {
+            (_, true) => Changed::Main,
+            (true, false) => Changed::Wal,
+            (false, false) => Changed::Nothing,
+        };
+        (changed, std::mem::take(&mut inbox.events))
     }
+}
+
+/// What a database's thread is woken by.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Changed {
+    /// Time that passed, or an event.
+    Nothing,
+    /// The WAL.
+    Wal,
+    /// The main file, and maybe the WAL.
+    Main,
 }
 
 impl Mailbox {
@@ -145,25 +161,25 @@ pub enum Stirring {
     Work,
 }
 
+/// Files, and whom to wake when one of them changes.
+type Mailboxes = HashMap<PathBuf, Vec<Weak<Mailbox>>>;
+
 /// Main files and WALs, and whom to wake when one of them changes; directories, and whom to tell of what comes and goes in them.
 #[derive(Debug, Default)]
 struct Watched {
-    main_files: HashMap<PathBuf, Vec<Weak<Mailbox>>>,
-    wals: HashMap<PathBuf, Vec<Weak<Mailbox>>>,
+    main_files: Mailboxes,
+    wals: Mailboxes,
     directories: HashMap<PathBuf, Weak<Notify>>,
 }
 
 impl Watched {
     /// A database's files, and where each belongs.
-    fn files_of(&mut self, path: &Path) -> [(&mut HashMap<PathBuf, Vec<Weak<Mailbox>>>, PathBuf); 2] {
+    fn files_of(&mut self, path: &Path) -> [(&mut Mailboxes, PathBuf); 2] {
         [(&mut self.main_files, path.to_owned()), (&mut self.wals, sidecar(path, "-wal"))]
     }
 }
 
-fn waiting<'a>(
-    files: &'a HashMap<PathBuf, Vec<Weak<Mailbox>>>,
-    path: &Path,
-) -> impl Iterator<Item = Arc<Mailbox>> + 'a {
+fn waiting<'a>(files: &'a Mailboxes, path: &Path) -> impl Iterator<Item = Arc<Mailbox>> + 'a {
     files.get(path).into_iter().flatten().filter_map(Weak::upgrade)
 }
 
@@ -319,16 +335,17 @@ mod tests {
         let pause = |mailbox: &Mailbox| mailbox.pause(LONG);
         for _ in 0..2 {
             assert!(is_woken(&mailbox, wait, Mailbox::wake));
-            // More than once, with no pause in between that takes note of it.
             assert!(is_woken(&mailbox, wait, Mailbox::wake_at_once));
             assert!(is_woken(&mailbox, wait, Mailbox::wake_at_once));
-            mailbox.pause(Duration::ZERO);
             assert!(!is_woken(&mailbox, pause, Mailbox::wake));
             assert!(is_woken(&mailbox, pause, Mailbox::wake_at_once));
         }
-        mailbox.pause(Duration::ZERO);
+        assert_eq!(mailbox.wait(Duration::ZERO).0, Changed::Nothing);
         mailbox.wake();
         mailbox.pause(Duration::from_millis(1));
-        assert!(mailbox.wait(LONG).0, "what came during a pause is known after it");
+        assert_eq!(mailbox.wait(LONG).0, Changed::Wal, "what came during a pause is known after it");
+        mailbox.wake_at_once();
+        mailbox.pause(LONG);
+        assert_eq!(mailbox.wait(LONG).0, Changed::Main);
     }
 }
