@@ -54,26 +54,24 @@ impl BlockHeader {
 
 /// How a section is compressed: what it costs to write, and to read.
 ///
-/// Page images are written in the order of their numbers, so what is alike stands close together: a small window finds it.
+/// What changed in pages is written in the order of their numbers, so what is alike stands close together: a small window finds it.
 /// It takes its memory in the writer and in the reader, of which a merge has many.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Compression {
     /// Tables and indexes, of which there is one an object.
     #[default]
     Table,
-    /// The pages of a segment that is shipped as soon as it is there: compressed well, because it is uploaded at once.
+    /// The pages of a segment that is shipped as soon as it is there: there may be a load, and most will be merged.
     FreshPages,
-    /// The same, where more comes than can be compressed well in time.
-    ManyPages,
-    /// The pages of a segment that others were merged into: most of them differ little from the one before.
+    /// The pages of a segment that others were merged into.
     MergedPages,
 }
 
 impl Compression {
     fn level(self) -> i32 {
         match self {
-            Self::Table | Self::FreshPages => 3,
-            Self::ManyPages => 1,
+            Self::Table => 3,
+            Self::FreshPages => 1,
             Self::MergedPages => 2,
         }
     }
@@ -82,7 +80,8 @@ impl Compression {
     fn window_log(self) -> u32 {
         match self {
             Self::Table => WINDOW_LOG_LIMIT,
-            Self::FreshPages | Self::ManyPages | Self::MergedPages => 18,
+            Self::FreshPages => 17,
+            Self::MergedPages => 18,
         }
     }
 
@@ -90,7 +89,8 @@ impl Compression {
     fn block_raw_len(self) -> usize {
         match self {
             Self::Table => 4 << 20,
-            Self::FreshPages | Self::ManyPages | Self::MergedPages => 128 << 10,
+            Self::FreshPages => 64 << 10,
+            Self::MergedPages => 128 << 10,
         }
     }
 }

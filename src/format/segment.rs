@@ -26,8 +26,6 @@ const RECORD_LEN: u64 = 32;
 const RUN_LEN: u64 = 16;
 /// Length of what a page's content begins with: how many bytes follow.
 pub(super) const ENTRY_HEADER_LEN: usize = 4;
-/// A run of more bytes than this is compressed for speed: so much in a second is a load.
-const COMPRESSED_WELL_LEN: usize = 2 << 20;
 /// No table is longer than this, in bytes: a reader keeps all of it in memory. It is enough for 67 million pages, of
 /// which 512 bytes each make 34 GB.
 pub const TABLE_RAW_LIMIT: u64 = 256 << 20;
@@ -185,9 +183,7 @@ impl<W: Write> SegmentWriter<W> {
             self.note_transaction(info, page_numbers)?;
             transaction_count += 1;
         }
-        let is_much = self.run_count > 0 || run.len_bytes() > COMPRESSED_WELL_LEN;
-        let compression = if is_much { Compression::ManyPages } else { self.compression };
-        let mut blocks = BlockWriter::new(compression);
+        let mut blocks = BlockWriter::new(self.compression);
         run.for_each_entry(|entry| blocks.push(&mut self.sink, &[entry]))?;
         self.note_run(transaction_count, blocks)
     }

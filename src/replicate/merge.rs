@@ -20,7 +20,7 @@ use crate::format::key::SegmentKey;
 use crate::format::segment::{PageStream, Run, SegmentFooter, SegmentWriter, Table, Transaction};
 use crate::format::{FOOTER_LEN, FormatError};
 
-/// So many runs become one at a time. Each needs memory to be read: a window of 256 KiB, and as much again.
+/// So many runs become one at a time. Each needs memory to be read: a window of 128 KiB, and twice as much again.
 const RUNS_AT_A_TIME: usize = 24;
 
 /// A segment of so many bytes is merged with no other: changes hardly become smaller any more, and it is no small object.
