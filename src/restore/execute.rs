@@ -78,7 +78,7 @@ pub async fn execute_with(
     progress.enter(Phase::Snapshot);
     let reused_bytes = extents::apply(&execution, &index, &kept, old).await?;
     progress.enter(Phase::Segments);
-    segments::apply(&execution, &index).await?;
+    segments::apply(&execution).await?;
     progress.enter(Phase::Syncing);
     let found = execution.blocking(|execution| execution.image.finish()).await?;
     if found != plan.fingerprint {

@@ -1,42 +1,26 @@
 //! What a run of transactions makes of the pages that are there: of each page in turn, oldest transaction first.
 
-use std::sync::Arc;
-
 use super::RestoreError;
 use super::execute::Execution;
 use super::image::Image;
+use crate::format::FormatError;
 use crate::format::change::Content;
-use crate::format::key::{SegmentKey, SnapshotKey};
+use crate::format::key::SegmentKey;
 use crate::format::segment::{PageStream, Run, Table, Transaction};
-use crate::format::snapshot::SnapshotIndex;
-use crate::format::{FormatError, pages_per_extent};
 
 /// Neighbours are written together up to so many bytes.
 const WRITE_LEN: usize = 256 << 10;
 
-/// Which transactions are in what is there already.
-#[derive(Debug, Clone)]
+/// How far what is there already is.
+///
+/// Extents are read one after another, so they hold some of the transactions after the snapshot's key, too. To apply those again does no
+/// harm: changes are bytes at places, so after the last transaction each byte is what its last writer made of it.
+#[derive(Debug, Clone, Copy)]
 pub(super) struct Since {
-    /// All up to this one.
+    /// All transactions up to this one are in it.
     pub(super) txid: u64,
     /// The database's size after it, as far as it is known.
     pub(super) size_pages: u32,
-    /// In the pages of each extent, all up to that one: extents were read one after another.
-    extent_txids: Arc<[u64]>,
-    pages_per_extent: u32,
-}
-
-impl Since {
-    /// When the snapshot's extents are there.
-    pub(super) fn new(key: &SnapshotKey, index: &SnapshotIndex, page_size: u32) -> Self {
-        let extent_txids = index.extents.iter().map(|extent| extent.txid).collect();
-        Self { txid: key.txid, size_pages: u32::MAX, extent_txids, pages_per_extent: pages_per_extent(page_size) }
-    }
-
-    fn of_page(&self, page_number: u32) -> u64 {
-        let extent = (page_number - 1) / self.pages_per_extent;
-        self.extent_txids.get(extent as usize).copied().unwrap_or(0).max(self.txid)
-    }
 }
 
 /// A segment that is worked off.
@@ -66,7 +50,7 @@ impl Open {
     pub(super) fn since_after(&self) -> Since {
         let last = self.table.transactions.iter().rfind(|transaction| self.counts(transaction));
         let size_pages = last.map_or(self.since.size_pages, |last| last.info.size_pages);
-        Since { txid: self.last_txid.max(self.since.txid), size_pages, ..self.since.clone() }
+        Since { txid: self.last_txid.max(self.since.txid), size_pages }
     }
 
     /// The transactions of a run that made the database smaller.
@@ -155,7 +139,7 @@ impl RunReader {
             while let Some(place) = self.pages.next_place().filter(|_| self.pages.has_content()) {
                 if place.page_number != self.current.page_number {
                     self.leave_page(image)?;
-                    self.current.enter(place.page_number, &segment.since);
+                    self.current.enter(place.page_number, segment.since.txid);
                 }
                 let txid = self.first_txid + self.ends.partition_point(|end| *end <= place.image as usize) as u64;
                 let Some((_, content)) = self.pages.next_content() else { break };
@@ -179,7 +163,7 @@ impl RunReader {
             let what = "it has fewer pages than its table";
             return Err(RestoreError::damaged(&execution.plan.location, &self.key, &what));
         }
-        self.clear_cut_pages(image, &segment.since)
+        self.clear_cut_pages(image, segment.since.txid)
     }
 
     /// No content of the page follows in this run.
@@ -205,13 +189,13 @@ impl RunReader {
     }
 
     /// Pages that were cut off, and of which the run has nothing.
-    fn clear_cut_pages(&mut self, image: &Image, since: &Since) -> Result<(), RestoreError> {
+    fn clear_cut_pages(&mut self, image: &Image, since_txid: u64) -> Result<(), RestoreError> {
         let Some(smallest) = self.smallest_size_pages() else { return Ok(()) };
         for page_number in smallest.saturating_add(1)..=image.size_pages {
             let is_gone = image.is_stored(page_number)
                 && image.is_written(page_number)
                 && self.behind_cuts.binary_search(&page_number).is_err()
-                && is_cut_between(&self.cuts, page_number, since.of_page(page_number), u64::MAX);
+                && is_cut_between(&self.cuts, page_number, since_txid, u64::MAX);
             if is_gone {
                 self.current.clear();
                 self.neighbours.push(image, page_number, &self.current.page)?;
@@ -227,8 +211,8 @@ fn is_cut_between(cuts: &[Cut], page_number: u32, after_txid: u64, before_txid: 
 }
 
 impl Current {
-    fn enter(&mut self, page_number: u32, since: &Since) {
-        (self.page_number, self.txid) = (page_number, since.of_page(page_number));
+    fn enter(&mut self, page_number: u32, since_txid: u64) {
+        (self.page_number, self.txid) = (page_number, since_txid);
         (self.is_loaded, self.is_changed) = (false, false);
     }
 

@@ -15,7 +15,6 @@ use super::tail::{check_footer, read_table};
 use crate::format::block::{BLOCK_HEADER_LEN, BlockHeader};
 use crate::format::key::SegmentKey;
 use crate::format::segment::{Run, SegmentFooter, Table, check_segment_header};
-use crate::format::snapshot::SnapshotIndex;
 use crate::store::SharedStore;
 
 /// A segment up to this size is fetched whole.
@@ -36,8 +35,8 @@ struct Head {
 }
 
 /// Works all segments off, on top of what the snapshot's extents hold.
-pub(super) async fn apply(execution: &Arc<Execution>, index: &SnapshotIndex) -> Result<(), RestoreError> {
-    let mut since = Since::new(&execution.plan.snapshot.key, index, execution.image.page_size);
+pub(super) async fn apply(execution: &Arc<Execution>) -> Result<(), RestoreError> {
+    let mut since = Since { txid: execution.plan.snapshot.key.txid, size_pages: u32::MAX };
     let oldest_first = execution.plan.segments.iter().copied();
     let mut heads = stream::iter(oldest_first).map(|planned| head(execution, planned)).buffered(HEADS_IN_FLIGHT);
     while let Some(next) = heads.next().await {

@@ -462,3 +462,66 @@ impl Follower {
         index.frame_count != 0 && !(is_same_generation && index.frame_count == self.frame_count)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use rusqlite::Connection;
+
+    use super::*;
+    use crate::sqlite::live::LiveDatabase;
+
+    fn hash(page_number: u32, page: &[u8]) -> u64 {
+        page.iter().fold(u64::from(page_number), |sum, &byte| sum.wrapping_mul(31).wrapping_add(u64::from(byte)))
+    }
+
+    /// Checks what each transaction's pages were before it, as `known` has them; gives how many had been there.
+    fn check(live: &mut LiveDatabase, follower: &mut Follower, known: &mut HashMap<u32, Vec<u8>>) -> usize {
+        let mut found = 0;
+        let mut deliver = |transaction: &WalTransaction<'_>, images: &mut Images<'_>| {
+            for page in transaction.pages {
+                let former = known.get(&page.page_number);
+                let former_hash = former.map(|former| hash(page.page_number, former));
+                assert!(images.get_with_former(page, None)?.1.is_none());
+                // A state that is not this one's: the page is never given for it.
+                assert!(images.get_with_former(page, Some(1))?.1.is_none());
+                let (image, given) = images.get_with_former(page, former_hash)?;
+                assert_eq!(given, former.map(Vec::as_slice), "page {}", page.page_number);
+                found += usize::from(former.is_some());
+                known.insert(page.page_number, image.to_vec());
+            }
+            Ok::<(), SqliteError>(())
+        };
+        live.advance_pin(|files| follower.read_published(files, &mut deliver)).unwrap();
+        found
+    }
+
+    #[test]
+    fn the_page_that_a_transaction_found() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("app.db");
+        let application = Connection::open(&path).unwrap();
+        application.execute_batch("PRAGMA journal_mode=WAL; CREATE TABLE item(id INTEGER PRIMARY KEY, body)").unwrap();
+        let mut live = LiveDatabase::open(&path).unwrap();
+        let mut follower = Follower::attach(&live.files, hash, None, false).unwrap().0;
+        let mut known = HashMap::new();
+        let write = |times: usize| {
+            for _ in 0..times {
+                application.execute_batch("INSERT INTO item(body) VALUES(randomblob(700))").unwrap();
+            }
+        };
+        // The first time nothing is known; then pages are in the window, in the WAL, and at last in the main file.
+        write(5);
+        check(&mut live, &mut follower, &mut known);
+        write(5);
+        assert!(check(&mut live, &mut follower, &mut known) >= 5);
+        for _ in 0..3 {
+            application.execute_batch("PRAGMA wal_checkpoint(PASSIVE)").unwrap();
+            check(&mut live, &mut follower, &mut known);
+            application.execute_batch("PRAGMA wal_checkpoint(PASSIVE)").unwrap();
+            let generation = follower.position().unwrap().salts;
+            write(2);
+            assert!(check(&mut live, &mut follower, &mut known) >= 2);
+            assert_ne!(follower.position().unwrap().salts, generation, "the WAL was begun anew");
+        }
+    }
+}
