@@ -3,6 +3,7 @@
 //! Pages are those of a table of short texts. Each transaction changes a row in each of a few of them, so the versions of a page
 //! are alike, as they are in real databases.
 
+use std::collections::HashMap;
 use std::hint::black_box;
 use std::path::Path;
 use std::sync::Arc;
