@@ -7,7 +7,7 @@ use std::time::Duration;
 use rusqlite::Connection;
 
 use crate::support::s3::S3Server;
-use crate::support::scene::Scene;
+use crate::support::scene::{Scene, now_ms};
 use crate::support::{Daemon, content, count_up, create_database, insert, run, stderr, wait_for};
 
 struct Play {
@@ -118,6 +118,8 @@ fn a_segment_that_is_lost_is_told_and_a_snapshot_makes_good_for_it() {
 fn a_segment_that_is_lost_comes_back_when_it_is_merged() {
     let play = Play::new("merge = [\"200ms\", \"1s\", \"3s\"]\n");
     let daemon = play.start();
+    // What is alone in its window is merged with nothing.
+    wait_for("the begin of a window", || (now_ms() % 3000 < 500).then_some(()));
     let (lost, lost_content) = play.write();
     play.lose_newest("log");
     play.fails(&["--txid", &lost], 12, &lost);
