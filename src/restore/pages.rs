@@ -84,7 +84,9 @@ pub(super) struct RunReader {
     /// For each transaction of the run the number of the first image that is not its own any more.
     ends: Vec<usize>,
     cuts: Vec<Cut>,
-    /// Pages behind the smallest size, that the run has a content of.
+    /// The smallest size after any of them.
+    smallest_size_pages: Option<u32>,
+    /// Pages behind that, of which the run has a content.
     behind_cuts: Vec<u32>,
     current: Current,
     neighbours: Neighbours,
@@ -113,12 +115,14 @@ impl RunReader {
             end += transaction.page_numbers.len();
             end
         };
+        let cuts = segment.cuts(run);
         Ok(Self {
             key: segment.key,
             pages,
             first_txid: transactions.first().map_or(0, |first| first.txid),
             ends: transactions.iter().map(&mut end_of).collect(),
-            cuts: segment.cuts(run),
+            smallest_size_pages: cuts.iter().map(|cut| cut.size_pages).min(),
+            cuts,
             behind_cuts: Vec::new(),
             current: Current { page: vec![0; execution.image.page_size as usize], ..Current::default() },
             neighbours: Neighbours::default(),
@@ -172,11 +176,11 @@ impl RunReader {
         if !image.is_stored(page_number) {
             return Ok(());
         }
-        if is_cut_between(&self.cuts, page_number, self.current.txid, u64::MAX) {
-            self.current.clear();
-        }
-        if self.smallest_size_pages().is_some_and(|smallest| page_number > smallest) {
+        if self.smallest_size_pages.is_some_and(|smallest| page_number > smallest) {
             self.behind_cuts.push(page_number);
+            if is_cut_between(&self.cuts, page_number, self.current.txid, u64::MAX) {
+                self.current.clear();
+            }
         }
         match self.current.is_changed {
             true => self.neighbours.push(image, page_number, &self.current.page),
@@ -184,13 +188,9 @@ impl RunReader {
         }
     }
 
-    fn smallest_size_pages(&self) -> Option<u32> {
-        self.cuts.iter().map(|cut| cut.size_pages).min()
-    }
-
     /// Pages that were cut off, and of which the run has nothing.
     fn clear_cut_pages(&mut self, image: &Image, since_txid: u64) -> Result<(), RestoreError> {
-        let Some(smallest) = self.smallest_size_pages() else { return Ok(()) };
+        let Some(smallest) = self.smallest_size_pages else { return Ok(()) };
         for page_number in smallest.saturating_add(1)..=image.size_pages {
             let is_gone = image.is_stored(page_number)
                 && image.is_written(page_number)
