@@ -5,6 +5,8 @@
 
 use super::FormatError;
 
+/// Length of what a page's content begins with in a segment: how many bytes follow.
+pub(super) const ENTRY_HEADER_LEN: usize = 4;
 /// Length of what a row of changed bytes begins with: how many bytes to pass over and how many follow, 2 bytes each.
 const ROW_HEADER_LEN: usize = 4;
 /// Bytes are compared so many at a time. Every page size is a multiple of it. Fewer that are alike do not end a row: another row's
@@ -43,6 +45,12 @@ impl<'a> Content<'a> {
             Self::Image(image) => image.len() == page_size,
             Self::Changes(changes) => changes.len() < page_size,
         }
+    }
+
+    /// What stands before it in a segment: its length in bytes.
+    pub(super) fn header(&self) -> [u8; ENTRY_HEADER_LEN] {
+        // A page has less than 2^32 bytes.
+        (self.bytes().len() as u32).to_le_bytes()
     }
 
     /// As a segment has it.

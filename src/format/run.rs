@@ -3,7 +3,7 @@
 use std::io;
 
 use super::change::Content;
-use super::segment::{ENTRY_HEADER_LEN, Place, TransactionInfo, places};
+use super::segment::{Place, TransactionInfo, places};
 
 /// So many bytes of images and changes make a run full. A second one is collected while the first is compressed.
 const MEMORY_LIMIT: usize = 8 << 20;
@@ -92,9 +92,7 @@ impl RunBuffer {
             return Err(io::Error::other("a page was not handed over as it must be"));
         }
         self.starts.push(self.entries.len());
-        // A page has less than 2^32 bytes.
-        let header: [u8; ENTRY_HEADER_LEN] = (content.bytes().len() as u32).to_le_bytes();
-        self.entries.extend_from_slice(&header);
+        self.entries.extend_from_slice(&content.header());
         self.entries.extend_from_slice(content.bytes());
         Ok(())
     }

@@ -9,7 +9,7 @@ use std::io::{self, Write};
 use std::ops::Range;
 
 use super::block::{BLOCK_HEADER_LEN, BLOCK_RAW_LIMIT, BlockReader, BlockWriter, Compression, read_section};
-use super::change::Content;
+use super::change::{Content, ENTRY_HEADER_LEN};
 use super::key::{SegmentKey, Span};
 use super::run::RunBuffer;
 use super::{
@@ -24,8 +24,6 @@ const FOOTER_MAGIC: &[u8; 8] = b"WALTSEGE";
 const RECORD_LEN: u64 = 32;
 /// Length of a run's record in the table.
 const RUN_LEN: u64 = 16;
-/// Length of what a page's content begins with: how many bytes follow.
-pub(super) const ENTRY_HEADER_LEN: usize = 4;
 /// No table is longer than this, in bytes: a reader keeps all of it in memory. It is enough for 67 million pages, of
 /// which 512 bytes each make 34 GB.
 pub const TABLE_RAW_LIMIT: u64 = 256 << 20;
@@ -222,9 +220,7 @@ impl<W: Write> SegmentWriter<W> {
             return Err(io::Error::other("a page was not handed over as it must be"));
         }
         run.pages_due -= 1;
-        // A page has less than 2^32 bytes.
-        let len = content.bytes().len() as u32;
-        run.blocks.push(&mut self.sink, &[&len.to_le_bytes(), content.bytes()])
+        run.blocks.push(&mut self.sink, &[&content.header(), content.bytes()])
     }
 
     /// Writes what is left of the run that was begun or collected here.

@@ -4,6 +4,7 @@ use crate::format::page_hash;
 use crate::sqlite::SqliteError;
 use crate::sqlite::follow::{Follower, Images, WalPosition, WalTransaction};
 use crate::sqlite::live::{Files, LiveDatabase};
+use crate::sqlite::wal_index::WalIndex;
 
 /// How often a read of the WAL is begun again when the WAL changes under it.
 const SETTLE_ATTEMPTS: usize = 20;
@@ -66,7 +67,8 @@ impl Capture {
     /// # Errors
     /// As the operating system answers.
     pub fn has_work(&self) -> Result<bool, SqliteError> {
-        Ok(self.is_behind()? || self.holds_up_a_checkpoint()?)
+        let index = self.live.files.wal_index()?;
+        Ok(self.follower.is_behind(&index) || self.is_in_the_way(&index))
     }
 
     /// Whether all of the WAL is in the main file, and the pin still protects frames: then a RESTART or TRUNCATE checkpoint may wait
@@ -75,7 +77,11 @@ impl Capture {
     /// # Errors
     /// As the operating system answers.
     pub fn holds_up_a_checkpoint(&self) -> Result<bool, SqliteError> {
-        Ok(self.live.files.wal_index()?.is_checkpointed() && !self.pin_is_at_zero)
+        Ok(self.is_in_the_way(&self.live.files.wal_index()?))
+    }
+
+    fn is_in_the_way(&self, index: &WalIndex) -> bool {
+        index.is_checkpointed() && !self.pin_is_at_zero
     }
 
     /// Whether transactions are published that were not captured.
