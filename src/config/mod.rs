@@ -142,7 +142,7 @@ pub struct DatabaseConfig {
     pub sync_interval: Duration,
     /// The WAL is looked at this often, events or not.
     pub poll_interval: Duration,
-    /// The WAL is made to begin anew when it has this many bytes.
+    /// The WAL is made to begin anew before more bytes of it than this are captured.
     pub checkpoint_threshold_bytes: u64,
     /// No more than so many bytes wait on the local disk while storage is away.
     pub spool_limit_bytes: u64,
@@ -170,7 +170,7 @@ impl DatabaseConfig {
             replica,
             sync_interval: Duration::from_secs(1),
             poll_interval: Duration::from_secs(1),
-            checkpoint_threshold_bytes: 3584 << 10,
+            checkpoint_threshold_bytes: 3840 << 10,
             spool_limit_bytes: 256 << 20,
             snapshot_interval: Duration::from_secs(24 * 3600),
             merge: vec![Duration::from_secs(60), Duration::from_secs(3600)],

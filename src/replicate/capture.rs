@@ -4,7 +4,6 @@ use crate::format::page_hash;
 use crate::sqlite::SqliteError;
 use crate::sqlite::follow::{Follower, Images, WalPosition, WalTransaction};
 use crate::sqlite::live::{Files, LiveDatabase};
-use crate::sqlite::wal_index::WalIndex;
 
 /// How often a read of the WAL is begun again when the WAL changes under it.
 const SETTLE_ATTEMPTS: usize = 20;
@@ -23,6 +22,15 @@ pub trait Sink {
     /// # Errors
     /// An error ends the capture; the sink must not be used any more.
     fn take(&mut self, transaction: &WalTransaction<'_>, images: &mut Images<'_>) -> Result<(), Self::Error>;
+}
+
+/// What there is to do.
+#[derive(Debug, Clone, Copy)]
+pub struct Work {
+    /// Transactions are published that were not captured.
+    pub is_behind: bool,
+    /// All of the WAL is in the main file, and the pin still protects frames: a RESTART or TRUNCATE checkpoint may wait for it to move.
+    pub holds_up_a_checkpoint: bool,
 }
 
 /// A database and a place in its WAL.
@@ -61,27 +69,16 @@ impl Capture {
         &self.follower
     }
 
-    /// Whether an [`Capture::advance`] would do something: read a transaction, or let go of frames that an application's
-    /// RESTART or TRUNCATE checkpoint waits for.
+    /// What an [`Capture::advance`] would do.
     ///
     /// # Errors
     /// As the operating system answers.
-    pub fn has_work(&self) -> Result<bool, SqliteError> {
+    pub fn work(&self) -> Result<Work, SqliteError> {
         let index = self.live.files.wal_index()?;
-        Ok(self.follower.is_behind(&index) || self.is_in_the_way(&index))
-    }
-
-    /// Whether all of the WAL is in the main file, and the pin still protects frames: then a RESTART or TRUNCATE checkpoint may wait
-    /// for it to move.
-    ///
-    /// # Errors
-    /// As the operating system answers.
-    pub fn holds_up_a_checkpoint(&self) -> Result<bool, SqliteError> {
-        Ok(self.is_in_the_way(&self.live.files.wal_index()?))
-    }
-
-    fn is_in_the_way(&self, index: &WalIndex) -> bool {
-        index.is_checkpointed() && !self.pin_is_at_zero
+        Ok(Work {
+            is_behind: self.follower.is_behind(&index),
+            holds_up_a_checkpoint: index.is_checkpointed() && !self.pin_is_at_zero,
+        })
     }
 
     /// Whether transactions are published that were not captured.

@@ -1,5 +1,6 @@
 //! A database's thread: wakes, captures, cuts segments, checkpoints, reads snapshots. It never waits for storage.
 
+use std::collections::VecDeque;
 use std::io;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -13,6 +14,7 @@ use super::claim::{Claimed, Continuing};
 use super::control::State;
 use super::ledger::{FOLD_AT_ENTRIES, Ledger};
 use super::neighbours::Neighbour;
+use super::pace::Pace;
 use super::record::{Ignore, RecordError, Recorder, Start};
 use super::rest::{Opening, RESTS_AFTER, Rested, Seen, is_settled};
 use super::ship::{Job, Progress};
@@ -28,20 +30,6 @@ use crate::sqlite::SqliteError;
 use crate::sqlite::header::{HEADER_LEN, schema_cookie};
 use crate::sqlite::live::LiveDatabase;
 
-/// Under load, a change of the WAL is not answered more often than this,
-const BUSY_WAKE_INTERVAL: Duration = Duration::from_millis(50);
-/// or this, after a look that found so much of the WAL: it would grow.
-const FAST_WAKE_INTERVAL: Duration = Duration::from_millis(10);
-const MUCH_FOR_A_LOOK_BYTES: u64 = 512 << 10;
-/// Otherwise it is, and a change of the main file always: an application's RESTART or TRUNCATE checkpoint waits for two answers, and
-/// the waits in SQLite's busy handler grow quickly.
-const WAKE_INTERVAL: Duration = Duration::from_millis(2);
-/// So many looks that captured something, none later than this after the one before, are a load.
-const BUSY_AFTER_LOOKS: u32 = 5;
-const BUSY_GAP: Duration = Duration::from_millis(80);
-/// A writer publishes a commit after the write that woke us, and a checkpointer its progress after its fsync, neither with an
-/// event of its own: so we look again, this soon at first, then at doubling intervals.
-const FIRST_LOOK_AGAIN: Duration = Duration::from_millis(1);
 /// A pin that protects frames does not stand longer than this, if the thread is awake.
 const PIN_MOVES_AFTER: Duration = Duration::from_millis(500);
 /// How soon a snapshot is read on when the store was not ready for more.
@@ -56,9 +44,6 @@ const SEGMENT_RAW_LIMIT: u64 = 256 << 20;
 const CUT_RETRY: Duration = Duration::from_millis(2);
 /// After a database has not been written to for so long, what is left in the WAL is checkpointed.
 const QUIET_AFTER: Duration = Duration::from_secs(1);
-/// Then it is polled no more often than this, as long as events come.
-const IDLE_AFTER: Duration = Duration::from_secs(5);
-const IDLE_POLL_INTERVAL: Duration = Duration::from_secs(10);
 /// A checkpoint of a quiet database that others hold up is tried again after this.
 const QUIET_RETRY: Duration = Duration::from_secs(60);
 /// A barrier that was not to be had is tried again after this at first, then at doubling intervals.
@@ -78,7 +63,7 @@ pub struct DatabaseSettings {
     pub sync_interval: Duration,
     /// The WAL is looked at this often even when no event tells of a change.
     pub poll_interval: Duration,
-    /// The WAL is made to begin anew when this many bytes of it are captured.
+    /// The WAL is made to begin anew before more bytes of it than this are captured.
     pub checkpoint_threshold_bytes: u64,
     /// No more bytes of segments than this stand on the local disk, those that wait and those that are kept for merging.
     pub spool_limit_bytes: u64,
@@ -190,17 +175,10 @@ pub struct Following {
     large: Option<(u64, u64)>,
     /// Not before then is asked again whether a segment can be cut.
     cut_retry: Duration,
-    /// When a commit was last captured; as long as there was none, when following began.
-    last_commit: Duration,
+    pace: Pace,
     has_commits: bool,
-    last_look: Duration,
-    /// Whether polling has found what no event told of: some file systems tell nothing.
-    misses_events: bool,
-    last_advance: Duration,
-    busy_looks: u32,
-    /// Bytes of the WAL that the last looks captured: the fewer, the longer ago.
-    looked_at_bytes: u64,
-    look_again: Option<Duration>,
+    /// Whether the main file was written to by ourselves since the last wait.
+    has_checkpointed: bool,
     quiet_checkpoint_due: Option<Duration>,
     barrier_retry: Duration,
     barrier_due: Duration,
@@ -228,6 +206,7 @@ impl Following {
             None => (None, None, None),
         };
         let now = around.clock.monotonic();
+        let pace = Pace::new(around.settings.poll_interval, now);
         let mut following = Self {
             snapshots: Snapshots::new(around.settings.snapshot_interval, snapshot),
             around,
@@ -241,14 +220,9 @@ impl Following {
             last_cut: None,
             large: None,
             cut_retry: now,
-            last_commit: now,
+            pace,
             has_commits: false,
-            last_look: now,
-            misses_events: false,
-            last_advance: now,
-            busy_looks: 0,
-            looked_at_bytes: 0,
-            look_again: None,
+            has_checkpointed: false,
             quiet_checkpoint_due: Some(now + QUIET_AFTER),
             barrier_retry: FIRST_BARRIER_RETRY,
             barrier_due: now,
@@ -306,22 +280,18 @@ impl Following {
             {
                 return Ok(Ended::AtRest(Box::new(rested)));
             }
-            let (changed, events) = self.around.mailbox.wait(self.time_to_wait()?);
-            match changed {
-                Changed::Main => self.look_again = Some(FIRST_LOOK_AGAIN),
-                Changed::Wal => {
-                    // Whoever tells us something may wait for the answer with the write lock held.
-                    if events.is_empty() {
-                        self.coalesce();
-                    }
-                    self.look_again = Some(if self.is_busy() { self.wake_interval() } else { FIRST_LOOK_AGAIN });
-                }
-                Changed::Nothing => {}
+            let (changed, events) = self.await_work()?;
+            // Whoever tells us something may wait for the answer with the write lock held.
+            if changed == Changed::Wal && events.is_empty() {
+                self.around.mailbox.pause(self.pace.until_next_look(self.now()), true);
             }
-            let is_told = changed != Changed::Nothing || !events.is_empty() || self.look_again.is_some();
-            let captured_at = self.last_commit;
+            self.pace.note_change(changed);
+            let is_told = changed != Changed::Nothing || !events.is_empty() || self.pace.is_stirred();
+            let committed = self.pace.committed();
             let is_stopping = self.turn(events)?;
-            self.misses_events |= !is_told && self.last_commit != captured_at;
+            if !is_told && self.pace.committed() != committed {
+                self.pace.note_missed_event();
+            }
             if is_stopping {
                 drop(start);
                 self.settle(self.now() + STOP_PATIENCE)?;
@@ -337,8 +307,8 @@ impl Following {
     /// See [`DatabaseError`]; this value must not be used any more.
     pub fn rest(&mut self) -> Result<Option<Rested>, DatabaseError> {
         let (now, now_ms) = (self.now(), self.around.clock.now_ms());
-        let is_quiet = !self.has_commits || now.saturating_sub(self.last_commit) >= RESTS_AFTER;
-        let is_idle = self.snapshots.may_rest() && self.syncs_wanted.is_empty() && self.look_again.is_none();
+        let is_quiet = !self.has_commits || now.saturating_sub(self.pace.committed()) >= RESTS_AFTER;
+        let is_idle = self.snapshots.may_rest() && self.syncs_wanted.is_empty() && !self.pace.is_stirred();
         let (true, Some(captured)) = (is_quiet && is_idle, self.captured()) else { return Ok(None) };
         let is_confirmed = *self.around.progress.confirmed.borrow() >= captured.position.txid;
         // Looked at first: what is written from here on makes another look of the files.
@@ -372,39 +342,20 @@ impl Following {
         Ok(false)
     }
 
-    fn is_busy(&self) -> bool {
-        self.busy_looks >= BUSY_AFTER_LOOKS
-    }
-
-    fn wake_interval(&self) -> Duration {
-        match self.is_busy() {
-            true if self.looked_at_bytes >= MUCH_FOR_A_LOOK_BYTES => FAST_WAKE_INTERVAL,
-            true => BUSY_WAKE_INTERVAL,
-            false => WAKE_INTERVAL,
+    /// Waits until there may be something to do. Under load every look finds something: to be woken for each would cost more than it does.
+    fn await_work(&mut self) -> Result<(Changed, VecDeque<Event>), DatabaseError> {
+        let mut wait = self.time_to_wait()?;
+        let heeds_main = !std::mem::take(&mut self.has_checkpointed);
+        if self.pace.is_busy() {
+            self.around.mailbox.pause(wait.min(self.pace.until_next_look(self.now())), heeds_main);
+            wait = Duration::ZERO;
         }
-    }
-
-    /// Many events are one wake.
-    fn coalesce(&self) {
-        let since = self.now().saturating_sub(self.last_advance);
-        if let Some(early) = self.wake_interval().checked_sub(since) {
-            self.around.mailbox.pause(early);
-        }
-    }
-
-    /// Polling is for events that did not come. Where they do, a database that nobody writes to is polled seldom.
-    fn poll_interval(&self, now: Duration) -> Duration {
-        let poll_interval = self.around.settings.poll_interval;
-        let is_idle = now.saturating_sub(self.last_commit) > IDLE_AFTER && self.capture.wal_len_bytes() == 0;
-        match is_idle && !self.misses_events {
-            true => poll_interval.max(IDLE_POLL_INTERVAL),
-            false => poll_interval,
-        }
+        Ok(self.around.mailbox.wait(wait))
     }
 
     fn time_to_wait(&self) -> Result<Duration, DatabaseError> {
         let now = self.now();
-        let mut wait = self.poll_interval(now);
+        let mut wait = self.pace.next_look(now, self.capture.wal_len_bytes() == 0);
         let is_open = self.claimed.is_some() && self.recorder.as_ref().and_then(Recorder::open_len_bytes).is_some();
         let cut_due = self.last_cut.map_or(now, |last| last + self.around.settings.sync_interval).max(self.cut_retry);
         let cut_due = is_open.then_some(cut_due);
@@ -417,32 +368,27 @@ impl Following {
         for due in [cut_due, barrier_due, snapshot_due, self.quiet_checkpoint_due].into_iter().flatten() {
             wait = wait.min(due.saturating_sub(now));
         }
-        Ok(wait.min(self.look_again.unwrap_or(wait)))
+        Ok(wait)
     }
 
     /// Captures, if there is anything to capture or to let go of.
     fn look(&mut self) -> Result<(), DatabaseError> {
-        self.last_look = self.now();
-        self.look_again =
-            self.look_again.map(|wait| wait * 2).filter(|&wait| wait < self.around.settings.poll_interval);
-        if self.look_again.is_none() {
+        self.pace.begin_look();
+        if !self.pace.is_stirred() {
             self.capture.files().check_still_there()?;
         }
         // A pin that protects frames moves even when nothing is written: nobody is to find a read transaction that stands long.
-        let stood = self.now().saturating_sub(self.last_advance);
-        let pin_is_old = stood >= PIN_MOVES_AFTER && self.capture.wal_len_bytes() > 0;
+        let now = self.now();
+        let pin_is_old = self.pace.stood(now) >= PIN_MOVES_AFTER && self.capture.wal_len_bytes() > 0;
         // What was committed has time under load; a checkpoint that waits for the pin has not.
-        let is_early = self.is_busy() && stood < self.wake_interval();
-        let is_due = match is_early {
-            true => self.capture.holds_up_a_checkpoint()?,
-            false => self.capture.has_work()? || pin_is_old,
-        };
-        let captured = match is_due {
-            true => self.advance()?,
-            false => 0,
-        };
-        let is_close = self.now().saturating_sub(self.last_commit) <= BUSY_GAP;
-        self.busy_looks = if is_close { self.busy_looks.saturating_add(u32::from(captured > 0)) } else { 0 };
+        let is_early = self.pace.is_busy() && !self.pace.until_next_look(now).is_zero();
+        let work = self.capture.work()?;
+        if work.holds_up_a_checkpoint {
+            self.pace.note_checkpoint();
+        }
+        let is_due = work.holds_up_a_checkpoint || !is_early && (work.is_behind || pin_is_old);
+        let captured = if is_due { self.advance()? } else { 0 };
+        self.pace.end_look(self.now(), captured > 0);
         if captured > 0 {
             self.note_commits();
         }
@@ -464,14 +410,14 @@ impl Following {
     fn note_commits(&mut self) {
         self.note_captured();
         self.has_commits = true;
-        self.last_commit = self.now();
-        self.quiet_checkpoint_due = Some(self.last_commit + QUIET_AFTER);
+        let now = self.now();
+        self.pace.note_commits(now);
+        self.quiet_checkpoint_due = Some(now + QUIET_AFTER);
     }
 
     fn advance(&mut self) -> Result<u32, DatabaseError> {
         let advanced_at = self.now();
-        self.snapshots.note_pin(advanced_at.saturating_sub(self.last_advance), self.capture.wal_len_bytes());
-        self.last_advance = advanced_at;
+        self.snapshots.note_pin(self.pace.stood(advanced_at), self.capture.wal_len_bytes());
         let before_bytes = self.capture.follower().wal_len_bytes();
         let captured = match &mut self.recorder {
             Some(recorder) => self.capture.advance(recorder),
@@ -479,7 +425,7 @@ impl Following {
         };
         let after_bytes = self.capture.follower().wal_len_bytes();
         let new_bytes = after_bytes.checked_sub(before_bytes).unwrap_or(after_bytes);
-        self.looked_at_bytes = new_bytes.max(self.looked_at_bytes / 2);
+        self.pace.note_advance(advanced_at, new_bytes);
         match captured {
             // Another process recovers the WAL just now, or so. What is not captured stays pinned.
             Err(RecordError::Sqlite(error)) if error.is_busy() => Ok(0),
@@ -737,8 +683,11 @@ impl Following {
         Ok(())
     }
 
+    /// Whether the WAL would be beyond the threshold at the next look.
     fn is_barrier_wanted(&self) -> bool {
-        self.capture.wal_len_bytes() > self.around.settings.checkpoint_threshold_bytes
+        let threshold_bytes = self.around.settings.checkpoint_threshold_bytes;
+        let expected_bytes = self.pace.next_look_bytes().min(threshold_bytes / 4);
+        self.capture.wal_len_bytes() > threshold_bytes - expected_bytes
     }
 
     fn checkpoint_if_due(&mut self) -> Result<(), DatabaseError> {
@@ -784,7 +733,8 @@ impl Following {
             }
             None => attempt(self.capture.barrier(&mut Ignore, others_move))?,
         };
-        self.last_advance = self.now();
+        self.pace.note_barrier(self.now());
+        self.has_checkpointed = true;
         tracing::debug!(is_done, wal_len_bytes, took = ?self.now().saturating_sub(begun), "barrier");
         if self.recorder.as_ref().map(|recorder| recorder.last().position.txid) != before {
             self.note_commits();

@@ -16,6 +16,7 @@ pub mod merge;
 pub mod merger;
 pub mod neighbours;
 pub mod open_segment;
+pub mod pace;
 pub mod presence;
 pub mod pruner;
 pub mod record;

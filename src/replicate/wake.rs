@@ -91,11 +91,11 @@ impl Mailbox {
         self.stirred.notify_one();
     }
 
-    /// Waits for an event or an urgent wake, at most `timeout`, whatever else files do.
-    pub fn pause(&self, timeout: Duration) {
+    /// Waits for an event, and if it `heeds_main` for a change of the main file, at most `timeout`, whatever else files do.
+    pub fn pause(&self, timeout: Duration, heeds_main: bool) {
         let mut inbox = self.inbox();
         inbox.is_pausing = true;
-        let is_empty = |inbox: &mut Inbox| !inbox.is_urgent && inbox.events.is_empty();
+        let is_empty = |inbox: &mut Inbox| !(heeds_main && inbox.is_urgent) && inbox.events.is_empty();
         let waited = self.changed.wait_timeout_while(inbox, timeout, is_empty);
         let (mut inbox, _) = waited.unwrap_or_else(PoisonError::into_inner);
         inbox.is_pausing = false;
@@ -187,9 +187,9 @@ fn waiting<'a>(files: &'a Mailboxes, path: &Path) -> impl Iterator<Item = Arc<Ma
 /// kernel makes one event of all that are alike.
 const EVENTS_PAUSE: Duration = Duration::from_millis(2);
 /// Under load it waits for so long. A database that is written to all the time is not looked at more often either.
-const BUSY_EVENTS_PAUSE: Duration = Duration::from_millis(20);
+const BUSY_EVENTS_PAUSE: Duration = Duration::from_millis(40);
 /// So soon after a pause another event is a load.
-const BUSY_EVENTS_GAP: Duration = Duration::from_millis(40);
+const BUSY_EVENTS_GAP: Duration = Duration::from_millis(60);
 /// What the watcher finds so soon after a pause came during it.
 const EVENTS_BATCH: Duration = Duration::from_micros(200);
 
@@ -332,7 +332,7 @@ mod tests {
     fn every_wake_ends_a_wait_and_urgent_ones_a_pause() {
         let mailbox = Arc::new(Mailbox::default());
         let wait = |mailbox: &Mailbox| drop(mailbox.wait(LONG));
-        let pause = |mailbox: &Mailbox| mailbox.pause(LONG);
+        let pause = |mailbox: &Mailbox| mailbox.pause(LONG, true);
         for _ in 0..2 {
             assert!(is_woken(&mailbox, wait, Mailbox::wake));
             assert!(is_woken(&mailbox, wait, Mailbox::wake_at_once));
@@ -342,10 +342,10 @@ mod tests {
         }
         assert_eq!(mailbox.wait(Duration::ZERO).0, Changed::Nothing);
         mailbox.wake();
-        mailbox.pause(Duration::from_millis(1));
+        mailbox.pause(Duration::from_millis(1), true);
         assert_eq!(mailbox.wait(LONG).0, Changed::Wal, "what came during a pause is known after it");
         mailbox.wake_at_once();
-        mailbox.pause(LONG);
+        mailbox.pause(LONG, true);
         assert_eq!(mailbox.wait(LONG).0, Changed::Main);
     }
 }
