@@ -10,13 +10,13 @@ COPY Cargo.toml Cargo.lock ./
 COPY src src
 # Declared in Cargo.toml, so it has to be there; it is not built.
 COPY benches benches
-RUN cargo build --profile dist --locked
+RUN cargo build --release --locked
 
 FROM debian:bookworm-slim
 # Certificates, so that storage can be trusted.
 RUN apt-get update && apt-get install -y --no-install-recommends ca-certificates && rm -rf /var/lib/apt/lists/* \
  && useradd --system --uid 10001 --no-create-home waltrail
-COPY --from=build /src/target/dist/waltrail /usr/local/bin/waltrail
+COPY --from=build /src/target/release/waltrail /usr/local/bin/waltrail
 # Where health and metrics are served, in the container alone; `-e WALTRAIL_LISTEN=0.0.0.0:9180` serves them to others as well.
 ENV WALTRAIL_LISTEN=127.0.0.1:9180
 HEALTHCHECK --interval=30s --timeout=6s --start-period=60s CMD ["waltrail", "health"]

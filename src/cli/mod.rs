@@ -28,8 +28,10 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand};
-use tracing_subscriber::EnvFilter;
+use tracing_subscriber::filter::{LevelFilter, Targets};
 use tracing_subscriber::fmt::format::FmtSpan;
+use tracing_subscriber::layer::SubscriberExt;
+use tracing_subscriber::util::SubscriberInitExt;
 
 use self::exit_code::Failure;
 use crate::config::fleet::FleetConfig;
@@ -378,24 +380,24 @@ impl Command {
 fn start_log(flags: &LogConfig, config: Option<&LogConfig>, default: LogLevel) {
     let level = flags.level.or(config.and_then(|config| config.level)).unwrap_or(default);
     let format = flags.format.or(config.and_then(|config| config.format)).unwrap_or(LogFormat::Text);
-    let name = match level {
-        LogLevel::Error => "error",
-        LogLevel::Warn => "warn",
-        LogLevel::Info => "info",
-        LogLevel::Debug => "debug",
-        LogLevel::Trace => "trace",
+    let level = match level {
+        LogLevel::Error => LevelFilter::ERROR,
+        LogLevel::Warn => LevelFilter::WARN,
+        LogLevel::Info => LevelFilter::INFO,
+        LogLevel::Debug => LevelFilter::DEBUG,
+        LogLevel::Trace => LevelFilter::TRACE,
     };
-    let filter = EnvFilter::new(format!("error,waltrail={name}"));
-    let builder = tracing_subscriber::fmt()
-        .with_env_filter(filter)
+    let filter = Targets::new().with_default(LevelFilter::ERROR).with_target("waltrail", level);
+    let lines = tracing_subscriber::fmt::layer()
         .with_writer(std::io::stderr)
         .with_target(false)
         // Each request is a span: at its end it is told, with the time it took.
         .with_span_events(FmtSpan::CLOSE)
         // Where it can't write, it would complain with `eprintln!`, which panics: the end of a daemon whose log reader left.
         .log_internal_errors(false);
+    let log = tracing_subscriber::registry().with(filter);
     match format {
-        LogFormat::Text => builder.with_ansi(std::io::IsTerminal::is_terminal(&std::io::stderr())).init(),
-        LogFormat::Json => builder.json().init(),
+        LogFormat::Text => log.with(lines.with_ansi(std::io::IsTerminal::is_terminal(&std::io::stderr()))).init(),
+        LogFormat::Json => log.with(lines.json()).init(),
     }
 }
