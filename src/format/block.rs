@@ -80,7 +80,7 @@ impl Compression {
     fn window_log(self) -> u32 {
         match self {
             Self::Table => WINDOW_LOG_LIMIT,
-            Self::FreshPages => 17,
+            Self::FreshPages => 16,
             Self::MergedPages => 18,
         }
     }

@@ -20,8 +20,8 @@ use crate::format::key::SegmentKey;
 use crate::format::segment::{PageStream, Run, SegmentFooter, SegmentWriter, Table, Transaction};
 use crate::format::{FOOTER_LEN, FormatError};
 
-/// So many runs become one at a time. Each needs memory to be read: a window of 128 KiB, and twice as much again.
-const RUNS_AT_A_TIME: usize = 24;
+/// So many runs become one at a time. Each needs memory to be read: a window of 64 KiB or more, and four times as much again.
+const RUNS_AT_A_TIME: usize = 16;
 
 /// A segment of so many bytes is merged with no other: changes hardly become smaller any more, and it is no small object.
 const LARGE_BYTES: u64 = 8 << 20;
