@@ -686,8 +686,7 @@ impl Following {
     /// Whether the WAL would be beyond the threshold at the next look.
     fn is_barrier_wanted(&self) -> bool {
         let threshold_bytes = self.around.settings.checkpoint_threshold_bytes;
-        let expected_bytes = self.pace.next_look_bytes().min(threshold_bytes / 4);
-        self.capture.wal_len_bytes() > threshold_bytes - expected_bytes
+        self.capture.wal_len_bytes() + self.pace.next_look_bytes().min(threshold_bytes / 4) > threshold_bytes
     }
 
     fn checkpoint_if_due(&mut self) -> Result<(), DatabaseError> {

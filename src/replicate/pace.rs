@@ -4,17 +4,17 @@ use std::time::Duration;
 
 use super::wake::Changed;
 
-/// Under load a look is to find so much of the WAL, or it would grow,
+/// Under load looks are so far apart that each finds about this much of the WAL: the faster it grows, the sooner the next one.
 const LOOK_BYTES: u64 = 400 << 10;
-/// and is made no more often than this, whatever that means for the WAL,
-const SHORTEST_BUSY_INTERVAL: Duration = Duration::from_millis(10);
-/// and no less often than this,
+/// But no closer than this: where a writer is as fast as SQLite goes, more looks are more barriers, and slow it down.
+const SHORTEST_BUSY_INTERVAL: Duration = Duration::from_millis(20);
+/// And no further apart than this,
 const LONGEST_BUSY_INTERVAL: Duration = Duration::from_millis(100);
-/// or this, where an application was seen waiting for the pin: its RESTART or TRUNCATE checkpoint has the write lock, and is told of
-/// by no event until the pin is up to date.
+/// nor than this, where an application was seen waiting for the pin: its RESTART or TRUNCATE checkpoint holds the write lock, and until
+/// the pin has caught up no event tells of it.
 const LONGEST_HEEDFUL_INTERVAL: Duration = Duration::from_millis(40);
-/// Otherwise a change of the WAL is answered this soon, and one of the main file always: such a checkpoint waits for two answers, and the
-/// waits in SQLite's busy handler grow quickly.
+/// Without a load a change of the WAL is answered this soon, and one of the main file always at once: such a checkpoint waits for two
+/// answers, and the waits in SQLite's busy handler grow quickly.
 const INTERVAL: Duration = Duration::from_millis(2);
 /// So many looks that captured something, none later than this after the one before, are a load.
 const BUSY_AFTER_LOOKS: u32 = 5;
@@ -74,10 +74,11 @@ impl Pace {
         until_full.clamp(SHORTEST_BUSY_INTERVAL, longest)
     }
 
-    /// How many bytes of the WAL the next look is going to find.
+    /// How many bytes of the WAL the next look is going to find; 0 where looks can't follow anyway.
     #[must_use]
     pub fn next_look_bytes(&self) -> u64 {
-        self.bytes_per_s * self.interval().as_millis() as u64 / 1000
+        let bytes = self.bytes_per_s * self.interval().as_millis() as u64 / 1000;
+        if bytes > LOOK_BYTES { 0 } else { bytes }
     }
 
     /// How long the pin has stood.
@@ -202,7 +203,7 @@ mod tests {
         assert_eq!((pace.until_next_look(now), pace.next_look_bytes()), (ms(50), LOOK_BYTES));
         look(&mut pace, &mut now, 1, ms(50), 50 << 20);
         assert_eq!(pace.until_next_look(now), SHORTEST_BUSY_INTERVAL);
-        assert_eq!(pace.next_look_bytes(), 10 << 20);
+        assert_eq!(pace.next_look_bytes(), 0);
         // A look that finds nothing in time to find something does not end it; later ones do.
         look(&mut pace, &mut now, 1, ms(100), 0);
         assert!(pace.is_busy());
