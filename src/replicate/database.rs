@@ -153,9 +153,10 @@ pub fn follow(
     around: Surroundings,
     directory: Arc<StateDirectory>,
     rested: Option<Box<Rested>>,
-    start: Option<OwnedSemaphorePermit>,
+    mut start: Option<OwnedSemaphorePermit>,
 ) -> Result<Ended, DatabaseError> {
-    Following::begin(around, directory, rested)?.run(start)
+    // The place is let go of at the end, when the files are closed.
+    Following::begin(around, directory, rested)?.run(&mut start)
 }
 
 /// A database that is being followed, turn by turn.
@@ -268,12 +269,14 @@ impl Following {
         }
     }
 
-    fn run(mut self, mut start: Option<OwnedSemaphorePermit>) -> Result<Ended, DatabaseError> {
+    fn run(mut self, start: &mut Option<OwnedSemaphorePermit>) -> Result<Ended, DatabaseError> {
         let begun = self.now();
         loop {
-            // Once it can be restored, or does not soon, the next one is taken up.
-            if self.snapshots.confirmed().is_some() && self.claimed.is_some() || self.now() - begun > START_PATIENCE {
-                start = None;
+            // Once it can be restored and stays open, rests, or does neither soon, the next one is taken up. Were it taken up before this one
+            // rests, a thousand that start would all be open at once.
+            let is_taken_up = self.snapshots.confirmed().is_some() && self.claimed.is_some();
+            if is_taken_up && !self.around.opening.should_rest() || self.now() - begun > START_PATIENCE {
+                *start = None;
             }
             if self.around.opening.should_rest()
                 && let Some(rested) = self.rest()?
@@ -293,7 +296,7 @@ impl Following {
                 self.pace.note_missed_event();
             }
             if is_stopping {
-                drop(start);
+                *start = None;
                 self.settle(self.now() + STOP_PATIENCE)?;
                 return self.end().map(Ended::Stopped);
             }
@@ -308,7 +311,7 @@ impl Following {
     pub fn rest(&mut self) -> Result<Option<Rested>, DatabaseError> {
         let (now, now_ms) = (self.now(), self.around.clock.now_ms());
         let is_quiet = !self.has_commits || now.saturating_sub(self.pace.committed()) >= RESTS_AFTER;
-        let is_idle = self.snapshots.may_rest() && self.syncs_wanted.is_empty() && !self.pace.is_stirred();
+        let is_idle = self.snapshots.may_rest() && self.syncs_wanted.is_empty();
         let (true, Some(captured)) = (is_quiet && is_idle, self.captured()) else { return Ok(None) };
         let is_confirmed = *self.around.progress.confirmed.borrow() >= captured.position.txid;
         // Looked at first: what is written from here on makes another look of the files.

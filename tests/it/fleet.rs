@@ -157,6 +157,31 @@ fn a_fleet_at_rest_holds_nothing_and_misses_nothing() {
     assert_eq!(epochs.len(), 1, "a rest is no new start: {epochs:?}");
 }
 
+#[test]
+fn many_that_start_are_not_all_open_at_once() {
+    const MANY: usize = 100;
+    const TAKEN_UP_AT_A_TIME: usize = 32;
+    let (fleet, applications) = Fleet::new(&["tenant-0.db"], "open-databases = 2");
+    // With a WAL that is not checkpointed none rests before a second is over: time enough for all to be taken up.
+    count_up(&applications[0]);
+    for (number, suffix) in (1..MANY).flat_map(|number| [(number, ""), (number, "-wal")]) {
+        let copy = fleet.path(&format!("tenant-{number}.db{suffix}"));
+        std::fs::copy(fleet.path(&format!("tenant-0.db{suffix}")), copy).unwrap();
+    }
+    drop(applications);
+    let daemon = fleet.start();
+    let mut most = 0;
+    wait_for("all to have a snapshot and to rest", || {
+        let open = held_open(&daemon, "database");
+        most = most.max(open);
+        let snapshots = fleet.scene.objects("").iter().filter(|key| key.contains("/snap/")).count();
+        (snapshots == MANY && open <= 2).then_some(())
+    });
+    // Some are opened while they are counted.
+    assert!((3..=10 + TAKEN_UP_AT_A_TIME).contains(&most), "{most} were open at once");
+    assert_eq!(daemon.terminate(), Some(0), "{}", fleet.scene.log());
+}
+
 /// How many files of a kind a daemon has open.
 fn held_open(daemon: &Daemon, kind: &str) -> usize {
     let links = std::fs::read_dir(format!("/proc/{}/fd", daemon.id())).unwrap();
