@@ -207,7 +207,7 @@ impl Following {
             None => (None, None, None),
         };
         let now = around.clock.monotonic();
-        let pace = Pace::new(around.settings.poll_interval, now);
+        let pace = Pace::new(around.settings.poll_interval, around.settings.sync_interval, now);
         let mut following = Self {
             snapshots: Snapshots::new(around.settings.snapshot_interval, snapshot),
             around,

@@ -31,6 +31,8 @@ const IDLE_POLL_INTERVAL: Duration = Duration::from_secs(10);
 pub struct Pace {
     /// The WAL is looked at this often even when no event tells of a change.
     poll_interval: Duration,
+    /// What is captured is to be shipped this often: looks that are further apart would make it less often.
+    sync_interval: Duration,
     advanced: Duration,
     committed: Duration,
     busy_looks: u32,
@@ -46,9 +48,10 @@ pub struct Pace {
 impl Pace {
     /// That of a database whose following begins `now`.
     #[must_use]
-    pub fn new(poll_interval: Duration, now: Duration) -> Self {
+    pub fn new(poll_interval: Duration, sync_interval: Duration, now: Duration) -> Self {
         Self {
             poll_interval,
+            sync_interval,
             advanced: now,
             committed: now,
             busy_looks: 0,
@@ -71,7 +74,7 @@ impl Pace {
         }
         let longest = if self.meets_checkpoints { LONGEST_HEEDFUL_INTERVAL } else { LONGEST_BUSY_INTERVAL };
         let until_full = Duration::from_millis(LOOK_BYTES * 1000 / self.bytes_per_s.max(1));
-        until_full.clamp(SHORTEST_BUSY_INTERVAL, longest)
+        until_full.max(SHORTEST_BUSY_INTERVAL).min(longest).min(self.sync_interval)
     }
 
     /// How many bytes of the WAL the next look is going to find; 0 where looks can't follow anyway.
@@ -170,6 +173,7 @@ mod tests {
     use super::*;
 
     const POLL: Duration = Duration::from_secs(1);
+    const SYNC: Duration = Duration::from_secs(1);
     const WAL_IS_EMPTY: bool = true;
 
     /// So many looks, each of which captures so many bytes.
@@ -192,7 +196,7 @@ mod tests {
     #[test]
     fn under_load_looks_are_as_far_apart_as_the_wal_allows() {
         let mut now = ms(1_000_000);
-        let mut pace = Pace::new(POLL, now);
+        let mut pace = Pace::new(POLL, SYNC, now);
         assert_eq!(pace.until_next_look(now), INTERVAL);
         look(&mut pace, &mut now, BUSY_AFTER_LOOKS - 1, ms(20), 10_000);
         assert!(!pace.is_busy());
@@ -212,9 +216,19 @@ mod tests {
     }
 
     #[test]
+    fn looks_are_no_further_apart_than_shipping() {
+        let mut now = ms(1_000_000);
+        let mut pace = Pace::new(POLL, ms(15), now);
+        look(&mut pace, &mut now, BUSY_AFTER_LOOKS, ms(20), 10_000);
+        assert_eq!(pace.until_next_look(now), ms(15));
+        look(&mut pace, &mut now, 1, ms(15), 50 << 20);
+        assert_eq!(pace.until_next_look(now), ms(15));
+    }
+
+    #[test]
     fn who_waits_for_the_pin_under_load_is_heeded_from_then_on() {
         let mut now = ms(1_000_000);
-        let mut pace = Pace::new(POLL, now);
+        let mut pace = Pace::new(POLL, SYNC, now);
         pace.note_checkpoint();
         look(&mut pace, &mut now, BUSY_AFTER_LOOKS, ms(20), 10_000);
         assert_eq!(pace.until_next_look(now), LONGEST_BUSY_INTERVAL, "without a load it waits for nothing");
@@ -227,7 +241,7 @@ mod tests {
     #[test]
     fn what_changed_is_looked_at_again_at_growing_intervals() {
         let mut now = ms(1_000_000);
-        let mut pace = Pace::new(POLL, now);
+        let mut pace = Pace::new(POLL, SYNC, now);
         pace.note_change(Changed::Nothing);
         assert!(!pace.is_stirred());
         pace.note_change(Changed::Wal);
@@ -252,7 +266,7 @@ mod tests {
     #[test]
     fn a_database_that_nobody_writes_to_is_polled_seldom_where_events_come() {
         let now = ms(1_000_000);
-        let mut pace = Pace::new(POLL, now);
+        let mut pace = Pace::new(POLL, SYNC, now);
         assert_eq!(pace.next_look(now, WAL_IS_EMPTY), POLL);
         let later = now + IDLE_AFTER + ms(1);
         assert_eq!(pace.next_look(later, !WAL_IS_EMPTY), POLL);
