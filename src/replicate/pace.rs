@@ -74,7 +74,8 @@ impl Pace {
         }
         let longest = if self.meets_checkpoints { LONGEST_HEEDFUL_INTERVAL } else { LONGEST_BUSY_INTERVAL };
         let until_full = Duration::from_millis(LOOK_BYTES * 1000 / self.bytes_per_s.max(1));
-        until_full.max(SHORTEST_BUSY_INTERVAL).min(longest).min(self.sync_interval)
+        // An interval of 0 ships what each look finds; it does not make looks one long look.
+        until_full.max(SHORTEST_BUSY_INTERVAL).min(longest).min(self.sync_interval.max(INTERVAL))
     }
 
     /// How many bytes of the WAL the next look is going to find; 0 where looks can't follow anyway.
@@ -223,6 +224,9 @@ mod tests {
         assert_eq!(pace.until_next_look(now), ms(15));
         look(&mut pace, &mut now, 1, ms(15), 50 << 20);
         assert_eq!(pace.until_next_look(now), ms(15));
+        let mut pace = Pace::new(POLL, Duration::ZERO, now);
+        look(&mut pace, &mut now, BUSY_AFTER_LOOKS, ms(20), 10_000);
+        assert_eq!(pace.until_next_look(now), INTERVAL);
     }
 
     #[test]
