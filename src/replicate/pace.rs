@@ -74,7 +74,7 @@ impl Pace {
         }
         let longest = if self.meets_checkpoints { LONGEST_HEEDFUL_INTERVAL } else { LONGEST_BUSY_INTERVAL };
         let until_full = Duration::from_millis(LOOK_BYTES * 1000 / self.bytes_per_s.max(1));
-        // An interval of 0 ships what each look finds; it does not make looks one long look.
+        // With a sync interval of 0 what a look finds is shipped at once; looks still have some time between them.
         until_full.max(SHORTEST_BUSY_INTERVAL).min(longest).min(self.sync_interval.max(INTERVAL))
     }
 
