@@ -81,14 +81,6 @@ impl Capture {
         })
     }
 
-    /// Whether transactions are published that were not captured.
-    ///
-    /// # Errors
-    /// As the operating system answers.
-    pub fn is_behind(&self) -> Result<bool, SqliteError> {
-        Ok(self.follower.is_behind(&self.live.files.wal_index()?))
-    }
-
     /// Whether all that was captured, and nothing else, stands in the main file.
     ///
     /// # Errors

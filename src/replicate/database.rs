@@ -483,7 +483,7 @@ impl Following {
         }
         // Another process may recover the WAL just now; then the next turn answers.
         self.advance()?;
-        if self.capture.is_behind()? {
+        if self.capture.work()?.is_behind {
             return Ok(());
         }
         self.cut()?;
