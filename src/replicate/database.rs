@@ -284,10 +284,6 @@ impl Following {
                 return Ok(Ended::AtRest(Box::new(rested)));
             }
             let (changed, events) = self.await_work()?;
-            // Whoever tells us something may wait for the answer with the write lock held.
-            if changed == Changed::Wal && events.is_empty() {
-                self.around.mailbox.pause(self.pace.until_next_look(self.now()), true);
-            }
             self.pace.note_change(changed);
             let is_told = changed != Changed::Nothing || !events.is_empty() || self.pace.is_stirred();
             let committed = self.pace.committed();
@@ -347,13 +343,19 @@ impl Following {
 
     /// Waits until there may be something to do. Under load every look finds something: to be woken for each would cost more than it does.
     fn await_work(&mut self) -> Result<(Changed, VecDeque<Event>), DatabaseError> {
-        let mut wait = self.time_to_wait()?;
+        let wait = self.time_to_wait()?;
         let heeds_main = !std::mem::take(&mut self.has_checkpointed);
+        let mailbox = &self.around.mailbox;
         if self.pace.is_busy() {
-            self.around.mailbox.pause(wait.min(self.pace.until_next_look(self.now())), heeds_main);
-            wait = Duration::ZERO;
+            mailbox.pause(wait.min(self.pace.until_next_look(self.now())), heeds_main);
+            return Ok(mailbox.wait(Duration::ZERO));
         }
-        Ok(self.around.mailbox.wait(wait))
+        let (changed, events) = mailbox.wait(wait);
+        // Many events are one wake. Whoever tells us something may wait for the answer with the write lock held.
+        if changed == Changed::Wal && events.is_empty() {
+            mailbox.pause(self.pace.until_next_look(self.now()), true);
+        }
+        Ok((changed, events))
     }
 
     fn time_to_wait(&self) -> Result<Duration, DatabaseError> {
