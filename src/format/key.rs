@@ -9,6 +9,10 @@ pub const MARKER_KEY: &str = "waltrail.json";
 pub const PRESENCE_KEY: &str = "presence";
 /// Prefix of all epoch records.
 pub const EPOCHS_PREFIX: &str = "epochs/";
+/// Prefix of all segments.
+pub const LOG_PREFIX: &str = "log/";
+/// Prefix of all snapshots.
+pub const SNAPSHOTS_PREFIX: &str = "snap/";
 /// Prefix of all marks.
 pub const MARKS_PREFIX: &str = "marks/";
 /// No mark's name is longer, in bytes.
@@ -17,13 +21,26 @@ const MARK_NAME_LIMIT: usize = 100;
 /// Prefix of an epoch's segments.
 #[must_use]
 pub fn log_prefix(epoch: u32) -> String {
-    format!("log/{epoch:08x}/")
+    format!("{LOG_PREFIX}{epoch:08x}/")
 }
 
 /// Prefix of an epoch's snapshots.
 #[must_use]
 pub fn snapshot_prefix(epoch: u32) -> String {
-    format!("snap/{epoch:08x}/")
+    format!("{SNAPSHOTS_PREFIX}{epoch:08x}/")
+}
+
+/// The epoch whose segments or snapshots a folder below [`LOG_PREFIX`] or [`SNAPSHOTS_PREFIX`] holds.
+#[must_use]
+pub fn epoch_of_folder(name: &str) -> Option<u32> {
+    u32::try_from(hex(name, 8)?).ok()
+}
+
+/// The epoch of a segment or of a snapshot; `None` when the key is not exactly one of those.
+#[must_use]
+pub fn epoch_of_object(key: &str) -> Option<u32> {
+    let segment = SegmentKey::parse(key).map(|key| key.0.epoch);
+    segment.or_else(|| SnapshotKey::parse(key).map(|key| key.epoch))
 }
 
 /// A run of transactions of one epoch, and the time of the last one: what the name of a segment tells.
@@ -47,7 +64,7 @@ impl SegmentKey {
     /// Reads a key; `None` when it is not exactly one of a segment.
     #[must_use]
     pub fn parse(key: &str) -> Option<Self> {
-        let (epoch, rest) = key.strip_prefix("log/")?.split_once('/')?;
+        let (epoch, rest) = key.strip_prefix(LOG_PREFIX)?.split_once('/')?;
         let mut parts = rest.split('-');
         let span = Span {
             epoch: u32::try_from(hex(epoch, 8)?).ok()?,
@@ -62,7 +79,7 @@ impl SegmentKey {
 impl fmt::Display for SegmentKey {
     fn fmt(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Span { epoch, first_txid, last_txid, time_ms } = self.0;
-        write!(out, "log/{epoch:08x}/{first_txid:016x}-{last_txid:016x}-{time_ms:012x}")
+        write!(out, "{LOG_PREFIX}{epoch:08x}/{first_txid:016x}-{last_txid:016x}-{time_ms:012x}")
     }
 }
 
@@ -83,7 +100,7 @@ impl SnapshotKey {
     /// Reads a key; `None` when it is not exactly one of a snapshot.
     #[must_use]
     pub fn parse(key: &str) -> Option<Self> {
-        let (epoch, rest) = key.strip_prefix("snap/")?.split_once('/')?;
+        let (epoch, rest) = key.strip_prefix(SNAPSHOTS_PREFIX)?.split_once('/')?;
         let (txid, time_ms) = rest.split_once('-')?;
         Some(Self { epoch: u32::try_from(hex(epoch, 8)?).ok()?, txid: hex(txid, 16)?, time_ms: hex(time_ms, 12)? })
     }
@@ -91,7 +108,7 @@ impl SnapshotKey {
 
 impl fmt::Display for SnapshotKey {
     fn fmt(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(out, "snap/{:08x}/{:016x}-{:012x}", self.epoch, self.txid, self.time_ms)
+        write!(out, "{SNAPSHOTS_PREFIX}{:08x}/{:016x}-{:012x}", self.epoch, self.txid, self.time_ms)
     }
 }
 

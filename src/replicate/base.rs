@@ -6,7 +6,7 @@ use std::io;
 
 use super::control::State;
 use super::ledger::Ledger;
-use crate::format::key::SnapshotKey;
+use crate::format::key::{SNAPSHOTS_PREFIX, SnapshotKey};
 use crate::format::snapshot::{ExtentRecord, SnapshotFooter, SnapshotIndex, SnapshotInfo, extent_hash};
 use crate::format::{FOOTER_LEN, FormatError, Position, extent_pages};
 use crate::store::{SharedStore, StoreError};
@@ -39,7 +39,7 @@ impl Base {
     /// # Errors
     /// When the store fails.
     pub async fn load(store: &SharedStore) -> Result<Option<Self>, StoreError> {
-        let listed = store.list("snap/", None).await?;
+        let listed = store.list(SNAPSHOTS_PREFIX, None).await?;
         let stored: BTreeMap<SnapshotKey, u64> =
             listed.iter().filter_map(|object| Some((SnapshotKey::parse(&object.key)?, object.len_bytes))).collect();
         let Some((key, &len_bytes)) = stored.last_key_value() else { return Ok(None) };

@@ -6,12 +6,17 @@ use std::collections::{BTreeMap, BTreeSet};
 use futures_util::stream::{self, StreamExt, TryStreamExt};
 
 use super::RestoreError;
-use crate::format::key::{EPOCHS_PREFIX, EpochKey, MARKER_KEY, SegmentKey, SnapshotKey};
+use crate::format::key::{
+    EPOCHS_PREFIX, EpochKey, LOG_PREFIX, MARKER_KEY, SNAPSHOTS_PREFIX, SegmentKey, SnapshotKey, epoch_of_folder,
+    epoch_of_object,
+};
 use crate::format::record::{EpochRecord, RECORD_LIMIT, ReplicaMarker};
 use crate::store::{ObjectInfo, SharedStore};
 
 /// So many epoch records are read at a time.
 const RECORDS_IN_FLIGHT: usize = 8;
+/// A replica is looked at so often until what was found fits together.
+const LOAD_ATTEMPTS: usize = 3;
 
 /// A stored object and its length in bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -65,6 +70,18 @@ impl History {
     /// [`RestoreError::NoReplica`] when the store was reached and there is none; [`RestoreError::Damaged`] when a record can't
     /// be read.
     pub async fn load(store: &SharedStore) -> Result<Self, RestoreError> {
+        for _ in 1..LOAD_ATTEMPTS {
+            match Self::load_once(store).await {
+                // Between two requests a daemon may have claimed an epoch, and a prune let go of one.
+                Ok(history) if history.newest_orphan().is_some() => {}
+                Err(RestoreError::Damaged { .. }) => {}
+                other => return other,
+            }
+        }
+        Self::load_once(store).await
+    }
+
+    async fn load_once(store: &SharedStore) -> Result<Self, RestoreError> {
         let location = store.location();
         let replica = read_marker(store, &location).await?.replica;
         let mut strangers = Vec::new();
@@ -76,7 +93,7 @@ impl History {
             .try_collect()
             .await?;
         let mut history = Self { location, replica, epochs, given_up, strangers };
-        for object in store.list("log/", None).await? {
+        for object in store.list(LOG_PREFIX, None).await? {
             let key = SegmentKey::parse(&object.key);
             let epoch = key.and_then(|key| Some((key, history.epochs.get_mut(&key.0.epoch)?)));
             match epoch {
@@ -84,7 +101,7 @@ impl History {
                 None => history.strangers.push(object.key),
             }
         }
-        for object in store.list("snap/", None).await? {
+        for object in store.list(SNAPSHOTS_PREFIX, None).await? {
             let key = SnapshotKey::parse(&object.key);
             let epoch = key.and_then(|key| Some((key, history.epochs.get_mut(&key.epoch)?)));
             match epoch {
@@ -102,13 +119,26 @@ impl History {
         epoch.is_some_and(|epoch| epoch.snapshots.iter().any(|stored| stored.key == *key))
     }
 
+    /// A segment or a snapshot of the newest epoch, where that one's record was lost.
+    fn newest_orphan(&self) -> Option<(u32, &str)> {
+        let known = self.epochs.keys().next_back().copied().unwrap_or(0);
+        let orphans = self.strangers.iter().filter_map(|key| Some((epoch_of_object(key)?, key.as_str())));
+        orphans.filter(|&(epoch, _)| epoch > known).max()
+    }
+
     /// The line that ends in `epoch` (the newest one, if not given): its epochs newest first, each with the last transaction
     /// that counts on this line (`None` for all that are there). It ends where history was let go: epoch records are deleted
     /// from the oldest on, so one that is missing behind the oldest that is there was lost.
     ///
     /// # Errors
-    /// [`RestoreError::NoSuchEpoch`]; [`RestoreError::Damaged`] when a parent's record was lost.
+    /// [`RestoreError::NoSuchEpoch`]; [`RestoreError::Damaged`] when a parent's record was lost, or that of the newest epoch: what
+    /// came before is not the newest state, and nobody is to take it for that.
     pub fn line(&self, epoch: Option<u32>) -> Result<Vec<(&Epoch, Option<u64>)>, RestoreError> {
+        if let (None, Some((number, orphan))) = (epoch, self.newest_orphan()) {
+            let key = EpochKey { epoch: number, writer: None };
+            let what = format!("it is missing, and there is {orphan}");
+            return Err(RestoreError::damaged(&self.location, &key, &what));
+        }
         let (Some(&first), Some(&last)) = (self.epochs.keys().next(), self.epochs.keys().next_back()) else {
             return Err(RestoreError::NothingYet { location: self.location.clone() });
         };
@@ -162,8 +192,8 @@ async fn read_marker(store: &SharedStore, location: &str) -> Result<ReplicaMarke
     let bytes = match store.get(MARKER_KEY, RECORD_LIMIT).await {
         Err(error) if error.is_not_found() => {
             // Some servers answer the same when the bucket is not there; a listing tells. And a replica that has lost its
-            // marker is no place without a backup.
-            return Err(match store.list(EPOCHS_PREFIX, None).await?.is_empty() {
+            // marker, perhaps with all that is as old, is no place without a backup.
+            return Err(match is_empty(store).await? {
                 true => RestoreError::NoReplica { location: location.to_owned() },
                 false => RestoreError::damaged(location, &MARKER_KEY, &"it is missing"),
             });
@@ -175,6 +205,14 @@ async fn read_marker(store: &SharedStore, location: &str) -> Result<ReplicaMarke
         other => other.map_err(RestoreError::object(location, &MARKER_KEY))?,
     };
     ReplicaMarker::decode(&bytes).map_err(RestoreError::format(location, &MARKER_KEY))
+}
+
+/// Whether nothing is there that a replica is made of.
+async fn is_empty(store: &SharedStore) -> Result<bool, RestoreError> {
+    let is_folder_of_ours = |name: &String| epoch_of_folder(name).is_some();
+    Ok(store.list(EPOCHS_PREFIX, None).await?.is_empty()
+        && !store.folders(LOG_PREFIX).await?.iter().any(is_folder_of_ours)
+        && !store.folders(SNAPSHOTS_PREFIX).await?.iter().any(is_folder_of_ours))
 }
 
 /// The claims to each epoch that has a record, the record first; and the numbers of those that have none.

@@ -262,7 +262,12 @@ impl ObjectStore for DirectoryStore {
                 Some(folder) => store.path(folder)?,
             };
             let mut found = Vec::new();
-            for entry in fs::read_dir(directory)? {
+            let entries = match fs::read_dir(directory) {
+                // As in a bucket, where there are no folders.
+                Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(found),
+                other => other?,
+            };
+            for entry in entries {
                 let entry = entry?;
                 let name = entry.file_name().to_string_lossy().into_owned();
                 if entry.file_type()?.is_dir() && name != INCOMING {

@@ -6,7 +6,7 @@ use super::lines::{Needs, View};
 use super::report::{Finding, Verdict};
 use super::survey::{StateFacts, Survey};
 use crate::clock::format_time;
-use crate::format::key::{EpochKey, PRESENCE_KEY, SegmentKey, SnapshotKey};
+use crate::format::key::{EpochKey, PRESENCE_KEY, SegmentKey, SnapshotKey, epoch_of_object};
 use crate::restore::RestoreError;
 use crate::restore::run::{Missing, Run};
 use crate::retain::plan::plan;
@@ -97,33 +97,16 @@ impl Checker<'_> {
         self.survey.history.epochs.keys().next_back().copied().unwrap_or(0)
     }
 
-    /// Records that are not there.
+    /// Records that are not there, but for the newest one, without which no newest line is to be had.
     fn check_records(&mut self) {
         let (epochs, given_up) = (&self.survey.history.epochs, &self.survey.history.given_up);
         let Some(&first) = epochs.keys().next() else { return };
-        let orphans = self.orphans();
         let is_lost = |number: &u32| !epochs.contains_key(number) && !given_up.contains(number);
         for number in (first..=self.newest_epoch()).filter(is_lost) {
             let key = EpochKey { epoch: number, writer: None };
             let sentence = format!("{key} is missing: nobody knows any more which line that epoch was on");
             self.add(Finding::degraded(RECORDS, key, sentence));
         }
-        for (number, example) in orphans.range(self.newest_epoch() + 1..) {
-            let key = EpochKey { epoch: *number, writer: None };
-            let sentence = format!("{key} is missing, and there is {example}: the newest states can't be restored");
-            self.add(Finding::failed(RECORDS, key, sentence));
-        }
-    }
-
-    /// Segments and snapshots of epochs that have no record: an example of each epoch.
-    fn orphans(&self) -> BTreeMap<u32, String> {
-        let mut orphans = BTreeMap::new();
-        for stranger in &self.survey.history.strangers {
-            if let Some(epoch) = epoch_of(stranger) {
-                orphans.entry(epoch).or_insert_with(|| stranger.clone());
-            }
-        }
-        orphans
     }
 
     fn check_newest_line(&mut self) {
@@ -427,7 +410,7 @@ impl Checker<'_> {
     /// Objects that belong to nothing: leftovers, or somebody else's.
     fn check_strangers(&mut self) {
         let newest = self.newest_epoch();
-        let is_told = |key: &&String| epoch_of(key).is_some_and(|epoch| epoch > newest);
+        let is_told = |key: &&String| epoch_of_object(key).is_some_and(|epoch| epoch > newest);
         let strangers = self.survey.history.strangers.iter().filter(|key| !is_told(key));
         let strangers: BTreeSet<&String> = strangers.chain(&self.survey.strangers).collect();
         let Some(first) = strangers.first() else { return };
@@ -510,12 +493,6 @@ fn missing(run: &Run<'_>, gap: Missing) -> String {
 /// Where what is missing would be.
 fn log_of(run: &Run<'_>, gap: Missing) -> String {
     format!("log/{:08x}/{:016x}-", run.epoch_of(gap.first_txid), gap.first_txid)
-}
-
-/// The epoch of a segment or snapshot, by its key.
-fn epoch_of(key: &str) -> Option<u32> {
-    let segment = SegmentKey::parse(key).map(|key| key.0.epoch);
-    segment.or_else(|| SnapshotKey::parse(key).map(|key| key.epoch))
 }
 
 /// The whole report is about one place.

@@ -7,7 +7,10 @@ use tokio::sync::Semaphore;
 
 use super::budget::Budget;
 use super::random::Numbers;
-use crate::format::key::{EPOCHS_PREFIX, MARKER_KEY, MARKS_PREFIX, MarkKey, PRESENCE_KEY, SegmentKey, SnapshotKey};
+use crate::format::key::{
+    EPOCHS_PREFIX, LOG_PREFIX, MARKER_KEY, MARKS_PREFIX, MarkKey, PRESENCE_KEY, SNAPSHOTS_PREFIX, SegmentKey,
+    SnapshotKey,
+};
 use crate::format::record::{MarkRecord, PresenceRecord, RECORD_LIMIT};
 use crate::format::segment::{SegmentFooter, Transaction};
 use crate::format::snapshot::SnapshotIndex;
@@ -159,7 +162,7 @@ async fn read_marks(store: &SharedStore) -> Result<(Vec<MarkRecord>, Vec<(String
 /// What is beside the objects that a listing of their own is made of.
 fn strangers(listed: &[ObjectInfo]) -> Vec<String> {
     let is_known = |key: &str| {
-        let has_listing = [EPOCHS_PREFIX, "log/", "snap/"].iter().any(|prefix| key.starts_with(prefix));
+        let has_listing = [EPOCHS_PREFIX, LOG_PREFIX, SNAPSHOTS_PREFIX].iter().any(|prefix| key.starts_with(prefix));
         key == MARKER_KEY || key == PRESENCE_KEY || has_listing || MarkKey::parse(key).is_some()
     };
     listed.iter().map(|object| object.key.clone()).filter(|key| !is_known(key)).collect()

@@ -56,7 +56,11 @@ impl Play {
     }
 
     fn objects(&self, folder: &str) -> Vec<PathBuf> {
-        let folder = self.server.path(&format!("app/{folder}/00000001"));
+        self.files(&format!("{folder}/00000001"))
+    }
+
+    fn files(&self, folder: &str) -> Vec<PathBuf> {
+        let folder = self.server.path(&format!("app/{folder}"));
         let mut paths: Vec<PathBuf> = std::fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path()).collect();
         paths.sort();
         paths
@@ -149,6 +153,26 @@ fn a_start_does_not_go_on_behind_a_segment_that_is_lost() {
     assert_eq!(play.restored(&["--txid", &last]), last_content);
     assert_eq!(play.restored(&["--txid", &before, "--epoch", "1"]), before_content);
     assert_eq!(daemon.terminate(), Some(0), "{}", play.scene.log());
+}
+
+/// The record of an epoch: its number is not given to another one, whose segments would stand among those that are there.
+#[test]
+fn an_epoch_that_lost_its_record_is_not_taken_for_a_new_one() {
+    let play = Play::new("");
+    let daemon = play.start();
+    for _ in 0..3 {
+        play.write();
+    }
+    assert_eq!(daemon.terminate(), Some(0), "{}", play.scene.log());
+    for path in play.files("epochs") {
+        std::fs::remove_file(path).unwrap();
+    }
+    let daemon = play.start();
+    let (_, expected) = play.write();
+    assert_eq!(daemon.terminate(), Some(0), "{}", play.scene.log());
+    let records: Vec<String> = play.files("epochs").iter().map(|path| path.display().to_string()).collect();
+    assert!(records.len() == 1 && records[0].ends_with("/00000002"), "{records:?}");
+    assert_eq!(play.restored(&[]), expected);
 }
 
 /// Of a snapshot: an older one serves as well, if there is one; the next one does not rely on what is gone.

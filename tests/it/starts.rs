@@ -2,7 +2,7 @@
 
 use std::path::Path;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 
 use waltrail::store::faults::{Fault, Faulty};
 use waltrail::store::{Operation, SharedStore, StoreErrorKind};
@@ -101,13 +101,13 @@ fn a_snapshot_does_not_rely_on_what_is_gone() {
 /// them.
 #[test]
 fn a_snapshot_is_not_there_before_what_it_needs() {
-    let (is_begun, is_away) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicBool::new(false)));
-    let (begun, away) = (is_begun.clone(), is_away.clone());
+    let (looks, is_away) = (Arc::new(AtomicU32::new(0)), Arc::new(AtomicBool::new(false)));
+    let (count, away) = (looks.clone(), is_away.clone());
     let stack = move |store: SharedStore| -> SharedStore {
-        let (begun, away) = (begun.clone(), away.clone());
+        let (looks, away) = (count.clone(), away.clone());
         Arc::new(Faulty::new(store, move |request| {
             if request.operation == Operation::List && request.key == "snap/" {
-                begun.store(true, Ordering::SeqCst);
+                looks.fetch_add(1, Ordering::SeqCst);
             }
             let is_segment = request.operation == Operation::Put && request.key.starts_with("log/");
             match is_segment && away.load(Ordering::SeqCst) {
@@ -124,7 +124,8 @@ fn a_snapshot_is_not_there_before_what_it_needs() {
     machine.start();
     wait_for("the beginning of the snapshot", || {
         machine.turns(1);
-        is_begun.load(Ordering::SeqCst).then_some(())
+        // The claim looks there, too.
+        (looks.load(Ordering::SeqCst) == 2).then_some(())
     });
     machine.turns(3);
     is_away.store(true, Ordering::SeqCst);
