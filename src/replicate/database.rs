@@ -10,6 +10,7 @@ use std::time::Duration;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot};
 
 use super::capture::Capture;
+use super::checkpoints::{Checkpoint, Checkpoints};
 use super::claim::{Claimed, Continuing};
 use super::control::State;
 use super::ledger::{FOLD_AT_ENTRIES, Ledger};
@@ -30,6 +31,10 @@ use crate::sqlite::SqliteError;
 use crate::sqlite::header::{HEADER_LEN, schema_cookie};
 use crate::sqlite::live::LiveDatabase;
 
+/// It is seen this often whether the files are still those at the path, and whether too much waits for an epoch.
+const FILES_CHECK_INTERVAL: Duration = Duration::from_secs(1);
+/// Of page images no more than this are recorded for an epoch that is not claimed: their numbers are in memory.
+const UNCLAIMED_RAW_LIMIT: u64 = 4 << 30;
 /// A pin that protects frames does not stand longer than this, if the thread is awake.
 const PIN_MOVES_AFTER: Duration = Duration::from_millis(500);
 /// How soon a snapshot is read on when the store was not ready for more.
@@ -42,13 +47,6 @@ const START_PATIENCE: Duration = Duration::from_secs(5);
 const SEGMENT_RAW_LIMIT: u64 = 256 << 20;
 /// How soon a segment that is due is asked again whether it can be cut without a long wait.
 const CUT_RETRY: Duration = Duration::from_millis(2);
-/// After a database has not been written to for so long, what is left in the WAL is checkpointed.
-const QUIET_AFTER: Duration = Duration::from_secs(1);
-/// A checkpoint of a quiet database that others hold up is tried again after this.
-const QUIET_RETRY: Duration = Duration::from_secs(60);
-/// A barrier that was not to be had is tried again after this at first, then at doubling intervals.
-const FIRST_BARRIER_RETRY: Duration = Duration::from_millis(10);
-const LAST_BARRIER_RETRY: Duration = Duration::from_millis(80);
 /// At a stop, a claim that is not answered yet is waited for, and a snapshot read on, for so long.
 const STOP_PATIENCE: Duration = Duration::from_secs(4);
 /// Of the spool's limit, one part of so many is for segments that are confirmed and kept for merging.
@@ -83,6 +81,12 @@ pub enum DatabaseError {
     /// A mistake in this program ended the thread or the task that followed it.
     #[error("an internal error: {0}")]
     Panicked(String),
+    /// No epoch could be claimed, and more than may waits for one.
+    #[error("storage was not reached, and {recorded_bytes} bytes that wait for it are more than the spool's limit")]
+    NotClaimed {
+        /// How many bytes were recorded meanwhile.
+        recorded_bytes: u64,
+    },
     /// More waits to be shipped than may.
     #[error("{waiting_bytes} bytes wait to be shipped, more than the spool's limit")]
     SpoolFull {
@@ -107,6 +111,7 @@ impl DatabaseError {
         matches!(
             self,
             Self::SpoolFull { .. }
+                | Self::NotClaimed { .. }
                 | Self::Local(_)
                 | Self::Sqlite(
                     SqliteError::Gap { .. } | SqliteError::PageChanged { .. } | SqliteError::Replaced { .. }
@@ -178,11 +183,10 @@ pub struct Following {
     cut_retry: Duration,
     pace: Pace,
     has_commits: bool,
+    files_checked: Duration,
     /// Whether the main file was written to by ourselves since the last wait.
     has_checkpointed: bool,
-    quiet_checkpoint_due: Option<Duration>,
-    barrier_retry: Duration,
-    barrier_due: Duration,
+    checkpoints: Checkpoints,
 }
 
 impl Following {
@@ -201,6 +205,8 @@ impl Following {
             tracing::info!(database = %around.settings.path.display(), "switched to WAL mode");
         }
         let spool = Spool::new(directory.spool_path());
+        // What an earlier run recorded and did not cut is captured again, if it is still to be had.
+        spool::remove(&spool.open_segment_path())?;
         let Started { capture, resumed } = start(live, &around.settings, &directory, &spool, &around.clock)?;
         let (recorder, snapshot, continuing) = match resumed {
             Some(resumed) => (Some(resumed.recorder), resumed.snapshot, Some(resumed.continuing)),
@@ -208,6 +214,7 @@ impl Following {
         };
         let now = around.clock.monotonic();
         let pace = Pace::new(around.settings.poll_interval, around.settings.sync_interval, now);
+        let checkpoints = Checkpoints::new(around.settings.checkpoint_threshold_bytes, now);
         let mut following = Self {
             snapshots: Snapshots::new(around.settings.snapshot_interval, snapshot),
             around,
@@ -223,10 +230,9 @@ impl Following {
             cut_retry: now,
             pace,
             has_commits: false,
+            files_checked: now,
             has_checkpointed: false,
-            quiet_checkpoint_due: Some(now + QUIET_AFTER),
-            barrier_retry: FIRST_BARRIER_RETRY,
-            barrier_due: now,
+            checkpoints,
         };
         let rested = rested.filter(|rested| continuing.as_ref().is_some_and(|left| left.is_of(&rested.claimed)));
         match (&mut following.recorder, rested) {
@@ -330,6 +336,9 @@ impl Following {
         for event in events {
             is_stopping |= self.handle(event)?;
         }
+        if !is_stopping && (!self.pace.is_stirred() || self.now() - self.files_checked >= FILES_CHECK_INTERVAL) {
+            self.check_files()?;
+        }
         self.look()?;
         if is_stopping {
             return Ok(true);
@@ -364,24 +373,52 @@ impl Following {
         let is_open = self.claimed.is_some() && self.recorder.as_ref().and_then(Recorder::open_len_bytes).is_some();
         let cut_due = self.last_cut.map_or(now, |last| last + self.around.settings.sync_interval).max(self.cut_retry);
         let cut_due = is_open.then_some(cut_due);
-        let barrier_due = self.is_barrier_wanted().then_some(self.barrier_due);
+        let checkpoint_due = self.next_checkpoint().map(|(_, due)| due);
         let snapshot_due = match self.snapshots.is_due(now, self.around.clock.now_ms()) {
             true => Some(now + SNAPSHOT_PERMIT_RETRY),
             false => self.snapshots.next_step(now, SNAPSHOT_PAUSE),
         };
         let snapshot_due = snapshot_due.filter(|_| self.claimed.is_some());
-        for due in [cut_due, barrier_due, snapshot_due, self.quiet_checkpoint_due].into_iter().flatten() {
+        for due in [cut_due, checkpoint_due, snapshot_due].into_iter().flatten() {
             wait = wait.min(due.saturating_sub(now));
         }
         Ok(wait)
     }
 
+    /// Looks whether the files are still those at the path, and whether what waits for an epoch has room.
+    fn check_files(&mut self) -> Result<(), DatabaseError> {
+        self.files_checked = self.now();
+        match self.capture.files().check_still_there() {
+            Err(replaced @ SqliteError::Replaced { .. }) => {
+                // What was committed to the files that are open nobody can read any more after us.
+                self.advance()?;
+                self.cut()?;
+                return Err(replaced.into());
+            }
+            other => other?,
+        }
+        match self.unclaimed_len_bytes()? {
+            Some(recorded_bytes) => Err(DatabaseError::NotClaimed { recorded_bytes }),
+            None => Ok(()),
+        }
+    }
+
+    /// What is recorded for an epoch that could not be claimed yet, if it is more than may wait: nothing can be cut before.
+    fn unclaimed_len_bytes(&self) -> Result<Option<u64>, DatabaseError> {
+        let Some(raw_len_bytes) = self.recorder.as_ref().and_then(Recorder::open_len_bytes) else { return Ok(None) };
+        if self.claimed.is_some() {
+            return Ok(None);
+        }
+        let limit_bytes = self.around.settings.spool_limit_bytes;
+        let recorded_bytes = std::fs::metadata(self.spool.open_segment_path())?.len();
+        let is_too_much =
+            recorded_bytes > limit_bytes - limit_bytes / KEPT_SHARE || raw_len_bytes > UNCLAIMED_RAW_LIMIT;
+        Ok(is_too_much.then_some(recorded_bytes))
+    }
+
     /// Captures, if there is anything to capture or to let go of.
     fn look(&mut self) -> Result<(), DatabaseError> {
         self.pace.begin_look();
-        if !self.pace.is_stirred() {
-            self.capture.files().check_still_there()?;
-        }
         // A pin that protects frames moves even when nothing is written: nobody is to find a read transaction that stands long.
         let now = self.now();
         let pin_is_old = self.pace.stood(now) >= PIN_MOVES_AFTER && self.capture.wal_len_bytes() > 0;
@@ -417,7 +454,7 @@ impl Following {
         self.has_commits = true;
         let now = self.now();
         self.pace.note_commits(now);
-        self.quiet_checkpoint_due = Some(now + QUIET_AFTER);
+        self.checkpoints.note_commits(now);
     }
 
     fn advance(&mut self) -> Result<u32, DatabaseError> {
@@ -447,6 +484,13 @@ impl Following {
             }
             Event::BaseFound(base) => {
                 let Some(recorder) = &self.recorder else { return Ok(false) };
+                // Who was replaced stores no snapshot: it might get the name of an object that the other's refer to.
+                let base_epoch = base.as_ref().map_or(0, |base| base.summary().0.epoch);
+                if base_epoch > recorder.last().position.epoch {
+                    self.send(Job::GiveWay { epoch: base_epoch });
+                    self.snapshots.note_failed(self.now());
+                    return Ok(false);
+                }
                 let (now_ms, is_first) = (self.around.clock.now_ms(), self.snapshots.confirmed().is_none());
                 let begun = self.snapshots.begin(&self.capture, recorder, base.map(|base| *base), now_ms)?;
                 match begun {
@@ -483,6 +527,8 @@ impl Following {
         if self.syncs_wanted.is_empty() || self.claimed.is_none() || self.snapshots.confirmed().is_none() {
             return Ok(());
         }
+        // Of another file nothing was captured.
+        self.check_files()?;
         // Another process may recover the WAL just now; then the next turn answers.
         self.advance()?;
         if self.capture.work()?.is_behind {
@@ -533,10 +579,19 @@ impl Following {
     }
 
     fn note_claimed(&self) {
-        if let Some(state) = self.captured() {
-            let snapshot_ms = self.snapshots.confirmed().map(|note| note.begun_ms);
-            self.around.progress.board.note_claimed(state, snapshot_ms, self.around.clock.now_ms());
-        }
+        let (Some(state), Some(claimed)) = (self.captured(), &self.claimed) else { return };
+        let first_txid = claimed.record.first_txid;
+        // What was recorded before the claim is not in storage yet; what it goes on from is.
+        let confirmed = match claimed.record.continues && state.position.txid >= first_txid {
+            true => {
+                State { position: Position { txid: first_txid - 1, ..state.position }, time_ms: claimed.time_floor_ms }
+            }
+            false => state,
+        };
+        let snapshot_ms = self.snapshots.confirmed().map(|note| note.begun_ms);
+        let now_ms = self.around.clock.now_ms();
+        self.around.progress.board.note_claimed(confirmed, snapshot_ms, now_ms);
+        self.around.progress.board.note_captured(state, now_ms);
     }
 
     fn start_at(&self, claimed: &Claimed) -> Result<Start, DatabaseError> {
@@ -688,34 +743,40 @@ impl Following {
         Ok(())
     }
 
-    /// Whether the WAL would be beyond the threshold at the next look.
-    fn is_barrier_wanted(&self) -> bool {
-        let threshold_bytes = self.around.settings.checkpoint_threshold_bytes;
-        self.capture.wal_len_bytes() + self.pace.next_look_bytes().min(threshold_bytes / 4) > threshold_bytes
+    fn next_checkpoint(&self) -> Option<(Checkpoint, Duration)> {
+        self.checkpoints.next(self.capture.wal_len_bytes(), self.pace.next_look_bytes())
     }
 
     fn checkpoint_if_due(&mut self) -> Result<(), DatabaseError> {
-        let now = self.now();
-        if self.is_barrier_wanted() {
-            if now >= self.barrier_due {
+        let Some((checkpoint, due)) = self.next_checkpoint() else { return Ok(()) };
+        if due > self.now() {
+            return Ok(());
+        }
+        match checkpoint {
+            Checkpoint::Barrier => {
                 let is_done = self.barrier()?;
-                self.barrier_retry =
-                    if is_done { FIRST_BARRIER_RETRY } else { (self.barrier_retry * 2).min(LAST_BARRIER_RETRY) };
-                self.barrier_due = self.now() + self.barrier_retry;
+                self.checkpoints.note_barrier(self.now(), is_done);
             }
-        } else if self.quiet_checkpoint_due.is_some_and(|due| due <= now) {
-            self.quiet_checkpoint_due = None;
-            if let Some(recorder) = &mut self.recorder {
-                recorder.release_memory();
-            }
-            if self.capture.has_frames_to_checkpoint()? {
-                let is_done = self.capture.passive_checkpoint()?;
-                // Lets the pin go to mark 0, so that the next writer begins the WAL anew.
-                self.advance()?;
-                self.quiet_checkpoint_due = (!is_done).then_some(now + QUIET_RETRY);
+            Checkpoint::Passive => {
+                let is_done = self.checkpoint_the_rest()?;
+                self.checkpoints.note_passive(self.now(), is_done);
             }
         }
         Ok(())
+    }
+
+    /// Nobody writes any more: tells whether all of the WAL is in the main file now.
+    fn checkpoint_the_rest(&mut self) -> Result<bool, DatabaseError> {
+        if let Some(recorder) = &mut self.recorder {
+            recorder.release_memory();
+        }
+        if !self.capture.has_frames_to_checkpoint()? {
+            return Ok(true);
+        }
+        let is_done = self.capture.passive_checkpoint()?;
+        // Lets the pin go to mark 0, so that the next writer begins the WAL anew.
+        self.advance()?;
+        Ok(is_done)
     }
 
     fn barrier(&mut self) -> Result<bool, DatabaseError> {

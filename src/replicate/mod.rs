@@ -6,6 +6,7 @@
 
 pub mod base;
 pub mod capture;
+pub mod checkpoints;
 pub mod claim;
 pub mod control;
 pub mod database;

@@ -19,7 +19,7 @@ use super::status::Board;
 use super::wake::{Event, Mailbox};
 use crate::clock::Clock;
 use crate::format::Position;
-use crate::format::key::{SnapshotKey, Span};
+use crate::format::key::{EpochKey, SnapshotKey, Span};
 use crate::format::record::EpochRecord;
 use crate::store::probe::{CONDITIONS_IGNORED, Finding, Weight, clock_finding};
 use crate::store::retry::RetryPolicy;
@@ -47,6 +47,11 @@ pub enum Job {
     Ship(Spooled),
     /// Look up what the next snapshot is based on.
     FindBase,
+    /// There is a snapshot of this later epoch: end, if that has a record.
+    GiveWay {
+        /// The epoch.
+        epoch: u32,
+    },
     /// Store a snapshot from its pieces.
     Snapshot {
         /// Where.
@@ -185,6 +190,7 @@ impl Shipper {
                         });
                     });
                 }
+                Job::GiveWay { epoch } => self.check_replaced_by(epoch).await?,
                 Job::Snapshot { key, is_first, pieces } => {
                     let (store, mailbox) = (self.store.clone(), self.mailbox.clone());
                     let progress = self.progress.clone();
@@ -329,7 +335,16 @@ impl Shipper {
 
     async fn check_successor(&self, claimed: Option<&Claimed>) -> Result<(), ShipError> {
         let Some(claimed) = claimed else { return Ok(()) };
-        match self.successor(claimed.record.epoch).await {
+        self.end_if_replaced(self.successor(claimed.record.epoch).await)
+    }
+
+    async fn check_replaced_by(&self, epoch: u32) -> Result<(), ShipError> {
+        let record = read_record(&self.store, &EpochKey { epoch, writer: None }).await;
+        self.end_if_replaced(record.map(Some))
+    }
+
+    fn end_if_replaced(&self, successor: Result<Option<EpochRecord>, ClaimError>) -> Result<(), ShipError> {
+        match successor {
             Ok(None) => Ok(()),
             Ok(Some(successor)) => Err(ShipError::Replaced {
                 location: self.store.location(),

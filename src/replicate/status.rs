@@ -178,7 +178,7 @@ impl Board {
         }
     }
 
-    /// An epoch was claimed: its state is what is captured and confirmed.
+    /// An epoch was claimed, which begins with this state: it is captured and confirmed.
     pub fn note_claimed(&self, state: State, snapshot_ms: Option<u64>, now_ms: u64) {
         self.enter(Phase::Following, None, now_ms);
         let mut status = locked(&self.status);

@@ -4,6 +4,7 @@
 use std::any::Any;
 use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
@@ -30,6 +31,10 @@ use crate::store::retry::RetryPolicy;
 
 /// How a database that fails is taken up again.
 const RESTART: RetryPolicy = RetryPolicy { attempts: u32::MAX, base_ms: 1000, max_ms: 30_000 };
+
+/// What was captured of a file that was replaced may take so long to be shipped until the new one is taken up; what is left then is
+/// shipped when that is done.
+const REPLACED_PATIENCE: Duration = Duration::from_secs(5);
 
 /// After a rest it is tried so often, so long apart, to lock the state directory.
 const LOCK_LOOKS: u32 = 100;
@@ -65,6 +70,9 @@ pub async fn supervise(job: &Job, shared: &Replication, ending: &Ending) -> Resu
                 if !is_last_try {
                     continue;
                 }
+                if let Some(what) = left_in_spool(&directory) {
+                    return Err(ReplicateError::NotConfirmed { database: path, what });
+                }
             }
             Some(error) => {
                 is_waiting = false;
@@ -83,6 +91,10 @@ pub async fn supervise(job: &Job, shared: &Replication, ending: &Ending) -> Resu
                     panicked = Some(what.clone());
                 }
                 if stop.is_cancelled() {
+                    // Of the file that is there now, if one is, nobody has seen anything.
+                    if is_replaced(&error) && !is_last_try {
+                        continue;
+                    }
                     // What it holds may not be captured: that is no clean end.
                     return Err(ReplicateError::Database { database: path, source: error });
                 }
@@ -96,6 +108,28 @@ pub async fn supervise(job: &Job, shared: &Replication, ending: &Ending) -> Resu
     match panicked {
         None => Ok(()),
         Some(what) => Err(ReplicateError::Panicked { database: path, what }),
+    }
+}
+
+fn is_replaced(error: &DatabaseError) -> bool {
+    matches!(error, DatabaseError::Sqlite(SqliteError::Replaced { .. }))
+}
+
+/// Whether there is nothing to be followed at the path any more.
+fn is_gone(error: &DatabaseError) -> bool {
+    is_replaced(error) || matches!(error, DatabaseError::Sqlite(SqliteError::NotThere { .. }))
+}
+
+/// What waits in the spool of a database that is not there, in words; `None` when nothing does.
+fn left_in_spool(directory: &StateDirectory) -> Option<String> {
+    match Spool::new(directory.spool_path()).waiting() {
+        Ok(waiting) if waiting.is_empty() => None,
+        Ok(waiting) => Some(format!(
+            "{} segments wait in {}; they are shipped when the database is there again",
+            waiting.len(),
+            directory.spool_path().display()
+        )),
+        Err(error) => Some(format!("{} can't be looked at: {error}", directory.spool_path().display())),
     }
 }
 
@@ -113,6 +147,7 @@ fn report(database: &str, error: &DatabaseError, wait: Duration) {
 pub fn forget(directory: &StateDirectory, error: &DatabaseError) {
     let discard = || -> io::Result<()> {
         directory.discard()?;
+        spool::remove(&Spool::new(directory.spool_path()).open_segment_path())?;
         if matches!(error, DatabaseError::SpoolFull { .. }) {
             let waiting = Spool::new(directory.spool_path()).waiting()?;
             for spooled in &waiting {
@@ -228,6 +263,16 @@ async fn follow_once(
             }
         }
     };
+    if shipped.is_none() && !is_stopped && captured.as_ref().is_err_and(is_replaced) {
+        shipped = tokio::select! {
+            ended = &mut shipping => Some(ended),
+            () = somebody_waits(&database) => None,
+            () = stop.cancelled() => {
+                is_stopped = true;
+                None
+            }
+        };
+    }
     if shipped.is_none() && is_stopped {
         shipped = tokio::select! {
             biased;
@@ -248,8 +293,7 @@ async fn follow_once(
         Some(Ok(Ok(()))) | None => {}
     }
     let captured = match captured {
-        Err(error) if !is_stopped => return Ok(Some(error)),
-        Err(DatabaseError::Sqlite(SqliteError::NotThere { .. })) => return Ok(None),
+        Err(error) if !is_stopped || is_gone(&error) => return Ok(Some(error)),
         captured => captured.map_err(|source| ReplicateError::Database { database: database.clone(), source })?,
     };
     let confirmed_txid = *progress.confirmed.borrow();
@@ -258,6 +302,15 @@ async fn follow_once(
         None if has_shipped => Ok(None),
         None => Err(ReplicateError::NotConfirmed { database, what: "storage did not answer in time".into() }),
     }
+}
+
+/// Waits for as long as what was captured of a file that is gone may take to be shipped: until there is another one to be followed,
+/// and some time more.
+async fn somebody_waits(database: &Path) {
+    while !database.exists() {
+        tokio::time::sleep(Duration::from_secs(1)).await;
+    }
+    tokio::time::sleep(REPLACED_PATIENCE).await;
 }
 
 /// What goes on in storage beside shipping.

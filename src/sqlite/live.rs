@@ -168,7 +168,8 @@ impl Files {
     /// # Errors
     /// [`SqliteError::Replaced`] when they are not; as the operating system answers when that can't be seen.
     pub fn check_still_there(&self) -> Result<(), SqliteError> {
-        for (path, file) in [(self.path.clone(), &*self.main), (sidecar(&self.path, "-wal"), &self.wal)] {
+        let (wal, shm) = (sidecar(&self.path, "-wal"), sidecar(&self.path, "-shm"));
+        for (path, file) in [(self.path.clone(), &*self.main), (wal, &self.wal), (shm, &*self.shm)] {
             let open = file.metadata().map_err(SqliteError::io(&path, "look at"))?;
             let is_same = match fs::metadata(&path) {
                 Ok(there) => (there.dev(), there.ino()) == (open.dev(), open.ino()),

@@ -1,11 +1,18 @@
 //! Storage is away for an hour of simulated time, while the application writes every few seconds.
 
 use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use waltrail::format::Position;
+use waltrail::replicate::control::State;
+use waltrail::replicate::status::Phase;
+use waltrail::store::faults::{Fault, Faulty};
+use waltrail::store::{Operation, SharedStore, StoreErrorKind};
 
 use crate::support::machine::Machine;
+use crate::support::wait_for;
 
 const SPOOL_LIMIT_BYTES: u64 = 2 << 20;
 const STEP: Duration = Duration::from_secs(6);
@@ -65,6 +72,74 @@ fn an_hour_without_storage_that_the_spool_does_not_outlast() {
     // While it is taken up again, SQLite's own threshold of 1,000 pages holds.
     assert!(wal_bytes < 8 << 20, "{wal_bytes}");
     assert!(machine.newest.unwrap().epoch > before.epoch);
+    machine.states.keys().for_each(|&position| machine.check(position));
+}
+
+/// Storage is away before the daemon starts, so it has no epoch to ship for: what it records goes on from what it left, and may not
+/// fill the disk either.
+#[test]
+fn a_start_without_storage_fills_nothing() {
+    let mut machine = Machine::new("PRAGMA page_size=4096", |store| store);
+    machine.settings.spool_limit_bytes = 4 * SPOOL_LIMIT_BYTES;
+    machine.start();
+    machine.commit("INSERT INTO item(id, body) VALUES(1, zeroblob(100))");
+    let before = machine.sync();
+    machine.stop();
+    machine.gate.set_open(false);
+    machine.start();
+    let spool = machine.state_dir().join("spool");
+    let mut spool_bytes = 0;
+    for step in 0..300 {
+        machine.commit(&format!("INSERT OR REPLACE INTO item(id, body) VALUES({}, randomblob(60000))", step % 5));
+        machine.pass(STEP);
+        machine.turns(2);
+        spool_bytes = spool_bytes.max(len_below(&spool));
+    }
+    // A run of 8 MiB is written at a time.
+    let most = 4 * SPOOL_LIMIT_BYTES + (9 << 20);
+    assert!(spool_bytes > SPOOL_LIMIT_BYTES && spool_bytes < most, "{spool_bytes}");
+    assert_eq!((machine.spools_dropped, len_below(&spool)), (1, 0));
+    machine.gate.set_open(true);
+    assert!(machine.sync().epoch > before.epoch);
+    machine.states.keys().for_each(|&position| machine.check(position));
+}
+
+/// The same for a while that the spool outlasts: nothing is lost, and what is not in storage yet counts as unconfirmed.
+#[test]
+fn what_was_recorded_before_the_claim_is_confirmed_after_it() {
+    let is_away = Arc::new(AtomicBool::new(false));
+    let away = is_away.clone();
+    let stack = move |store: SharedStore| -> SharedStore {
+        let away = away.clone();
+        Arc::new(Faulty::new(store, move |request| {
+            let is_segment = request.operation == Operation::Put && request.key.starts_with("log/");
+            match is_segment && away.load(Ordering::SeqCst) {
+                true => Fault::Before(StoreErrorKind::Unavailable),
+                false => Fault::None,
+            }
+        }))
+    };
+    let mut machine = Machine::new("PRAGMA page_size=4096", stack);
+    machine.start();
+    machine.commit("INSERT INTO item(id, body) VALUES(1, zeroblob(100))");
+    let before = machine.sync();
+    machine.stop();
+    machine.commit("INSERT INTO item(id, body) VALUES(2, zeroblob(100))");
+    is_away.store(true, Ordering::SeqCst);
+    machine.start();
+    wait_for("the claim", || {
+        machine.turns(1);
+        (machine.status().phase == Phase::Following).then_some(())
+    });
+    machine.turns(20);
+    let status = machine.status();
+    let txid = |state: Option<State>| state.unwrap().position.txid;
+    assert_eq!((txid(status.captured), txid(status.confirmed)), (before.txid + 1, before.txid));
+    assert!(status.unconfirmed_since_ms.is_some());
+    is_away.store(false, Ordering::SeqCst);
+    assert_eq!(machine.sync().txid, before.txid + 1);
+    let status = machine.status();
+    assert_eq!((txid(status.confirmed), status.unconfirmed_since_ms), (before.txid + 1, None));
     machine.states.keys().for_each(|&position| machine.check(position));
 }
 

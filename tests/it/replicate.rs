@@ -2,6 +2,8 @@
 
 use std::path::PathBuf;
 use std::process::Command;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use crate::support::s3::S3Server;
@@ -164,6 +166,45 @@ fn a_quiet_database_is_checkpointed() {
     assert_eq!(daemon.terminate(), Some(0), "{}", scene.log());
 }
 
+/// CPU time in milliseconds, of which the kernel counts whole hundredths of a second.
+fn cpu_ms(daemon: &Daemon) -> u64 {
+    let stat = std::fs::read_to_string(format!("/proc/{}/stat", daemon.id())).unwrap();
+    let fields: Vec<&str> = stat.rsplit_once(')').unwrap().1.split_whitespace().collect();
+    fields[11..13].iter().map(|ticks| ticks.parse::<u64>().unwrap() * 10).sum()
+}
+
+/// A reader that stands for hours holds up every checkpoint of a WAL that is too long already. That keeps nobody busy; and when it
+/// is gone, what it held up is done.
+#[test]
+fn a_reader_that_stands_keeps_nobody_busy() {
+    let scene = Scene::new();
+    let application = create_database(&scene.database(), 100, "");
+    application.execute_batch("PRAGMA wal_autocheckpoint=0; PRAGMA wal_checkpoint(TRUNCATE)").unwrap();
+    let daemon = scene.start();
+    scene.wait_for(0);
+    let before = std::fs::metadata(scene.database()).unwrap().len();
+    let reader = open(&scene.database());
+    reader.execute_batch("BEGIN").unwrap();
+    assert_eq!(number(&reader, COUNTER), 0);
+    for _ in 0..20 {
+        insert(&application, 2000);
+        count_up(&application);
+    }
+    assert!(scene.wal_len() > 5 << 20, "{}", scene.wal_len());
+    scene.wait_for(20);
+    // Asked for again at doubling intervals, the barrier is down to once a second after three.
+    std::thread::sleep(Duration::from_secs(4));
+    let used_before_ms = cpu_ms(&daemon);
+    std::thread::sleep(Duration::from_secs(2));
+    let used_ms = cpu_ms(&daemon) - used_before_ms;
+    assert!(used_ms < 200, "{used_ms} ms in two seconds");
+    reader.execute_batch("COMMIT").unwrap();
+    wait_for("the checkpoint", || {
+        (std::fs::metadata(scene.database()).unwrap().len() > before + 5_000_000).then_some(())
+    });
+    assert_eq!(daemon.terminate(), Some(0), "{}", scene.log());
+}
+
 /// Killed at many moments under load, each time nothing that was confirmed is lost, and nothing is wrong.
 #[test]
 fn killed_again_and_again() {
@@ -257,6 +298,124 @@ fn a_file_replaced_under_the_daemon() {
     std::fs::rename(scene.path("other.db"), scene.database()).unwrap();
     scene.wait_for(77);
     assert!(scene.log().contains("was replaced or removed"), "{}", scene.log());
+    assert_eq!(daemon.terminate(), Some(0), "{}", scene.log());
+    assert_eq!(content(&scene.database()), content(&scene.restored(&scene.replica(), &[])));
+}
+
+/// Writes until it is told to stop.
+fn write_on(database: PathBuf, stop: Arc<AtomicBool>) -> std::thread::JoinHandle<()> {
+    std::thread::spawn(move || {
+        let application = open(&database);
+        while !stop.load(Ordering::SeqCst) {
+            count_up(&application);
+            std::thread::sleep(Duration::from_millis(50));
+        }
+    })
+}
+
+/// The application goes on writing to the new file, or to the old one with another `-shm`, without a pause: who asks for a sync then
+/// gets none for what is not there any more.
+#[test]
+fn files_replaced_under_the_daemon_and_written_to() {
+    for is_other_database in [true, false] {
+        let scene = Scene::new();
+        let application = create_database(&scene.database(), 100, "");
+        let daemon = scene.start();
+        count_up(&application);
+        scene.wait_for(1);
+        drop(application);
+        if is_other_database {
+            let other = create_database(&scene.path("other.db"), 20, "");
+            other.execute_batch("UPDATE counter SET n = 77; PRAGMA wal_checkpoint(TRUNCATE)").unwrap();
+            drop(other);
+            std::fs::remove_file(scene.path("app.db-wal")).unwrap();
+        }
+        std::fs::remove_file(scene.path("app.db-shm")).unwrap();
+        if is_other_database {
+            std::fs::rename(scene.path("other.db"), scene.database()).unwrap();
+        }
+        let stop = Arc::new(AtomicBool::new(false));
+        let writer = write_on(scene.database(), stop.clone());
+        std::thread::sleep(Duration::from_millis(400));
+        let written = number(&open(&scene.database()), COUNTER);
+        let database = scene.database().display().to_string();
+        // The thread that followed the old files may be about to end.
+        wait_for("a sync", || run(["sync", &database]).status.success().then_some(()));
+        let restored = number(&open(&scene.restored(&scene.replica(), &[])), COUNTER);
+        assert!(restored >= written, "{restored} of {written}, {}", scene.log());
+        assert!(scene.log().contains("was replaced or removed"), "{}", scene.log());
+        stop.store(true, Ordering::SeqCst);
+        writer.join().unwrap();
+        assert_eq!(daemon.terminate(), Some(0), "{}", scene.log());
+        assert_eq!(content(&scene.database()), content(&scene.restored(&scene.replica(), &[])));
+    }
+}
+
+/// The database is deleted while its last transactions wait for storage: they are shipped when that answers, and a stop before says
+/// that they are not.
+#[test]
+fn a_database_that_is_deleted_is_shipped_to_its_end() {
+    for is_stopped_before in [false, true] {
+        let (scene, server) = (Scene::new(), S3Server::start());
+        let application = create_database(&scene.database(), 100, "");
+        let replica = server.url("app");
+        let config = scene.path("waltrail.toml");
+        let text = format!(
+            "shutdown-timeout = \"1s\"\n[[database]]\npath = \"{}\"\nreplica = \"{replica}\"\n",
+            scene.database().display()
+        );
+        std::fs::write(&config, text).unwrap();
+        let daemon = scene.start_with(&["--config", config.to_str().unwrap()]);
+        let database = scene.database().display().to_string();
+        wait_for("a sync", || run(["sync", &database]).status.success().then_some(()));
+        server.refuse(503);
+        for _ in 0..3 {
+            count_up(&application);
+        }
+        drop(application);
+        for suffix in ["", "-wal", "-shm"] {
+            std::fs::remove_file(scene.path(&format!("app.db{suffix}"))).unwrap();
+        }
+        std::thread::sleep(Duration::from_secs(3));
+        if is_stopped_before {
+            assert_eq!(daemon.terminate(), Some(15), "{}", scene.log());
+            continue;
+        }
+        server.refuse(0);
+        wait_for_restored(&replica, scene.directory.path(), COUNTER, 3);
+        assert_eq!(daemon.terminate(), Some(0), "{}", scene.log());
+    }
+}
+
+/// After a power failure the WAL's end is lost, and the application goes on from an earlier commit with the same salts: where the
+/// daemon was lies inside of another transaction then.
+#[test]
+fn a_wal_that_lost_its_end_and_went_on() {
+    let scene = Scene::new();
+    let application = create_database(&scene.database(), 100, "");
+    application.set_db_config(rusqlite::config::DbConfig::SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, true).unwrap();
+    application.execute_batch("PRAGMA wal_autocheckpoint=0").unwrap();
+    let daemon = scene.start();
+    scene.wait_for(0);
+    count_up(&application);
+    scene.wait_for(1);
+    let kept_len = scene.wal_len();
+    for _ in 0..10 {
+        count_up(&application);
+    }
+    scene.wait_for(11);
+    daemon.kill();
+    drop(application);
+    std::fs::File::options().write(true).open(scene.path("app.db-wal")).unwrap().set_len(kept_len).unwrap();
+    std::fs::remove_file(scene.path("app.db-shm")).unwrap();
+    let application = open(&scene.database());
+    application.execute_batch("PRAGMA wal_autocheckpoint=0").unwrap();
+    assert_eq!(number(&application, COUNTER), 1);
+    application.execute_batch("UPDATE counter SET n = 50").unwrap();
+    insert(&application, 2000);
+    assert!(scene.wal_len() > kept_len + 11 * 4200, "beyond the place that was left");
+    let daemon = scene.start();
+    scene.wait_for(50);
     assert_eq!(daemon.terminate(), Some(0), "{}", scene.log());
     assert_eq!(content(&scene.database()), content(&scene.restored(&scene.replica(), &[])));
 }

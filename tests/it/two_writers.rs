@@ -41,7 +41,6 @@ fn both_write_on(stack: impl Fn(SharedStore) -> SharedStore) {
         assert!(of_first.epoch < of_second.epoch, "{of_first} {of_second}");
         first.pass(Duration::from_secs(70));
     }
-    first.snapshot();
     second.snapshot();
     for machine in [&first, &second] {
         for &position in machine.states.keys() {
@@ -68,6 +67,34 @@ fn both_write_on(stack: impl Fn(SharedStore) -> SharedStore) {
     let again = first.sync();
     assert!(again.epoch > newest.epoch);
     first.check(again);
+    second.check(newest);
+}
+
+/// The successor's snapshot has extents in the object of the one that was replaced. Asked for a snapshot, that one would make an object
+/// of the same name, with other extents.
+#[test]
+fn who_was_replaced_makes_no_snapshot() {
+    let mut first = Machine::new("PRAGMA page_size=4096", |store| store);
+    first.application().execute_batch("INSERT INTO item(body) VALUES(randomblob(3000000))").unwrap();
+    first.start();
+    first.commit(INSERT);
+    first.sync();
+    first.snapshot();
+    let objects = |machine: &Machine| -> Vec<_> {
+        let stored = machine.stored().into_iter().filter(|object| object.key.starts_with("snap/"));
+        stored.map(|object| (object.key.clone(), machine.object(&object))).collect()
+    };
+    let before = objects(&first);
+    let mut second = first.cloned();
+    second.start();
+    second.commit(INSERT);
+    second.sync();
+    second.snapshot();
+    let newest = second.sync();
+    assert!(second.sources(&second.plan(newest)).len() > 1, "it has extents in the first one's object");
+    first.snapshot();
+    assert_eq!((first.replaced, first.is_running()), (1, false));
+    assert!(before.iter().all(|object| objects(&first).contains(object)));
     second.check(newest);
 }
 

@@ -124,6 +124,8 @@ async fn carry_out(request: Request, board: &Board) -> Answer {
     let (reply, replied) = oneshot::channel();
     let is_snapshot = request == Request::Snapshot;
     mailbox.send(if is_snapshot { Event::SnapshotWanted(reply) } else { Event::SyncWanted(reply) });
+    // What nobody takes from it any more goes with it, and the question with that: we are not to keep it alive.
+    drop(mailbox);
     let Ok(state) = replied.await else {
         return Answer::Failed(match is_snapshot {
             false => "the database can't be followed just now; its log says why".into(),
@@ -154,4 +156,26 @@ async fn link(board: &Board) -> Option<Link> {
 fn not_followed(board: &Board) -> String {
     let why = board.status().error.map_or(String::new(), |error| format!(": {error}"));
     format!("the database is not followed just now{why}")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::replicate::wake::Mailbox;
+
+    /// The thread that would have answered has ended, and with it goes its mailbox: who asked is told so, and does not wait for ever.
+    #[tokio::test]
+    async fn a_question_that_nobody_takes_is_answered() {
+        let board = Arc::new(Board::default());
+        let mailbox = Arc::new(Mailbox::default());
+        let (_confirmed, receiver) = tokio::sync::watch::channel(0);
+        board.set_link(Some(Link { mailbox: mailbox.clone(), confirmed: receiver }));
+        let asked = board.clone();
+        let answer = tokio::spawn(async move { carry_out(Request::Sync, &asked).await });
+        tokio::task::yield_now().await;
+        board.set_link(None);
+        drop(mailbox);
+        let answer = tokio::time::timeout(Duration::from_secs(10), answer).await.expect("an answer").unwrap();
+        assert!(matches!(answer, Answer::Failed(_)));
+    }
 }

@@ -390,9 +390,9 @@ impl Machine {
         }
     }
 
-    /// As the supervisor does it; a full spool is the only reason.
+    /// As the supervisor does it; that there is no room for more is the only reason.
     fn take_up_again(&mut self, error: &DatabaseError) {
-        assert!(matches!(error, DatabaseError::SpoolFull { .. }), "{error}");
+        assert!(matches!(error, DatabaseError::SpoolFull { .. } | DatabaseError::NotClaimed { .. }), "{error}");
         let directory = self.daemon.as_ref().unwrap().directory.clone();
         self.crash();
         forget(&directory, error);
