@@ -81,7 +81,7 @@ fn report(outcome: &Outcome) {
         tracing::info!(replica = outcome.plan.location, objects, bytes, "old history was let go");
     }
     for note in &outcome.plan.notes {
-        tracing::debug!(replica = outcome.plan.location, "{note}");
+        tracing::warn!(replica = outcome.plan.location, "{note}");
     }
 }
 

@@ -59,10 +59,12 @@ impl Now {
         match self {
             Self::Told(now_ms) => now_ms,
             Self::NotFarBeyondStored(now_ms) => {
-                let snapshots = |epoch: &Epoch| epoch.snapshots.iter().map(|stored| stored.stored_ms).max();
-                let segments = |epoch: &Epoch| epoch.segments.iter().map(|stored| stored.stored_ms).max();
-                let newest_ms =
-                    history.epochs.values().flat_map(|epoch| [snapshots(epoch), segments(epoch)]).flatten().max();
+                let stored_ms = |epoch: &Epoch| -> Vec<u64> {
+                    let snapshots = epoch.snapshots.iter().map(|stored| stored.stored_ms);
+                    snapshots.chain(epoch.segments.iter().map(|stored| stored.stored_ms)).collect()
+                };
+                // Of an object without a time nobody knows when it was stored.
+                let newest_ms = history.epochs.values().flat_map(stored_ms).filter(|&ms| ms != u64::MAX).max();
                 now_ms.min(newest_ms.unwrap_or(0).saturating_add(GRACE_MS))
             }
         }

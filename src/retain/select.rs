@@ -148,14 +148,18 @@ impl<'a> Selection<'a> {
         let serves = |(planned, info): &(&PlannedSnapshot, &SnapshotInfo)| {
             info.last_txid <= txid && run.missing_between(planned.stored.key.txid, txid).is_none()
         };
-        let Some(base) = self.usable(run).find(serves).map(|(planned, _)| planned.stored.key) else { return false };
-        self.keep(ObjectKey::Snapshot(base), why);
+        let base = self.usable(run).find(serves).map(|(planned, _)| planned.stored.key);
+        // One whose end can't be read now may be the one that serves it.
+        let is_unread = |key: &SnapshotKey| key.txid <= txid && matches!(self.tails.get(key), Some(Tail::Damaged(_)));
+        let unread = run.snapshots.iter().map(|planned| planned.stored.key).find(is_unread);
+        let Some(first) = base.or(unread) else { return false };
+        self.keep(ObjectKey::Snapshot(first), why);
         // And the segment that the state is in, even where it is not needed: it tells that the epoch went so far.
-        let needed = run.segments_between(base.txid.min(txid.saturating_sub(1)), txid);
+        let needed = run.segments_between(first.txid.min(txid.saturating_sub(1)), txid);
         for planned in needed {
             self.keep(ObjectKey::Segment(planned.stored.key), why);
         }
-        true
+        base.is_some()
     }
 
     /// The last state of each of the last periods of the newest line that have one that a snapshot serves without more.
@@ -211,11 +215,16 @@ impl<'a> Selection<'a> {
         }
     }
 
+    /// Where a snapshot has extents, its end tells; as long as that can't be read, all older ones stay with it.
     fn keep_damaged(&mut self) {
         for (key, tail) in self.tails {
             if let Tail::Damaged(what) = tail {
-                self.notes.push(format!("{key} can't be read; it stays, and nothing is based on it: {what}"));
-                self.keep(ObjectKey::Snapshot(*key), &StaysBecause::Damaged(what.clone()));
+                self.notes.push(format!(
+                    "{key} can't be read; it stays, with all older snapshots, and nothing is based on it: {what}"
+                ));
+                for (older, _) in self.tails.range(..=key) {
+                    self.keep(ObjectKey::Snapshot(*older), &StaysBecause::Damaged(what.clone()));
+                }
             }
         }
     }
@@ -290,9 +299,8 @@ impl<'a> Selection<'a> {
 
     fn has_sources(&self, key: &SnapshotKey) -> bool {
         match self.tails.get(key) {
-            Some(Tail::Whole(tail)) => {
-                tail.sources.iter().all(|source| matches!(self.tails.get(source), Some(Tail::Whole(_))))
-            }
+            // As a restore asks: its extents are read where the index says, whatever became of that object's own end.
+            Some(Tail::Whole(tail)) => tail.sources.iter().all(|source| self.tails.contains_key(source)),
             _ => false,
         }
     }
