@@ -101,6 +101,9 @@ fn judge(report: &Report) -> Option<String> {
     if report.verdict == Verdict::Failed {
         return Some(of(Verdict::Failed).next().map_or("failed".to_owned(), |finding| finding.sentence.clone()));
     }
+    if let Some(first) = report.not_reached.first() {
+        return Some(format!("not everything could be checked: {first}"));
+    }
     let (requests, seconds) = (report.requests, report.seconds);
     tracing::info!(replica = report.location, requests, seconds, "restored and checked");
     None
@@ -115,5 +118,18 @@ fn free_bytes(path: &Path) -> io::Result<u64> {
     match unsafe { libc::statvfs(path.as_ptr(), &raw mut found) } {
         0 => Ok(found.f_bavail.saturating_mul(found.f_frsize)),
         _ => Err(io::Error::last_os_error()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_was_not_looked_at_is_not_verified() {
+        let mut report = Report::new("file:///backup".into(), Depth::Drill, 1);
+        assert_eq!(judge(&report), None);
+        report.not_reached.push("the newest state: there was no time".into());
+        assert!(judge(&report).is_some_and(|what| what.contains("there was no time")));
     }
 }

@@ -119,7 +119,7 @@ pub struct Report {
 }
 
 impl Report {
-    pub(super) fn new(location: String, depth: Depth, seed: u64) -> Self {
+    pub(crate) fn new(location: String, depth: Depth, seed: u64) -> Self {
         Self {
             location,
             verdict: Verdict::Ok,
