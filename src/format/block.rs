@@ -238,6 +238,11 @@ impl BlockReader {
     }
 }
 
+/// zstd never makes more of raw bytes than this, headers included.
+pub(super) fn most_compressed(raw_len_bytes: u64, block_count: u32) -> u64 {
+    raw_len_bytes + raw_len_bytes / 128 + u64::from(block_count) * 1024
+}
+
 /// Reads a whole section that is in memory. Believes `raw_len` only as the blocks bear it out.
 pub(crate) fn read_section(
     bytes: &[u8],

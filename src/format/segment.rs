@@ -8,7 +8,9 @@
 use std::io::{self, Write};
 use std::ops::Range;
 
-use super::block::{BLOCK_HEADER_LEN, BLOCK_RAW_LIMIT, BlockReader, BlockWriter, Compression, read_section};
+use super::block::{
+    BLOCK_HEADER_LEN, BLOCK_RAW_LIMIT, BlockReader, BlockWriter, Compression, most_compressed, read_section,
+};
 use super::change::{Content, ENTRY_HEADER_LEN};
 use super::key::{SegmentKey, Span};
 use super::run::RunBuffer;
@@ -298,11 +300,6 @@ fn ascends(page_numbers: &[u32]) -> bool {
 /// Whether so many blocks fit the bytes that they are said to take.
 fn has_room_for(len_bytes: u64, block_count: u32) -> bool {
     u64::from(block_count) * BLOCK_HEADER_LEN as u64 <= len_bytes
-}
-
-/// zstd never makes more of raw bytes than this, headers included.
-fn most_compressed(raw_len_bytes: u64, block_count: u32) -> u64 {
-    raw_len_bytes + raw_len_bytes / 128 + u64::from(block_count) * 1024
 }
 
 fn flag(is_set: bool, bit: u32) -> u32 {

@@ -8,7 +8,7 @@ use std::io;
 
 use xxhash_rust::xxh3::xxh3_64;
 
-use super::block::{BLOCK_HEADER_LEN, BLOCK_RAW_LIMIT, BlockWriter, read_section};
+use super::block::{BLOCK_HEADER_LEN, BLOCK_RAW_LIMIT, BlockWriter, most_compressed, read_section};
 use super::key::SnapshotKey;
 use super::{
     FOOTER_LEN, Fields, FormatError, HEADER_LEN, check_sealed, decode_footer, decode_header, encode_footer,
@@ -301,6 +301,9 @@ impl SnapshotFooter {
             && (1..=extent_count.saturating_add(1).min(SOURCES_LIMIT)).contains(&source_count)
             && u64::from(index_block_count) * BLOCK_HEADER_LEN as u64 <= index_len
             && index_raw_len(extent_count) <= INDEX_RAW_LIMIT
+            // Who reads it fetches it whole.
+            && index_block_count <= extent_count.max(1)
+            && index_len <= most_compressed(index_raw_len(extent_count), index_block_count)
             && extent_count == super::extent_count(size_pages, page_size);
         if !is_consistent {
             return Err(FormatError::Inconsistent("the snapshot's footer is not that of this object".into()));
