@@ -156,38 +156,49 @@ impl ReplicaUrl {
     }
 }
 
-/// The stores of one process. Replicas on one server share its connections, and all of them a limit of requests at a time: a
-/// thousand databases that begin at once are no storm.
+/// The stores of one process. Replicas on one server share its connections and a limit of requests at a time, and so do all
+/// directories: a thousand databases that begin at once are no storm, and a server that does not answer holds up no other.
 #[derive(Debug)]
 pub struct Stores {
-    servers: Vec<(S3Options, S3Store)>,
+    servers: Vec<Server>,
+    requests: usize,
+    of_directories: Arc<Semaphore>,
+}
+
+#[derive(Debug, Clone)]
+struct Server {
+    options: S3Options,
+    store: S3Store,
     requests: Arc<Semaphore>,
 }
 
 impl Stores {
-    /// With so many requests at a time.
+    /// With so many requests at a time to each server.
     #[must_use]
     pub fn new(requests: usize) -> Self {
-        Self { servers: Vec::new(), requests: Arc::new(Semaphore::new(requests)) }
+        Self { servers: Vec::new(), requests, of_directories: Arc::new(Semaphore::new(requests)) }
     }
 
     /// Opens a replica's store. Nothing is sent: whether it can be reached is seen at the first request.
     pub async fn open(&mut self, replica: &ReplicaUrl) -> SharedStore {
-        let inner: SharedStore = match replica {
-            ReplicaUrl::S3(options) => Arc::new(self.server(options).await.at(options)),
-            ReplicaUrl::Directory(_) => replica.open().await,
-        };
-        Arc::new(Limited::new(inner, self.requests.clone()))
+        match replica {
+            ReplicaUrl::S3(options) => {
+                let server = self.server(options).await;
+                Arc::new(Limited::new(Arc::new(server.store.at(options)), server.requests))
+            }
+            ReplicaUrl::Directory(_) => Arc::new(Limited::new(replica.open().await, self.of_directories.clone())),
+        }
     }
 
-    async fn server(&mut self, options: &S3Options) -> S3Store {
-        let server = options.server();
-        if let Some((_, store)) = self.servers.iter().find(|(known, _)| *known == server) {
-            return store.clone();
+    async fn server(&mut self, options: &S3Options) -> Server {
+        let wanted = options.server();
+        if let Some(known) = self.servers.iter().find(|known| known.options == wanted) {
+            return known.clone();
         }
-        let store = S3Store::open(options).await;
-        self.servers.push((server, store.clone()));
-        store
+        let requests = Arc::new(Semaphore::new(self.requests));
+        let server = Server { options: wanted, store: S3Store::open(options).await, requests };
+        self.servers.push(server.clone());
+        server
     }
 }
 

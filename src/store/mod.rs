@@ -7,6 +7,7 @@ pub mod faults;
 pub mod limited;
 pub mod memory;
 pub mod metered;
+mod payload_hash;
 pub mod probe;
 pub mod retry;
 pub mod s3;

@@ -28,6 +28,7 @@ use bytes::{Bytes, BytesMut};
 
 use tracing::instrument;
 
+use super::payload_hash::PayloadHash;
 use super::{DeleteFailure, ObjectInfo, ObjectStore, PartTag, PutMode, StoreError, StoreErrorKind};
 
 /// No request takes longer until its answer begins, the body that is sent included: enough for a 16 MiB part at 300 KB/s.
@@ -146,6 +147,7 @@ impl S3Store {
         });
         let mut config = aws_sdk_s3::config::Builder::from(&shared)
             .force_path_style(path_style)
+            .interceptor(PayloadHash)
             // Checksums in trailers, which newer SDKs send by default, are refused by many S3-compatible servers.
             .request_checksum_calculation(RequestChecksumCalculation::WhenRequired)
             .response_checksum_validation(ResponseChecksumValidation::WhenRequired)
@@ -431,7 +433,7 @@ impl ObjectStore for S3Store {
                 found.extend(self.listed(prefix, object)?);
             }
             // The paginator would take this for the end, and what was not listed would count as missing.
-            if page.is_truncated() == Some(true) && page.next_continuation_token().is_none() {
+            if page.is_truncated() == Some(true) && page.next_continuation_token().is_none_or(str::is_empty) {
                 return Err(self.bad_listing(prefix, "the store says that there is more and not how to get it"));
             }
         }
@@ -455,7 +457,7 @@ impl ObjectStore for S3Store {
                     name.ok_or_else(|| self.bad_listing(prefix, "the store listed a folder of another place"))?;
                 found.insert(name.to_owned());
             }
-            if page.is_truncated() == Some(true) && page.next_continuation_token().is_none() {
+            if page.is_truncated() == Some(true) && page.next_continuation_token().is_none_or(str::is_empty) {
                 return Err(self.bad_listing(prefix, "the store says that there is more and not how to get it"));
             }
         }
