@@ -140,10 +140,10 @@ pub async fn run(arguments: RunArguments, config: Config) -> Result<u8, Failure>
 }
 
 async fn all_stand(stands: &mut mpsc::UnboundedReceiver<PathBuf>, databases: usize) {
-    let mut standing = std::collections::HashSet::new();
+    let mut standing = HashSet::new();
     while standing.len() < databases {
         match stands.recv().await {
-            Some(path) => standing.insert(path),
+            Some(state_dir) => standing.insert(state_dir),
             // Replication has ended; what it says is looked at beside this.
             None => return std::future::pending().await,
         };

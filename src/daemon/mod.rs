@@ -55,9 +55,9 @@ pub type Reload = Box<dyn Fn() -> Result<Config, ConfigError> + Send>;
 pub struct Daemon {
     /// Ends when all is stopped; gives what went wrong.
     pub replicating: JoinHandle<Vec<ReplicateError>>,
-    /// Hears of each database as soon as everything that is written to it from then on is captured.
+    /// Hears of each database, by its state directory, as soon as everything that is written to it from then on is captured.
     pub standing: mpsc::UnboundedReceiver<PathBuf>,
-    /// How many databases are followed from the beginning.
+    /// How many databases are followed from the beginning; one with two replicas counts twice, as it does in `standing`.
     pub databases: usize,
     /// What goes on beside it, for as long as the daemon is kept.
     _beside: JoinSet<()>,

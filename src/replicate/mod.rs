@@ -106,7 +106,8 @@ pub struct Replication {
     pub hub: Arc<WatchHub>,
     /// Where it is written down how each database is.
     pub boards: Arc<Boards>,
-    /// Hears of each database as soon as everything that is written to it from then on is captured; perhaps nobody listens.
+    /// Hears of each database, by its state directory, as soon as everything that is written to it from then on is captured;
+    /// perhaps nobody listens.
     pub standing: mpsc::UnboundedSender<PathBuf>,
     /// Time.
     pub clock: Arc<dyn Clock>,

@@ -62,7 +62,7 @@ pub async fn supervise(job: &Job, shared: &Replication, ending: &Ending) -> Resu
                     tracing::info!(database, "not there yet; waiting for the application to make it");
                 }
                 job.board.enter(Phase::Waiting, None, clock.now_ms());
-                shared.standing.send(path.clone()).ok();
+                shared.standing.send(job.state_dir.clone()).ok();
                 is_waiting = true;
                 failures = 0;
                 sleep_or_stop(job.settings.poll_interval, stop).await;
@@ -249,7 +249,7 @@ async fn follow_once(
             () = &mut out_of_time, if !is_out_of_time => is_out_of_time = true,
             Ok(()) = claimed.changed(), if !stands => {
                 stands = true;
-                shared.standing.send(database.clone()).ok();
+                shared.standing.send(job.state_dir.clone()).ok();
             }
             ended = &mut following => break ended,
             // It ends with the thread's last job, or before it when it can't go on: then the thread has to end, too.

@@ -9,13 +9,17 @@ use crate::support::{Daemon, content, count_up, create_database, insert, run, st
 /// Nobody listens there.
 const NOBODY: &str = "s3://nobody/app?endpoint=http://127.0.0.1:1&region=us-east-1";
 
-fn start(scene: &Scene, replicas: &[&str]) -> Daemon {
+fn configure(scene: &Scene, replicas: &[&str]) -> String {
     let table =
         |replica: &&str| format!("[[database]]\npath = \"{}\"\nreplica = \"{replica}\"\n", scene.database().display());
     let configuration = scene.path("waltrail.toml");
     let text: String = replicas.iter().map(table).collect();
     std::fs::write(&configuration, format!("shutdown-timeout = \"3s\"\n{text}")).unwrap();
-    scene.start_with(&["--config", configuration.to_str().unwrap()])
+    configuration.display().to_string()
+}
+
+fn start(scene: &Scene, replicas: &[&str]) -> Daemon {
+    scene.start_with(&["--config", &configure(scene, replicas)])
 }
 
 fn with_configuration(scene: &Scene, arguments: &[&str]) -> std::process::Output {
@@ -83,4 +87,15 @@ fn one_that_is_down_holds_nobody_up() {
     let configuration = scene.path("waltrail.toml").display().to_string();
     let again = run(["run", "--config", &configuration, "--start-timeout", "1s", "--", "true"]);
     assert_eq!(content(&scene.database()), expected, "{}", stderr(&again));
+}
+
+/// Not when the time to wait for them is over.
+#[test]
+fn a_command_begins_when_both_stand() {
+    let scene = Scene::new();
+    drop(create_database(&scene.database(), 20, ""));
+    let configuration = configure(&scene, &[&scene.replica(), &scene.path("second").display().to_string()]);
+    let done = run(["run", "--config", &configuration, "--start-timeout", "20s", "--", "true"]);
+    assert!(done.status.success(), "{}", stderr(&done));
+    assert!(!stderr(&done).contains("started all the same"), "{}", stderr(&done));
 }
