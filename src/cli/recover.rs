@@ -11,7 +11,7 @@ use crate::replicate::snapshots::SnapshotNote;
 use crate::restore::RestoreError;
 use crate::restore::execute::{Helpers, execute_with};
 use crate::restore::history::History;
-use crate::restore::install::{Incoming, Manner};
+use crate::restore::install::{Incoming, Manner, is_there};
 use crate::restore::plan::Plan;
 use crate::restore::progress::Progress;
 use crate::store::SharedStore;
@@ -48,7 +48,7 @@ impl Recovery<'_> {
     /// # Errors
     /// See [`RestoreError`]; what was there is still there then.
     pub async fn carry_out(self) -> Result<Recovered, RestoreError> {
-        let is_there = self.output.exists();
+        let is_there = is_there(self.output)?;
         let incoming = Incoming::create(self.output, self.manner)?;
         // A daemon that lets the old database rest has no file of it open. One that waits for a database may be given it.
         if is_there && somebody_listens(self.state_dir) {

@@ -19,7 +19,7 @@ use crate::clock::{Clock, SystemClock};
 use crate::config::{DatabaseConfig, default_state_dir};
 use crate::restore::RestoreError;
 use crate::restore::history::History;
-use crate::restore::install::{Manner, partial_path};
+use crate::restore::install::{Manner, is_there, partial_path};
 use crate::restore::plan::{Plan, Target, plan};
 use crate::restore::progress::Progress;
 use crate::retain::marks::find_mark;
@@ -71,7 +71,7 @@ pub struct RestoreArguments {
     /// Replace the target if it is there
     #[arg(long)]
     force: bool,
-    /// Do nothing, successfully, if the target is there
+    /// Do nothing, successfully, if the target is there; an empty file is not
     #[arg(long, conflicts_with = "force")]
     if_missing: bool,
     /// Do nothing, successfully, if there is no backup yet
@@ -318,17 +318,5 @@ impl fmt::Display for Output {
             Self::Stdout => out.write_str("standard output"),
             Self::File(path) => path.display().fmt(out),
         }
-    }
-}
-
-/// That it can't be known is not the same as that it is missing. And a directory is no database: not what --if-missing means
-/// to leave alone, nor anything to replace.
-fn is_there(path: &Path) -> Result<bool, RestoreError> {
-    let failed = |source| RestoreError::Io { path: path.to_owned(), doing: "restore to", source };
-    match path.metadata() {
-        Ok(found) if found.is_dir() => Err(failed(io::ErrorKind::IsADirectory.into())),
-        Ok(_) => Ok(true),
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
-        Err(error) => Err(failed(error)),
     }
 }

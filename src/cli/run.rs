@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, HashSet};
 use std::ffi::OsString;
 use std::io;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -24,7 +24,7 @@ use crate::config::{Config, DatabaseConfig};
 use crate::daemon;
 use crate::restore::RestoreError;
 use crate::restore::history::History;
-use crate::restore::install::Manner;
+use crate::restore::install::{Manner, is_there};
 use crate::restore::plan::{Plan, Target, plan};
 use crate::restore::progress::Progress;
 use crate::run::child::{Child, Signals, exit_code};
@@ -191,15 +191,6 @@ async fn missing(config: &Config) -> Result<BTreeMap<PathBuf, Vec<DatabaseConfig
     Ok(missing)
 }
 
-/// An empty file is what opening a database that is not there leaves.
-fn is_there(path: &Path) -> Result<bool, Failure> {
-    match path.metadata() {
-        Ok(found) => Ok(found.len() > 0),
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
-        Err(error) => Err(Failure::other(format!("{} can't be looked at: {error}", path.display()))),
-    }
-}
-
 /// The newest state that a replica has, and how to get at it.
 struct Backup<'a> {
     database: &'a DatabaseConfig,
@@ -254,8 +245,8 @@ async fn restore(replicas: &[DatabaseConfig]) -> Result<(), Failure> {
         std::fs::create_dir_all(directory)
             .map_err(|error| Failure::other(format!("{} can't be made: {error}", directory.display())))?;
     }
-    // An empty file is what opening a database that is not there leaves. A container that is ended in the middle goes on.
-    let manner = Manner { forces: path.exists(), keeps_old: false, resumes: true };
+    // A container that is ended in the middle goes on.
+    let manner = Manner { resumes: true, ..Manner::default() };
     let (state_dir, progress) = (database.state_dir.as_path(), Arc::new(Progress::default()));
     let _watching = Reporter::new(RestoreOutput::Text, false).watch(&progress, plan.work_len_bytes());
     let recovery =

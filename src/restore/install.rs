@@ -20,7 +20,7 @@ const LOCK_BYTES_LEN: i64 = 512;
 /// How a restore treats what is there.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Manner {
-    /// A target that is there is replaced.
+    /// A database that is there is replaced; an empty file always is.
     pub forces: bool,
     /// And kept under another name.
     pub keeps_old: bool,
@@ -38,7 +38,7 @@ pub struct Incoming {
 }
 
 impl Incoming {
-    /// Makes the file, after checking that the target may be replaced or is not there. A target that is a symbolic link stands
+    /// Makes the file, after checking that the target may be replaced or is not there ([`is_there`]). A target that is a symbolic link stands
     /// for the file it leads to, as it does for SQLite.
     ///
     /// # Errors
@@ -47,10 +47,10 @@ impl Incoming {
         let mut target = target.to_owned();
         // The file gets no more rights than what is there now has; where nothing is, those that SQLite gives, less the umask.
         let mut mode = 0o644;
+        if is_there(&target)? && !manner.forces {
+            return Err(RestoreError::TargetExists(target));
+        }
         if target.exists() {
-            if !manner.forces {
-                return Err(RestoreError::TargetExists(target));
-            }
             target = fs::canonicalize(&target).map_err(RestoreError::io(&target, "follow"))?;
             check_unused(&target)?;
             mode = 0o600;
@@ -91,7 +91,7 @@ impl Incoming {
         let mut notes = Vec::new();
         let old = fs::metadata(&target).ok();
         if let Some(old) = &old {
-            if !manner.forces {
+            if is_taken(old) && !manner.forces {
                 return Err(RestoreError::TargetExists(target));
             }
             check_unused(&target)?;
@@ -102,7 +102,7 @@ impl Incoming {
         if manner.keeps_old && old.is_some() {
             notes.push(format!("what was there is kept as {}", keep_old(&target)?.display()));
         }
-        let replaced = replace(file, &target, manner.forces);
+        let replaced = replace(file, &target, manner.forces || old.is_some());
         if let Some(kept) = kept {
             let wal = sidecar(&target, "-wal");
             match &replaced {
@@ -116,6 +116,26 @@ impl Incoming {
         }
         replaced.map(|()| notes)
     }
+}
+
+/// Whether a database is at `path`. An empty file is none: it is what opening a database that is not there leaves. A directory is none
+/// either, and nothing to replace; and that it can't be known is not the same as that it is missing.
+///
+/// # Errors
+/// In these two cases.
+pub fn is_there(path: &Path) -> Result<bool, RestoreError> {
+    let failed = RestoreError::io(path, "restore to");
+    match path.metadata() {
+        Ok(found) if found.is_dir() => Err(failed(io::ErrorKind::IsADirectory.into())),
+        Ok(found) => Ok(is_taken(&found)),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
+        Err(error) => Err(failed(error)),
+    }
+}
+
+/// Devices have no length, and are nothing to replace unasked.
+fn is_taken(found: &Metadata) -> bool {
+    found.len() > 0 || !found.is_file()
 }
 
 /// What a restore that can be resumed leaves behind.

@@ -428,3 +428,19 @@ fn completions_and_manual_pages_know_every_command() {
         assert!(text.contains(".TH"), "{page}");
     }
 }
+
+/// What opening a database that is not there leaves.
+#[test]
+fn an_empty_file_is_no_database() {
+    let directory = tempfile::tempdir().unwrap();
+    let replica = directory.path().join("replica").display().to_string();
+    make_replica(directory.path(), &replica);
+    let expected = content(&directory.path().join("app.db"));
+    for (name, arguments) in [("one.db", vec!["--if-missing"]), ("two.db", vec![])] {
+        let target = directory.path().join(name);
+        std::fs::write(&target, "").unwrap();
+        let done = run([vec!["restore", &replica, "-o", target.to_str().unwrap()], arguments].concat());
+        assert!(done.status.success(), "{name}: {}", stderr(&done));
+        assert_eq!(content(&target), expected, "{name}");
+    }
+}
