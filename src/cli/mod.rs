@@ -226,12 +226,28 @@ impl ConfigArgument {
     }
 
     /// The database that goes to `replica`, if --config names a configuration that has it: options and keys are taken from there.
+    /// What the URL says of them must be what stands there: nobody's word is passed over, least of all on which server to delete.
     fn with_replica(&self, replica: &ReplicaUrl) -> Result<Option<DatabaseConfig>, Failure> {
         if self.config.is_none() {
             return Ok(None);
         }
-        let databases = self.load()?.map_or_else(Vec::new, |config| config.find(&HashSet::new()).databases);
-        Ok(databases.into_iter().find(|database| database.replica.to_string() == replica.to_string()))
+        let place = replica.place();
+        let mut named = self.load()?.map_or_else(Vec::new, |config| config.find(&HashSet::new()).databases);
+        named.retain(|database| database.replica.place().has_location_of(&place));
+        if named.is_empty() {
+            return Ok(None);
+        }
+        named.retain(|database| replica.means(&database.replica));
+        if named.is_empty() {
+            return Err(Failure::usage(format!(
+                "the configuration has {replica} with other parameters than the URL: leave those of the URL out, or --config"
+            )));
+        }
+        if named.len() > 1 {
+            named.retain(|database| database.replica.place() == place);
+        }
+        let several = || format!("which one? The configuration has {replica} on several servers: name the endpoint");
+        named.pop().map(Some).ok_or_else(|| Failure::usage(several()))
     }
 
     /// The replicas that `sources` name; without any, those of all databases of the configuration or, without one, that of the

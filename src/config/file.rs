@@ -362,11 +362,10 @@ pub fn parse(text: &str) -> Result<Config, String> {
 /// A fleet's databases go to places below its own, whatever they are called: nobody else may store there.
 fn check_fleets_apart(databases: &[DatabaseConfig], fleets: &[FleetConfig]) -> Result<(), String> {
     for (index, fleet) in fleets.iter().enumerate() {
-        let (server, below) = place(&fleet.template().replica);
+        let place = fleet.template().replica.place();
         let others = fleets[index + 1..].iter().map(FleetConfig::template).chain(databases);
         for other in others {
-            let (other_server, other_place) = place(&other.replica);
-            if server == other_server && (other_place.starts_with(&below) || below.starts_with(&other_place)) {
+            if place.overlaps(&other.replica.place()) {
                 return Err(format!(
                     "'{}' and '{}' go to one place; many databases need one that nobody else is in",
                     fleet.template().path.display(),
@@ -382,7 +381,7 @@ fn check_fleets_apart(databases: &[DatabaseConfig], fleets: &[FleetConfig]) -> R
 fn check_apart(databases: &[DatabaseConfig]) -> Result<(), String> {
     let (mut replicas, mut state_dirs) = (HashSet::new(), HashSet::new());
     for database in databases {
-        if !replicas.insert(place(&database.replica)) {
+        if !replicas.insert(database.replica.place()) {
             return Err(format!("two databases go to {}; each needs a place of its own", database.replica));
         }
         if !state_dirs.insert(identity(&database.state_dir)) {
@@ -391,17 +390,6 @@ fn check_apart(databases: &[DatabaseConfig]) -> Result<(), String> {
         }
     }
     Ok(())
-}
-
-/// What tells replicas apart: buckets of different servers may have one name.
-fn place(replica: &ReplicaUrl) -> (String, PathBuf) {
-    match replica {
-        ReplicaUrl::S3(options) => {
-            let endpoint = options.endpoint.as_deref().unwrap_or_default().trim_end_matches('/');
-            (endpoint.to_owned(), PathBuf::from(options.location()))
-        }
-        ReplicaUrl::Directory(path) => (String::new(), identity(path)),
-    }
 }
 
 #[cfg(test)]

@@ -189,7 +189,8 @@ pub fn default_state_dir(database: &Path) -> PathBuf {
     database.with_file_name(format!(".{name}-waltrail"))
 }
 
-/// `.app.db-waltrail-1a2b3c4d`: for a replica that is not the database's first.
+/// `.app.db-waltrail-1a2b3c4d`: for a replica that is not the database's first. Named after the replica's text, without the server, as it
+/// always was: of two that differ only in that, one needs a `state-dir` in the configuration.
 #[must_use]
 pub fn further_state_dir(database: &Path, replica: &ReplicaUrl) -> PathBuf {
     let mut name = default_state_dir(database).into_os_string();

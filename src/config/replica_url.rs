@@ -7,6 +7,7 @@ use std::sync::Arc;
 
 use tokio::sync::Semaphore;
 
+use super::identity;
 use crate::store::SharedStore;
 use crate::store::directory::DirectoryStore;
 use crate::store::limited::Limited;
@@ -22,6 +23,29 @@ pub enum ReplicaUrl {
     S3(S3Options),
     /// A directory.
     Directory(PathBuf),
+}
+
+/// What tells replicas apart. A replica's text leaves the server out, and buckets of different servers may have one name.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub struct Place {
+    /// Its endpoint, if one is named.
+    server: String,
+    location: PathBuf,
+}
+
+impl Place {
+    /// Whether one of them is in the other one, or they are one.
+    #[must_use]
+    pub fn overlaps(&self, other: &Self) -> bool {
+        let is_nested = self.location.starts_with(&other.location) || other.location.starts_with(&self.location);
+        self.server == other.server && is_nested
+    }
+
+    /// Whether both have the same location, perhaps on different servers.
+    #[must_use]
+    pub fn has_location_of(&self, other: &Self) -> bool {
+        self.location == other.location
+    }
 }
 
 /// Why a text is no replica URL.
@@ -147,6 +171,29 @@ impl fmt::Display for ReplicaUrl {
 }
 
 impl ReplicaUrl {
+    /// Where it is, however that is spelt.
+    #[must_use]
+    pub fn place(&self) -> Place {
+        match self {
+            Self::S3(options) => {
+                let endpoint = options.endpoint.as_deref().unwrap_or_default().trim_end_matches('/');
+                Place { server: endpoint.to_owned(), location: PathBuf::from(options.location()) }
+            }
+            Self::Directory(path) => Place { server: String::new(), location: identity(path) },
+        }
+    }
+
+    /// Whether this, as far as it says anything, says the same as `known`: what a URL leaves out is as it is there.
+    #[must_use]
+    pub fn means(&self, known: &Self) -> bool {
+        let (Self::S3(told), Self::S3(options)) = (self, known) else { return self.place() == known.place() };
+        self.place().has_location_of(&known.place())
+            && (told.endpoint.is_none() || self.place() == known.place())
+            && (told.region.is_none() || told.region == options.region)
+            && (told.path_style.is_none() || told.path_style == options.path_style)
+            && (told.profile.is_none() || told.profile == options.profile)
+    }
+
     /// Opens the store there; sends nothing.
     pub async fn open(&self) -> SharedStore {
         match self {

@@ -444,3 +444,37 @@ fn an_empty_file_is_no_database() {
         assert_eq!(content(&target), expected, "{name}");
     }
 }
+
+/// Buckets of two servers may have one name.
+#[test]
+fn a_url_with_parameters_means_what_it_says() {
+    let (one, two) = (S3Server::start(), S3Server::start());
+    let directory = tempfile::tempdir().unwrap();
+    let (first, second) = (directory.path().join("first.db"), directory.path().join("second.db"));
+    let config = directory.path().join("waltrail.toml");
+    let mut text = String::new();
+    for (database, server, rows) in [(&first, &one, 10), (&second, &two, 30)] {
+        drop(create_database(database, rows, ""));
+        text += &format!("[[database]]\npath = \"{}\"\nreplica = \"{}\"\n", database.display(), server.url("app"));
+    }
+    std::fs::write(&config, text).unwrap();
+    let config = config.to_str().unwrap();
+    let shipped = run(["run", "--config", config, "--", "true"]);
+    assert!(shipped.status.success(), "{}", stderr(&shipped));
+    let output = directory.path().join("out.db");
+    for (database, server) in [(&first, &one), (&second, &two)] {
+        let url = server.url("app");
+        let endpoint_alone = url.split('&').next().unwrap();
+        for url in [url.as_str(), endpoint_alone, &url.replace("&region", "/&region")] {
+            let done = run(["restore", "--config", config, url, "-o", output.to_str().unwrap(), "--force"]);
+            assert!(done.status.success(), "{url}: {}", stderr(&done));
+            assert_eq!(content(&output), content(database), "{url}");
+        }
+        let url = url.replace("us-east-1", "eu-west-1");
+        fails(&["verify", "--config", config, &url], 10, "with other parameters");
+        fails(&["prune", "--config", config, &url], 10, "with other parameters");
+    }
+    let elsewhere = "s3://backups/app?endpoint=http://127.0.0.1:1";
+    fails(&["prune", "--config", config, elsewhere], 10, "with other parameters");
+    fails(&["prune", "--config", config, "s3://backups/app"], 10, "on several servers");
+}
