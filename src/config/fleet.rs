@@ -119,10 +119,11 @@ impl FleetConfig {
         let name = entry.file_name().to_string_lossy();
         let is_kind = entry.file_type().is_dir() || entry.file_type().is_file();
         let is_ours = self.has_state_dir && entry.path() == self.template.state_dir;
-        is_kind && !is_ours && !name.starts_with('.') && !SIDECARS.iter().any(|suffix| name.ends_with(suffix))
+        is_kind && !is_ours && is_name(&name) && !SIDECARS.iter().any(|suffix| name.ends_with(suffix))
     }
 
-    /// The databases that are stored in the fleet's place, whether they are on this machine or not.
+    /// The databases that are stored in the fleet's place, whether they are on this machine or not. Names that the local search leaves
+    /// out are left out here, too.
     ///
     /// # Errors
     /// When the place can't be listed.
@@ -138,7 +139,12 @@ impl FleetConfig {
             }
             let depth = prefix.matches('/').count();
             if depth < self.depth.unwrap_or(DEEPEST) {
+                let (names, strange): (Vec<_>, Vec<_>) = names.into_iter().partition(|name| is_name(name));
                 folders.extend(names.iter().map(|name| format!("{prefix}{name}/")));
+                for name in strange {
+                    let replica = &self.template.replica;
+                    tracing::warn!(%replica, folder = format!("{prefix}{name}"), "a name that no database here can have: left out");
+                }
             }
         }
         found.sort_by(|one, other| one.path.cmp(&other.path));
@@ -175,6 +181,12 @@ impl FleetConfig {
     }
 }
 
+/// Whether a database, or a directory on the way to it, can be called so. In storage a name can also be `..`, or nothing: what is restored
+/// must not leave its directory.
+fn is_name(name: &str) -> bool {
+    !name.is_empty() && !name.starts_with('.')
+}
+
 /// Whether a file is a database, as its first bytes tell. One with several names may be followed by another one, and is not
 /// opened: it is taken for one by its size.
 fn is_database(entry: &DirEntry) -> bool {
@@ -191,8 +203,13 @@ fn is_database(entry: &DirEntry) -> bool {
 #[cfg(test)]
 mod tests {
     use std::fs;
+    use std::sync::Arc;
+
+    use bytes::Bytes;
 
     use super::*;
+    use crate::store::PutMode;
+    use crate::store::memory::MemoryStore;
 
     fn fleet(path: &Path) -> FleetConfig {
         let template = DatabaseConfig::new(path.to_owned(), "s3://b/fleet".parse().unwrap());
@@ -255,6 +272,18 @@ mod tests {
         let found = fleet(&directory.path().join("later/below/*.db")).find(&HashSet::new());
         assert!(found.databases.is_empty() && found.troubles.is_empty());
         assert_eq!(found.directories.into_iter().collect::<Vec<_>>(), [directory.path()]);
+    }
+
+    #[tokio::test]
+    async fn what_is_stored_stays_below_the_root() {
+        let place: SharedStore = Arc::new(MemoryStore::new());
+        for below in ["a.db", "eu/c.db", "../../etc/x.db", "./x.db", "/etc/x.db", "eu//x.db", ".hidden/x.db", ".x.db"] {
+            let key = format!("{below}/epochs/00000001");
+            place.put(&key, Bytes::new(), PutMode::IfAbsent).await.unwrap();
+        }
+        let found = fleet(Path::new("/data/**/*.db")).stored(&place).await.unwrap();
+        let paths: Vec<&str> = found.iter().map(|database| database.path.to_str().unwrap()).collect();
+        assert_eq!(paths, ["/data/a.db", "/data/eu/c.db"]);
     }
 
     #[test]

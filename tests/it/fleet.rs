@@ -300,3 +300,27 @@ fn a_fleet_that_is_lost_comes_back_from_what_is_stored() {
         assert_eq!(&content(&fleet.path(name)), expected, "{name}");
     }
 }
+
+/// What the local search leaves out does not come in from storage, either.
+#[test]
+fn hidden_names_in_storage_are_nobodys_business() {
+    let (fleet, applications) = Fleet::new(&["a.db"], "");
+    drop(applications);
+    let everywhere = std::fs::read_to_string(&fleet.configuration).unwrap().replace("/*.db", "/**/*.db");
+    fleet.configure(&everywhere);
+    let configuration = fleet.configuration.display().to_string();
+    assert!(run(["run", "--config", &configuration, "--", "true"]).status.success());
+    let replica = fleet.scene.path("replica");
+    std::fs::create_dir(replica.join(".trash")).unwrap();
+    for hidden in [".hidden.db", ".trash/b.db"] {
+        let mut copy = std::process::Command::new("cp");
+        assert!(copy.arg("-r").arg(replica.join("a.db")).arg(replica.join(hidden)).status().unwrap().success());
+    }
+    let elsewhere = fleet.scene.path("elsewhere");
+    let all = run(["restore", "--config", &configuration, "--all", "--output-dir", elsewhere.to_str().unwrap()]);
+    assert!(all.status.success(), "{}", stderr(&all));
+    let restored: Vec<_> = std::fs::read_dir(&elsewhere).unwrap().map(|entry| entry.unwrap().file_name()).collect();
+    let is_known = |name: &std::ffi::OsString| name == "a.db" || name == ".a.db-waltrail";
+    assert!(restored.iter().all(is_known) && elsewhere.join("a.db").exists(), "{restored:?}");
+    assert!(stderr(&all).contains(".hidden.db") && stderr(&all).contains(".trash"), "{}", stderr(&all));
+}
