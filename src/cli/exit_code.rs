@@ -40,6 +40,8 @@ pub const NOT_CONFIRMED: u8 = 15;
 /// Another writer took over.
 pub const REPLACED: u8 = 16;
 
+const NO_BACKUP_HINT: &str = "check the bucket and the prefix; `replicate` makes a backup";
+
 /// What a command failed with.
 #[derive(Debug)]
 pub struct Failure {
@@ -63,6 +65,12 @@ impl Failure {
     #[must_use]
     pub fn other(message: String) -> Self {
         Self::new(FAILED, message, None)
+    }
+
+    /// There is no such backup.
+    #[must_use]
+    pub fn not_there(message: String) -> Self {
+        Self::new(NOT_THERE, message, Some(NO_BACKUP_HINT))
     }
 
     /// The store keeps what it was told to delete.
@@ -179,9 +187,7 @@ impl From<RestoreError> for Failure {
     fn from(error: RestoreError) -> Self {
         let (code, hint) = match error {
             RestoreError::Store(error) => return error.into(),
-            RestoreError::NoReplica { .. } => {
-                (NOT_THERE, "check the bucket and the prefix; `replicate` makes a backup")
-            }
+            RestoreError::NoReplica { .. } => (NOT_THERE, NO_BACKUP_HINT),
             RestoreError::NothingYet { .. } => (NOT_THERE, "the backup is complete when its first snapshot is stored"),
             RestoreError::NoSuchEpoch { .. } | RestoreError::OutOfRange { .. } => {
                 (NOT_THERE, "`waltrail log REPLICA` shows what there is")

@@ -324,6 +324,11 @@ async fn stored(fleet: &FleetConfig) -> Result<Vec<DatabaseConfig>, Failure> {
     }
 }
 
+fn nothing_stored(fleet: &FleetConfig) -> Failure {
+    let DatabaseConfig { path, replica, .. } = fleet.template();
+    Failure::not_there(format!("nothing is stored in {replica} for {}", path.display()))
+}
+
 /// Runs the command line and gives the process's exit code.
 #[must_use]
 pub fn main() -> ExitCode {

@@ -1,6 +1,6 @@
 //! `waltrail restore`
 
-use std::collections::HashSet;
+use std::collections::{BTreeMap, HashSet};
 use std::fmt;
 use std::io::{self, IsTerminal};
 use std::path::{Path, PathBuf};
@@ -8,15 +8,16 @@ use std::sync::Arc;
 
 use clap::Args;
 
-use super::exit_code::Failure;
+use super::exit_code::{Failure, NOT_THERE};
 use super::interrupt::unless_interrupted;
 use super::moment::{parse_moment, parse_txid, parse_zone};
 use super::recover::{Recovered, Recovery, to_stdout};
 use super::report::{Cost, Reporter, RestoreOutput};
 use super::tell::tell;
-use super::{ConfigArgument, Source, environment_database, open_patiently, stored};
+use super::{ConfigArgument, Source, environment_database, nothing_stored, open_patiently, stored};
 use crate::clock::{Clock, SystemClock};
-use crate::config::{DatabaseConfig, default_state_dir};
+use crate::config::fleet::{FleetConfig, Found};
+use crate::config::{Config, DatabaseConfig, default_state_dir, identity};
 use crate::restore::RestoreError;
 use crate::restore::history::History;
 use crate::restore::install::{Manner, is_there, partial_path};
@@ -83,7 +84,7 @@ pub struct RestoreArguments {
     /// Go on from what an earlier restore with --resume left, and leave what this one has if it does not come to its end
     #[arg(long)]
     resume: bool,
-    /// Restore every database of the configuration
+    /// Restore every database of the configuration; of several replicas from the one with the newest state
     #[arg(long, requires = "output_dir", conflicts_with_all = ["source", "output", "txid", "epoch"])]
     all: bool,
     /// With --all: where the databases go, under their own names
@@ -128,14 +129,20 @@ async fn restore(arguments: RestoreArguments) -> Result<(), Failure> {
 
 /// One after another; all are tried, and the first failure is the one that is told.
 async fn restore_all(arguments: &RestoreArguments, directory: &Path) -> Result<(), Failure> {
-    let all = everything(arguments).await?;
+    let config = match arguments.config.load()? {
+        Some(config) => config,
+        None => Config::new(vec![environment_database()?]),
+    };
+    let (found, mut failures) = stored_everywhere(&config.fleets).await;
+    failures.retain(|failure| !arguments.if_replica_exists || failure.code() != NOT_THERE);
+    let all = by_name(&config, config.joined(found).databases);
     let mut outputs: HashSet<&Path> = HashSet::new();
-    if let Some((_, name)) = all.iter().find(|(_, name)| !outputs.insert(name)) {
+    if let Some((name, _)) = all.iter().find(|(name, _)| !outputs.insert(name)) {
         let shown = directory.join(name);
         return Err(Failure::usage(format!("two databases would go to {}; restore them one by one", shown.display())));
     }
-    let mut failures = Vec::new();
-    for (database, name) in &all {
+    for (name, replicas) in &all {
+        let Some(database) = choose(arguments, replicas).await else { continue };
         let source = Source { replica: database.replica.clone(), database: None, followed: None };
         let output = directory.join(name);
         let parent = output.parent().unwrap_or(directory);
@@ -149,22 +156,69 @@ async fn restore_all(arguments: &RestoreArguments, directory: &Path) -> Result<(
     failures.into_iter().next().map_or(Ok(()), Err)
 }
 
-/// All databases with the names that they are restored under: of a fleet those that are stored, because of those on this machine
-/// nothing may be left; they keep their folders.
-async fn everything(arguments: &RestoreArguments) -> Result<Vec<(DatabaseConfig, PathBuf)>, Failure> {
-    let (databases, fleets) = match arguments.config.load()? {
-        Some(config) => (config.databases, config.fleets),
-        None => (vec![environment_database()?], Vec::new()),
-    };
-    let name = |database: &DatabaseConfig| PathBuf::from(database.path.file_name().unwrap_or_default());
-    let mut all: Vec<_> = databases.into_iter().map(|database| (database.clone(), name(&database))).collect();
+/// What is stored for each fleet, because of those on this machine nothing may be left; and why there is nothing of some. Of one with
+/// several replicas it is enough that one of them holds something.
+async fn stored_everywhere(fleets: &[FleetConfig]) -> (Vec<Found>, Vec<Failure>) {
+    let (mut all, mut failures, mut in_order) = (Vec::new(), Vec::new(), HashSet::new());
     for fleet in fleets {
-        for database in stored(&fleet).await? {
-            let below = database.path.strip_prefix(&fleet.root).unwrap_or(&database.path).to_owned();
-            all.push((database, below));
+        let path = &fleet.template().path;
+        let held = match stored(fleet).await {
+            Ok(databases) if databases.is_empty() => Err(nothing_stored(fleet)),
+            other => other,
+        };
+        let databases = held.unwrap_or_else(|failure| {
+            tell(format_args!("note: {failure}"));
+            failures.push((path, failure));
+            Vec::new()
+        });
+        if !databases.is_empty() {
+            in_order.insert(path);
+        }
+        all.push(Found { databases, ..Found::default() });
+    }
+    failures.retain(|(path, _)| !in_order.contains(path));
+    (all, failures.into_iter().map(|(_, failure)| failure).collect())
+}
+
+/// The databases, each with all its replicas and the name that it is restored under; those of fleets keep their folders.
+fn by_name(config: &Config, databases: Vec<DatabaseConfig>) -> Vec<(PathBuf, Vec<DatabaseConfig>)> {
+    let mut all: BTreeMap<PathBuf, (PathBuf, Vec<DatabaseConfig>)> = BTreeMap::new();
+    for database in databases {
+        let name = || {
+            let is_named = config.databases.iter().any(|named| named.path == database.path);
+            let is_of = |fleet: &&FleetConfig| !is_named && fleet.database_at(&database.path).is_some();
+            let below = |fleet: &FleetConfig| database.path.strip_prefix(&fleet.root).ok().map(PathBuf::from);
+            let last = || PathBuf::from(database.path.file_name().unwrap_or_default());
+            (config.fleets.iter().find(is_of).and_then(below).unwrap_or_else(last), Vec::new())
+        };
+        all.entry(identity(&database.path)).or_insert_with(name).1.push(database);
+    }
+    all.into_values().collect()
+}
+
+/// Of a database's replicas the one that has the newest of the states that are asked for, as `run` does it: one that can't be read is
+/// passed over if another one can. If none has any, one that can't be read has more to say than one that holds nothing.
+async fn choose<'a>(arguments: &RestoreArguments, replicas: &'a [DatabaseConfig]) -> Option<&'a DatabaseConfig> {
+    let (mut newest, mut unread): (Option<(u64, &DatabaseConfig)>, _) = (None, None);
+    for database in replicas.iter().filter(|_| replicas.len() > 1) {
+        match planned_ms(arguments, database).await {
+            Ok(time_ms) if newest.is_none_or(|(best_ms, _)| time_ms > best_ms) => newest = Some((time_ms, database)),
+            Ok(_) => {}
+            Err(failure) => {
+                tell(format_args!("note: {failure}"));
+                unread = unread.or(Some(database).filter(|_| failure.code() != NOT_THERE));
+            }
         }
     }
-    Ok(all)
+    newest.map(|(_, database)| database).or(unread).or(replicas.first())
+}
+
+/// The time of the state that would be restored.
+async fn planned_ms(arguments: &RestoreArguments, database: &DatabaseConfig) -> Result<u64, Failure> {
+    let store = open_patiently(&database.replica).await;
+    let (target, epoch) = arguments.target(&store).await?;
+    let history = History::load(&store).await?;
+    Ok(plan(&store, &history, target, epoch).await?.time_ms)
 }
 
 impl RestoreArguments {

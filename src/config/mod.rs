@@ -59,19 +59,23 @@ impl Config {
         }
     }
 
-    /// All databases, those of the fleets as far as they are there. What one of them is called by name comes first. `known` as
-    /// in [`FleetConfig::find`].
+    /// All databases, those of the fleets as far as they are there. `known` as in [`FleetConfig::find`].
     #[must_use]
     pub fn find(&self, known: &HashSet<PathBuf>) -> Found {
+        self.joined(self.fleets.iter().map(|fleet| fleet.find(known)))
+    }
+
+    /// All databases, with what was found of each fleet, in their order. What one of them is called by name comes first.
+    #[must_use]
+    pub fn joined(&self, found: impl IntoIterator<Item = Found>) -> Found {
         let mut all = Found { databases: self.databases.clone(), ..Found::default() };
         // By which path each was found: what has one path is one database, with several replicas.
         let mut taken: HashMap<PathBuf, &Path> = HashMap::new();
         for database in &self.databases {
             taken.insert(identity(&database.path), &database.path);
         }
-        for fleet in &self.fleets {
+        for (fleet, found) in self.fleets.iter().zip(found) {
             let path = fleet.template().path.as_path();
-            let found = fleet.find(known);
             let is_ours = |database: &DatabaseConfig| *taken.entry(identity(&database.path)).or_insert(path) == path;
             all.databases.extend(found.databases.into_iter().filter(is_ours));
             all.directories.extend(found.directories);

@@ -324,3 +324,17 @@ fn hidden_names_in_storage_are_nobodys_business() {
     assert!(restored.iter().all(is_known) && elsewhere.join("a.db").exists(), "{restored:?}");
     assert!(stderr(&all).contains(".hidden.db") && stderr(&all).contains(".trash"), "{}", stderr(&all));
 }
+
+#[test]
+fn a_fleet_of_which_nothing_is_stored_is_not_restored() {
+    let (fleet, applications) = Fleet::new(&["a.db"], "");
+    drop(applications);
+    let configuration = fleet.configuration.display().to_string();
+    let elsewhere = fleet.scene.path("elsewhere").display().to_string();
+    let all = ["restore", "--config", &configuration, "--all", "--output-dir", &elsewhere];
+    let nothing = run(all);
+    assert_eq!(nothing.status.code(), Some(12), "{}", stderr(&nothing));
+    assert!(stderr(&nothing).contains("nothing is stored in"), "{}", stderr(&nothing));
+    let fine = run(all.into_iter().chain(["--if-replica-exists"]));
+    assert!(fine.status.success() && stderr(&fine).contains("nothing is stored in"), "{}", stderr(&fine));
+}

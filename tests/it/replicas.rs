@@ -99,3 +99,39 @@ fn a_command_begins_when_both_stand() {
     assert!(done.status.success(), "{}", stderr(&done));
     assert!(!stderr(&done).contains("started all the same"), "{}", stderr(&done));
 }
+
+#[test]
+fn all_databases_are_restored_from_the_replica_with_the_newest_state() {
+    let scene = Scene::new();
+    let (first, second) = (scene.path("replica"), scene.path("second"));
+    let application = create_database(&scene.database(), 20, "");
+    let configuration = configure(&scene, &[first.to_str().unwrap(), second.to_str().unwrap()]);
+    let replicate = || run(["run", "--config", &configuration, "--start-timeout", "2s", "--", "true"]);
+    assert!(replicate().status.success());
+    let copied = std::process::Command::new("cp").arg("-r").arg(&first).arg(scene.path("old")).status().unwrap();
+    assert!(copied.success());
+    count_up(&application);
+    assert!(replicate().status.success());
+    let expected = content(&scene.database());
+    let restored = |directory: &str| {
+        let into = scene.path(directory);
+        let all = ["restore", "--config", &configuration, "--all", "--output-dir", into.to_str().unwrap()];
+        let done = run(all);
+        assert!(done.status.success(), "{}", stderr(&done));
+        (content(&into.join("app.db")), stderr(&done))
+    };
+    assert_eq!(restored("both").0, expected);
+    std::fs::rename(&first, scene.path("first")).unwrap();
+    let (found, told) = restored("one");
+    assert_eq!(found, expected);
+    assert!(told.contains("there is no backup in"), "it is told that one is missing: {told}");
+    std::fs::rename(scene.path("old"), &first).unwrap();
+    assert_eq!(restored("behind").0, expected, "the first one is behind");
+    let marker = second.join("waltrail.json");
+    std::fs::write(&marker, r#"{"format":2}"#).unwrap();
+    assert_ne!(restored("older").0, expected, "what can be read is better than nothing");
+    std::fs::remove_dir_all(&first).unwrap();
+    let into = scene.path("none").display().to_string();
+    let none = run(["restore", "--config", &configuration, "--all", "--if-replica-exists", "--output-dir", &into]);
+    assert_eq!(none.status.code(), Some(13), "nobody knows what the second one holds: {}", stderr(&none));
+}
