@@ -34,8 +34,8 @@ use tracing_subscriber::layer::SubscriberExt;
 use tracing_subscriber::util::SubscriberInitExt;
 
 use self::exit_code::Failure;
-use crate::config::fleet::FleetConfig;
-use crate::config::replica_url::ReplicaUrl;
+use crate::config::fleet::{FleetConfig, Found};
+use crate::config::replica_url::{Place, ReplicaUrl};
 use crate::config::{Config, DatabaseConfig, LogConfig, LogFormat, LogLevel, default_state_dir, environment, file};
 use crate::replicate::control::{ControlError, ask_status};
 use crate::store::SharedStore;
@@ -153,14 +153,16 @@ impl ConfigArgument {
         Ok(config.replicas_of(&path))
     }
 
-    /// These databases as they are known, or as they are by default; none: all of the configuration, or the environment's.
-    fn databases(&self, paths: &[PathBuf]) -> Result<Vec<DatabaseConfig>, Failure> {
-        if paths.is_empty() {
-            return match self.load()? {
-                Some(config) => Ok(config.find(&HashSet::new()).databases),
-                None => environment_database().map(|database| vec![database]),
-            };
+    /// All databases of the configuration that are there, or the environment's.
+    fn find(&self) -> Result<Found, Failure> {
+        match self.load()? {
+            Some(config) => Ok(config.find(&HashSet::new())),
+            None => Ok(Found { databases: vec![environment_database()?], ..Found::default() }),
         }
+    }
+
+    /// These databases as they are known, or as they are by default.
+    fn databases(&self, paths: &[PathBuf]) -> Result<Vec<DatabaseConfig>, Failure> {
         let mut databases = Vec::new();
         for path in paths {
             let mut known = self.replicas_of(path)?;
@@ -175,12 +177,16 @@ impl ConfigArgument {
 
     /// The only database of the configuration, with all its replicas, or, without one, the environment's.
     fn only_database(&self) -> Result<Vec<DatabaseConfig>, Failure> {
-        let Some(config) = self.load()? else { return Ok(vec![environment_database()?]) };
-        let databases = config.find(&HashSet::new()).databases;
+        let databases = self.find()?.databases;
         let mut paths: Vec<String> = databases.iter().map(|known| known.path.display().to_string()).collect();
         paths.dedup();
         if paths.len() == 1 {
             return Ok(databases);
+        }
+        if paths.is_empty() {
+            return Err(Failure::usage(
+                "which one? Nothing is here of what the configuration names by patterns".into(),
+            ));
         }
         if paths.len() > PATHS_SHOWN {
             let more = paths.len() - PATHS_SHOWN;
@@ -206,7 +212,7 @@ impl ConfigArgument {
                 return of_all(vec![known]);
             }
             self.refuse(&format!("{replica} is the replica already, and is not in it"))?;
-            return Ok(vec![Source { replica, database: None, followed: None }]);
+            return Ok(vec![Source::at(replica)]);
         }
         let known = self.replicas_of(Path::new(source))?;
         if !known.is_empty() {
@@ -214,7 +220,7 @@ impl ConfigArgument {
         }
         let path = absolute(Path::new(source))?;
         if path.is_dir() {
-            return Ok(vec![Source { replica: ReplicaUrl::Directory(path), database: None, followed: None }]);
+            return Ok(vec![Source::at(ReplicaUrl::Directory(path))]);
         }
         if let Some(source) = Source::of_daemon(path).await? {
             return Ok(vec![source]);
@@ -252,16 +258,69 @@ impl ConfigArgument {
 
     /// The replicas that `sources` name; without any, those of all databases of the configuration or, without one, that of the
     /// environment's.
-    async fn resolve_all(&self, sources: &[String]) -> Result<Vec<Source>, Failure> {
-        if !sources.is_empty() {
-            let mut named = Vec::new();
-            for source in sources {
-                named.append(&mut self.resolve_replicas(Some(source)).await?);
-            }
-            return Ok(named);
+    async fn resolve_all(&self, sources: &[String]) -> Result<Sources, Failure> {
+        let mut all = Sources::default();
+        for source in sources {
+            all.found.append(&mut self.resolve_replicas(Some(source)).await?);
         }
-        Ok(self.databases(&[])?.into_iter().map(Source::of).collect())
+        if !sources.is_empty() {
+            return Ok(all);
+        }
+        match self.load()? {
+            Some(config) => Ok(everything(&config).await),
+            None => Ok(Sources { found: vec![Source::of(environment_database()?)], ..all }),
+        }
     }
+}
+
+/// Replicas that a command is about, and where some should be that could not be found.
+#[derive(Default)]
+struct Sources {
+    found: Vec<Source>,
+    failures: Vec<(String, Failure)>,
+}
+
+/// The replicas of all databases, those of fleets by what is stored and what is here.
+async fn everything(config: &Config) -> Sources {
+    let (mut of_fleets, mut all_deleted, mut failures) = (Vec::new(), HashSet::new(), Vec::new());
+    for fleet in &config.fleets {
+        let Found { databases: here, troubles, .. } = fleet.find(&HashSet::new());
+        for trouble in troubles {
+            let failure = Failure::other(format!("while looking for databases: {trouble}"));
+            failures.push((fleet.root.display().to_string(), failure));
+        }
+        let (databases, deleted) = stored_and_here(fleet, here).await.unwrap_or_else(|failure| {
+            // One answer for all of them.
+            failures.push((fleet.template().replica.to_string(), failure));
+            (Vec::new(), Vec::new())
+        });
+        all_deleted.extend(deleted);
+        of_fleets.push(Found { databases, ..Found::default() });
+    }
+    let source = |database: DatabaseConfig| {
+        let is_deleted = all_deleted.contains(&database.replica.place());
+        Source { is_deleted, ..Source::of(database) }
+    };
+    Sources { found: config.joined(of_fleets).databases.into_iter().map(source).collect(), failures }
+}
+
+/// What is stored for a fleet, because nothing may be left of it on this machine, and what is here; and the places of those that were
+/// deleted, as `run` sees it: of a fleet that is here in part, those that are not.
+async fn stored_and_here(
+    fleet: &FleetConfig,
+    mut here: Vec<DatabaseConfig>,
+) -> Result<(Vec<DatabaseConfig>, Vec<Place>), Failure> {
+    let mut stored = stored(fleet).await?;
+    if stored.is_empty() && here.is_empty() {
+        return Err(nothing_stored(fleet));
+    }
+    let paths: HashSet<&Path> = here.iter().map(|database| database.path.as_path()).collect();
+    stored.retain(|database| !paths.contains(database.path.as_path()));
+    let is_new = here.is_empty();
+    let deleted = stored.iter().filter(|_| !is_new).map(|database| database.replica.place()).collect();
+    here.append(&mut stored);
+    here.sort_by(|one, other| one.path.cmp(&other.path));
+    Ok((here, deleted))
 }
 
 fn absolute(path: &Path) -> Result<PathBuf, Failure> {
@@ -281,11 +340,18 @@ struct Source {
     database: Option<DatabaseConfig>,
     /// A database whose daemon was told by arguments alone, and its state directory.
     followed: Option<(PathBuf, PathBuf)>,
+    /// Of a fleet that is here, a database that is not: nobody writes to it any more.
+    is_deleted: bool,
 }
 
 impl Source {
+    /// A replica of which nothing else is known.
+    fn at(replica: ReplicaUrl) -> Self {
+        Self { replica, database: None, followed: None, is_deleted: false }
+    }
+
     fn of(database: DatabaseConfig) -> Self {
-        Self { replica: database.replica.clone(), database: Some(database), followed: None }
+        Self { database: Some(database.clone()), ..Self::at(database.replica) }
     }
 
     /// Where the daemon that follows the database at `path` says that it goes; `None` where nobody answers.
@@ -294,9 +360,7 @@ impl Source {
         match ask_status(&path, &state_dir, DAEMON_PATIENCE).await {
             Err(ControlError::NoDaemon { .. }) => Ok(None),
             Err(error) => Err(error.into()),
-            Ok(status) => {
-                Ok(Some(Self { replica: status.replica.parse()?, database: None, followed: Some((path, state_dir)) }))
-            }
+            Ok(status) => Ok(Some(Self { followed: Some((path, state_dir)), ..Self::at(status.replica.parse()?) })),
         }
     }
 

@@ -143,7 +143,7 @@ async fn restore_all(arguments: &RestoreArguments, directory: &Path) -> Result<(
     }
     for (name, replicas) in &all {
         let Some(database) = choose(arguments, replicas).await else { continue };
-        let source = Source { replica: database.replica.clone(), database: None, followed: None };
+        let source = Source::at(database.replica.clone());
         let output = directory.join(name);
         let parent = output.parent().unwrap_or(directory);
         std::fs::create_dir_all(parent)

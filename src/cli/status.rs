@@ -14,6 +14,7 @@ use super::exit_code::Failure;
 use super::tell::{TextOrJson, shown};
 use crate::clock::{Clock, SystemClock, format_time};
 use crate::config::DatabaseConfig;
+use crate::config::fleet::Found;
 use crate::config::units::parse_duration;
 use crate::health::DEFAULT_HEALTHY_LAG;
 use crate::replicate::control::ask_status;
@@ -32,7 +33,8 @@ Examples:
   waltrail status /data/app.db --format json
   waltrail status --config /etc/waltrail.toml --watch
 
-Exit code 1 when a database has no daemon, can't be followed, or has been waiting for its confirmation for longer than --max-lag.")]
+Exit code 1 when a database has no daemon, can't be followed, or has been waiting for its confirmation for longer than --max-lag; when
+there is no database to tell of, or a directory can't be searched for them.")]
 pub struct StatusArguments {
     /// Databases [default: all of the configuration, or the environment's]
     databases: Vec<std::path::PathBuf>,
@@ -63,7 +65,15 @@ struct Row {
 /// # Errors
 /// When one of them is in trouble.
 pub async fn run(arguments: StatusArguments) -> Result<(), Failure> {
-    let databases = arguments.config.databases(&arguments.databases)?;
+    let Found { databases, troubles, .. } = match arguments.databases.as_slice() {
+        [] => arguments.config.find()?,
+        paths => Found { databases: arguments.config.databases(paths)?, ..Found::default() },
+    };
+    if databases.is_empty() && troubles.is_empty() {
+        let why =
+            "there is nothing to tell of: nothing is here of what the configuration names by patterns and directories";
+        return Err(Failure::other(why.into()));
+    }
     loop {
         let rows = rows(&databases, arguments.max_lag.unwrap_or(DEFAULT_HEALTHY_LAG)).await;
         if let Err(error) = show(&rows, &arguments) {
@@ -73,10 +83,9 @@ pub async fn run(arguments: StatusArguments) -> Result<(), Failure> {
             tokio::time::sleep(Duration::from_secs(1)).await;
             continue;
         }
-        let troubled: Vec<String> = rows
-            .iter()
-            .filter_map(|row| Some(format!("{}: {}", row.status.database.display(), row.trouble.as_ref()?)))
-            .collect();
+        let of_row = |row: &Row| Some(format!("{}: {}", row.status.database.display(), row.trouble.as_ref()?));
+        let of_search = troubles.iter().map(|trouble| format!("while looking for databases: {trouble}"));
+        let troubled: Vec<String> = of_search.chain(rows.iter().filter_map(of_row)).collect();
         return if troubled.is_empty() { Ok(()) } else { Err(Failure::other(troubled.join("\n"))) };
     }
 }

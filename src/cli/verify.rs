@@ -14,7 +14,7 @@ use self::output::{Outcome, junit, markdown, text};
 use super::exit_code::{Failure, gravest};
 use super::interrupt::unless_interrupted;
 use super::tell::{shown, tell};
-use super::{ConfigArgument, Source, open_patiently};
+use super::{ConfigArgument, Source, Sources, open_patiently};
 use crate::clock::{SystemClock, random_bytes};
 use crate::config::default_state_dir;
 use crate::config::units::parse_duration;
@@ -40,12 +40,13 @@ Exit codes:
   2   failed: the newest state, or another one that should be restorable, is not
   10  wrong usage or configuration
   11  storage is not reached, or refuses; that is no verdict
-  12  there is no such backup, or nothing in it yet
+  12  there is no such backup, or nothing in it yet, or nothing at all that a pattern or a directory stands for
   13  an object has an unknown format
   14  the scratch directory can't be written
 Of several replicas the gravest counts: 2, then 11, then the others from 10 on, then 1.")]
 pub struct VerifyArguments {
-    /// Replica URLs, or paths of databases of the configuration [default: all of the configuration, or the environment's]
+    /// Replica URLs, or paths of databases of the configuration [default: all of the configuration, of patterns and directories what is
+    /// stored, whether it is here or not; or the environment's]
     #[arg(value_name = "REPLICA")]
     sources: Vec<String>,
     /// How deep to go
@@ -115,19 +116,16 @@ pub async fn run(arguments: VerifyArguments) -> Result<u8, Failure> {
 }
 
 async fn work(arguments: VerifyArguments) -> Result<u8, Failure> {
-    let sources = arguments.sources().await?;
+    let Sources { found, failures } = arguments.sources().await?;
     let mut outcomes = Vec::new();
-    for source in sources {
+    for (location, failure) in failures {
+        let outcome = Outcome { location, result: Err(failure) };
+        report(&outcome, arguments.format)?;
+        outcomes.push(outcome);
+    }
+    for source in found {
         let outcome = verify_one(&arguments, source).await?;
-        match arguments.format {
-            Output::Text => write(&text(&outcome))?,
-            Output::Json => write(&output::json(&outcome)?)?,
-            // One document for all.
-            Output::Junit => {}
-        }
-        if let Err(failure) = &outcome.result {
-            let _ = failure.report();
-        }
+        report(&outcome, arguments.format)?;
         outcomes.push(outcome);
     }
     if arguments.format == Output::Junit {
@@ -137,6 +135,19 @@ async fn work(arguments: VerifyArguments) -> Result<u8, Failure> {
         append_summary(Path::new(&path), &markdown(&outcomes));
     }
     Ok(gravest(outcomes.iter().map(Outcome::code)))
+}
+
+fn report(outcome: &Outcome, format: Output) -> Result<(), Failure> {
+    match format {
+        Output::Text => write(&text(outcome))?,
+        Output::Json => write(&output::json(outcome)?)?,
+        // One document for all.
+        Output::Junit => {}
+    }
+    if let Err(failure) = &outcome.result {
+        let _ = failure.report();
+    }
+    Ok(())
 }
 
 async fn verify_one(arguments: &VerifyArguments, source: Source) -> Result<Outcome, Failure> {
@@ -149,16 +160,16 @@ async fn verify_one(arguments: &VerifyArguments, source: Source) -> Result<Outco
 
 impl VerifyArguments {
     /// What is verified. With --against alone it is the replica of that database.
-    async fn sources(&self) -> Result<Vec<Source>, Failure> {
+    async fn sources(&self) -> Result<Sources, Failure> {
         let Some(database) = &self.against else { return self.config.resolve_all(&self.sources).await };
         let known = self.config.replicas_of(database)?;
         if self.sources.is_empty() && !known.is_empty() {
-            return Ok(known.into_iter().map(Source::of).collect());
+            return Ok(Sources { found: known.into_iter().map(Source::of).collect(), ..Sources::default() });
         }
         let sources = self.config.resolve_all(&self.sources).await?;
         let databases: HashSet<Option<&PathBuf>> =
-            sources.iter().map(|source| source.database.as_ref().map(|database| &database.path)).collect();
-        let is_one = sources.len() == 1 || (databases.len() == 1 && !databases.contains(&None));
+            sources.found.iter().map(|source| source.database.as_ref().map(|database| &database.path)).collect();
+        let is_one = sources.found.len() == 1 || (databases.len() == 1 && !databases.contains(&None));
         if is_one {
             Ok(sources)
         } else {
@@ -185,7 +196,7 @@ impl VerifyArguments {
             max_duration: self.max_duration,
             scratch,
             checks_integrity: !self.no_integrity_check,
-            max_lag: self.max_lag,
+            max_lag: self.max_lag.filter(|_| !source.is_deleted),
             retention: source.database.as_ref().map(|database| database.retention),
             live: self.live(source)?,
         })

@@ -338,3 +338,68 @@ fn a_fleet_of_which_nothing_is_stored_is_not_restored() {
     let fine = run(all.into_iter().chain(["--if-replica-exists"]));
     assert!(fine.status.success() && stderr(&fine).contains("nothing is stored in"), "{}", stderr(&fine));
 }
+
+/// As a job elsewhere does it, without the databases.
+#[test]
+fn a_fleet_is_verified_by_what_is_stored() {
+    let (fleet, applications) = Fleet::new(&["a.db", "b.db"], "");
+    drop(applications);
+    let configuration = fleet.configuration.display().to_string();
+    let verify = |more: &[&str]| {
+        let arguments = ["verify", "--config", &configuration, "--depth", "structure"];
+        let done = run(arguments.iter().chain(more));
+        (done.status.code(), format!("{}{}", String::from_utf8_lossy(&done.stdout), stderr(&done)))
+    };
+    let (code, told) = verify(&[]);
+    assert_eq!(code, Some(12), "{told}");
+    assert_eq!(told.matches("there is no backup in").count(), 2, "those that are here: {told}");
+    assert!(run(["run", "--config", &configuration, "--", "true"]).status.success());
+
+    // One that was deleted is still to be restored, and nobody writes to it any more.
+    std::fs::remove_file(fleet.path("b.db")).unwrap();
+    let (code, told) = verify(&["--max-lag", "1ms", "--format", "json"]);
+    let verdict = |line: &str| serde_json::from_str::<serde_json::Value>(line).unwrap()["verdict"].clone();
+    let verdicts: Vec<serde_json::Value> = told.lines().map(verdict).collect();
+    assert_eq!((code, verdicts), (Some(1), vec!["degraded".into(), "ok".into()]), "{told}");
+
+    std::fs::remove_dir_all(fleet.path("")).unwrap();
+    let (code, told) = verify(&[]);
+    assert_eq!(code, Some(0), "{told}");
+    assert_eq!(told.matches("verdict    ok").count(), 2, "{told}");
+    assert_eq!(verify(&["--max-lag", "1ms"]).0, Some(1), "nothing is here: nobody knows that they were deleted");
+
+    let text = std::fs::read_to_string(&fleet.configuration).unwrap();
+    fleet.configure(&text.replace("/replica\"", "/elsewhere\""));
+    let (code, told) = verify(&["--format", "junit"]);
+    assert_eq!(code, Some(12), "{told}");
+    assert!(told.contains("errors=\"1\"") && told.contains("nothing is stored in"), "{told}");
+    fleet.configure(&text.replace(&fleet.scene.replica(), "s3://b/a?endpoint=http://127.0.0.1:1&region=x"));
+    assert_eq!(verify(&[]).0, Some(11));
+}
+
+#[test]
+fn what_can_not_be_looked_at_is_told() {
+    let (fleet, applications) = Fleet::new(&[], "");
+    drop(applications);
+    std::fs::create_dir(fleet.path("eu")).unwrap();
+    drop(create_database(&fleet.path("eu/a.db"), 20, ""));
+    let text = std::fs::read_to_string(&fleet.configuration).unwrap().replace("/*.db", "/eu/*.db");
+    fleet.configure(&text);
+    let configuration = fleet.configuration.display().to_string();
+    assert!(run(["run", "--config", &configuration, "--", "true"]).status.success());
+    std::fs::remove_dir_all(fleet.path("")).unwrap();
+    let status = run(["status", "--config", &configuration]);
+    assert_eq!(status.status.code(), Some(1), "{}", stderr(&status));
+    assert!(stderr(&status).contains("there is nothing to tell of"), "{}", stderr(&status));
+
+    // Where a directory should be is something else.
+    std::fs::write(fleet.scene.path("tenants"), "").unwrap();
+    let verified = run(["verify", "--config", &configuration, "--depth", "structure"]);
+    let told = String::from_utf8(verified.stdout.clone()).unwrap();
+    assert_eq!(verified.status.code(), Some(1), "{told}\n{}", stderr(&verified));
+    assert!(told.contains("verdict    ok"), "{told}");
+    assert!(stderr(&verified).contains("tenants/eu"), "{}", stderr(&verified));
+    let status = run(["status", "--config", &configuration]);
+    assert_eq!(status.status.code(), Some(1), "{}", stderr(&status));
+    assert!(stderr(&status).contains("tenants/eu"), "{}", stderr(&status));
+}
