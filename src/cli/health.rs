@@ -11,6 +11,7 @@ use hyper_util::rt::TokioExecutor;
 
 use super::exit_code::Failure;
 use super::tell::tell;
+use super::{LISTEN_VARIABLE, listen_variable};
 use crate::config::units::parse_address;
 
 /// An answer that takes longer is none.
@@ -27,9 +28,9 @@ Examples:
 
 Exit code 0 when /healthz says that all is well, 1 when it says otherwise, with the reason, or does not answer.")]
 pub struct HealthArguments {
-    /// Where the daemon serves health: what its --listen or [http] listen says
-    #[arg(env = "WALTRAIL_LISTEN", value_parser = parse_address)]
-    address: SocketAddr,
+    /// Where the daemon serves health: what its --listen or [http] listen says [default: what WALTRAIL_LISTEN says]
+    #[arg(value_parser = parse_address)]
+    address: Option<SocketAddr>,
 }
 
 /// Asks a daemon whether all is well.
@@ -37,7 +38,11 @@ pub struct HealthArguments {
 /// # Errors
 /// When it is not, or nobody answers.
 pub async fn run(arguments: HealthArguments) -> Result<(), Failure> {
-    let address = reachable(arguments.address);
+    let told = arguments.address.map_or_else(listen_variable, |address| Ok(Some(address)))?;
+    let Some(told) = told else {
+        return Err(Failure::usage(format!("which address? Name it, or set {LISTEN_VARIABLE}")));
+    };
+    let address = reachable(told);
     let failed = |why: &dyn std::fmt::Display| Failure::other(format!("no daemon answers at {address}: {why}"));
     let client: Client<_, Empty<Bytes>> = Client::builder(TokioExecutor::new()).build_http();
     let url =

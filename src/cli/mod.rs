@@ -22,6 +22,7 @@ mod tell;
 pub mod verify;
 
 use std::collections::HashSet;
+use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -36,6 +37,7 @@ use tracing_subscriber::util::SubscriberInitExt;
 use self::exit_code::Failure;
 use crate::config::fleet::{FleetConfig, Found};
 use crate::config::replica_url::{Place, ReplicaUrl};
+use crate::config::units::parse_address;
 use crate::config::{Config, DatabaseConfig, LogConfig, LogFormat, LogLevel, default_state_dir, environment, file};
 use crate::replicate::control::{ControlError, ask_status};
 use crate::store::SharedStore;
@@ -45,6 +47,8 @@ const SYSTEM_CONFIG: &str = "/etc/waltrail.toml";
 /// A daemon answers how it is within this time.
 const DAEMON_PATIENCE: Duration = Duration::from_secs(10);
 const CONFIG_VARIABLE: &str = "WALTRAIL_CONFIG";
+/// Where health is served.
+const LISTEN_VARIABLE: &str = "WALTRAIL_LISTEN";
 /// Of many databases, so many are named in a message.
 const PATHS_SHOWN: usize = 5;
 
@@ -325,6 +329,13 @@ async fn stored_and_here(
 
 fn absolute(path: &Path) -> Result<PathBuf, Failure> {
     std::path::absolute(path).map_err(|error| Failure::usage(format!("'{}': {error}", path.display())))
+}
+
+/// Where health is served as the environment has it. Set to nothing is not set.
+fn listen_variable() -> Result<Option<SocketAddr>, Failure> {
+    let set = std::env::var(LISTEN_VARIABLE).ok().filter(|text| !text.trim().is_empty());
+    let parsed = set.map(|text| parse_address(&text)).transpose();
+    parsed.map_err(|why| Failure::usage(format!("{LISTEN_VARIABLE}: {why}")))
 }
 
 /// The database that the environment names, as containers have it.

@@ -67,6 +67,12 @@ impl PruneArguments {
             (None, Some(window_ms)) => RetentionSettings { window_ms, ..RetentionSettings::default() },
             (None, None) => return Err(Failure::usage("how much is to be kept? Say so with --retention".into())),
         };
+        let kept = [self.keep_daily, self.keep_weekly, self.keep_monthly];
+        if settings.window_ms.is_none() && kept.iter().any(|count| count.is_some_and(|count| count > 0)) {
+            return Err(Failure::usage(
+                "everything is kept forever; --keep-daily and the like say nothing then".into(),
+            ));
+        }
         settings.keep_daily = self.keep_daily.unwrap_or(settings.keep_daily);
         settings.keep_weekly = self.keep_weekly.unwrap_or(settings.keep_weekly);
         settings.keep_monthly = self.keep_monthly.unwrap_or(settings.keep_monthly);

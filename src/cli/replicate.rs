@@ -8,7 +8,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::exit_code::{Failure, NOT_CONFIRMED};
 use super::tell::tell;
-use super::{CONFIG_VARIABLE, ConfigArgument, SYSTEM_CONFIG, absolute};
+use super::{CONFIG_VARIABLE, ConfigArgument, SYSTEM_CONFIG, absolute, listen_variable};
 use crate::config::units::parse_address;
 use crate::config::{Config, DatabaseConfig};
 use crate::daemon::{self, Reload};
@@ -36,8 +36,8 @@ pub struct WhatArguments {
     database: Option<std::path::PathBuf>,
     /// Where it goes: s3://bucket/prefix, file:///directory or a directory's path
     replica: Option<String>,
-    /// Serve /healthz, /readyz and /metrics there: 127.0.0.1:9180, or 0.0.0.0:9180 for every network
-    #[arg(long, value_name = "ADDRESS", env = "WALTRAIL_LISTEN", value_parser = parse_address)]
+    /// Serve /healthz, /readyz and /metrics there: 127.0.0.1:9180, or 0.0.0.0:9180 for every network [default: what WALTRAIL_LISTEN says]
+    #[arg(long, value_name = "ADDRESS", value_parser = parse_address)]
     listen: Option<SocketAddr>,
     #[command(flatten)]
     config: ConfigArgument,
@@ -56,7 +56,8 @@ impl WhatArguments {
             }
             _ => self.config.load()?.map_or_else(otherwise, Ok)?,
         };
-        config.listen = self.listen.or(config.listen);
+        let listen = self.listen.map_or_else(listen_variable, |address| Ok(Some(address)))?;
+        config.listen = listen.or(config.listen);
         Ok(config)
     }
 }

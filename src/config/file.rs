@@ -258,6 +258,9 @@ impl DatabaseTable {
             database.checkpoint_threshold_bytes = bytes;
         }
         if let Some(SizeText(bytes)) = self.spool_limit {
+            if bytes == 0 {
+                return Err(format!("database '{shown}': spool-limit must not be 0"));
+            }
             database.spool_limit_bytes = bytes;
         }
         if let Some(DurationText(interval)) = self.snapshot_interval {
@@ -423,6 +426,7 @@ mod tests {
             (format!("{one}retention = \"off\"\n"), "write forever, or a duration"),
             (format!("{one}retention = \"forever\"\nkeep-daily = 3\n"), "keep-daily"),
             (format!("{one}checkpoint-threshold = \"0B\"\n"), "must not be 0"),
+            (format!("{one}spool-limit = \"0B\"\n"), "must not be 0"),
             (format!("{one}presence-interval = \"0s\"\n"), "leave it out"),
             (format!("colour = 1\n{one}"), "colour"),
             (format!("{one}sync-interval = \"1 parsec\"\n"), "is not a duration"),

@@ -61,6 +61,8 @@ fn usage_and_configuration() {
     let by_variable = |path: &str| waltrail().arg("replicate").env("WALTRAIL_CONFIG", path).output().unwrap();
     assert!(stderr(&by_variable("/no/such.toml")).contains("/no/such.toml can't be read"));
     assert!(!stderr(&by_variable("")).contains("can't be read"), "set to nothing is not set");
+    std::fs::write(&config, "[[database]]\npath = \"/a.db\"\nreplica = \"s3://b/a\"\nspool-limit = \"0B\"\n").unwrap();
+    fails(&["config", "check", config_name], 10, "spool-limit must not be 0");
     let version = run(["--version"]);
     assert!(version.status.success());
     assert!(String::from_utf8(version.stdout).unwrap().contains("SQLite 3."));

@@ -207,3 +207,24 @@ fn the_daemon_drills_by_itself() {
     wait_for("the next drill", || (get(&address, "/healthz").0 == 200).then_some(()));
     assert_eq!(daemon.terminate(), Some(0), "{}", scene.log());
 }
+
+/// That is how container files leave a variable out.
+#[test]
+fn an_address_that_is_set_to_nothing_is_not_set() {
+    let scene = Scene::new();
+    drop(create_database(&scene.database(), 10, ""));
+    let with_variable =
+        |value: &str, arguments: &[&str]| waltrail().args(arguments).env("WALTRAIL_LISTEN", value).output().unwrap();
+    let (database, replica) = (scene.database().display().to_string(), scene.replica());
+    let replicate = ["run", &database, &replica, "--", "true"];
+    let done = with_variable("", &replicate);
+    assert!(done.status.success(), "{}", stderr(&done));
+    assert!(!stderr(&done).contains("serving /healthz"), "{}", stderr(&done));
+    let done = with_variable("127.0.0.1:0", &replicate);
+    assert!(stderr(&done).contains("serving /healthz"), "{}", stderr(&done));
+    for (value, says) in [("", "which address?"), ("everywhere", "WALTRAIL_LISTEN: 'everywhere' is not an address")] {
+        let asked = with_variable(value, &["health"]);
+        assert_eq!(asked.status.code(), Some(10), "{}", stderr(&asked));
+        assert!(stderr(&asked).contains(says), "{}", stderr(&asked));
+    }
+}

@@ -90,6 +90,7 @@ fn a_mark_holds_everything_that_was_committed_before_it() {
         (vec!["restore", "--mark", "turn-3", "--dry-run"], 12, "there is no mark 'turn-3'"),
         (vec!["prune"], 10, "Say so with --retention"),
         (vec!["prune", "--retention", "30"], 10, "is not a duration"),
+        (vec!["prune", "--retention", "forever", "--keep-daily", "3"], 10, "say nothing then"),
     ] {
         let replica = scene.replica();
         let at = if arguments[0] == "mark" || arguments[0] == "unmark" { 2 } else { 1 };
