@@ -49,24 +49,35 @@ pub fn run(arguments: ConfigArguments) -> Result<(), Failure> {
 }
 
 fn describe(config: &Config) -> String {
-    let mut lines = vec![format!("good: {} databases", config.databases.len())];
+    let databases = config.databases.len();
+    let mut lines = vec![match config.fleets.len() {
+        0 => format!("good: {databases} databases"),
+        1 => format!("good: {databases} databases, and 1 pattern or directory of many"),
+        fleets => format!("good: {databases} databases, and {fleets} patterns or directories of many"),
+    }];
     if let Some(address) = config.listen {
         lines.push(format!("health and metrics at http://{address}"));
     }
-    lines.extend(config.databases.iter().map(describe_database));
+    lines.extend(config.databases.iter().map(|database| {
+        let state_dir = format!("in {}", database.state_dir.display());
+        describe_database(database, &format!("to {}", database.replica), &state_dir)
+    }));
+    lines.extend(config.fleets.iter().map(|fleet| {
+        let template = fleet.template();
+        let state_dir = fleet.state_dir().map_or("beside each".to_owned(), |place| format!("in {}", place.display()));
+        describe_database(template, &format!("each to its own place below {}", template.replica), &state_dir)
+    }));
     lines.join("\n")
 }
 
-fn describe_database(database: &DatabaseConfig) -> String {
+fn describe_database(database: &DatabaseConfig, to: &str, state_dir: &str) -> String {
     let window = database
         .retention
         .window_ms
         .map_or("forever".to_owned(), |ms| format!("for {}", show_duration(std::time::Duration::from_millis(ms))));
     format!(
-        "{}\n  to {}, every {} under load, kept {window}\n  local state in {}",
+        "{}\n  {to}, every {} under load, kept {window}\n  local state {state_dir}",
         database.path.display(),
-        database.replica,
         show_duration(database.sync_interval),
-        database.state_dir.display()
     )
 }

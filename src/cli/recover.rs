@@ -93,8 +93,8 @@ impl Recovery<'_> {
     }
 }
 
-/// Restores to standard output, through a file without a name: pages come newest first, and nothing may be written before all of
-/// it is checked.
+/// Restores to standard output, through a file without a name: pages come in no order, and change again with later transactions, and
+/// nothing may be written before all of it is checked.
 pub(super) async fn to_stdout(store: &SharedStore, plan: &Plan, progress: Arc<Progress>) -> Result<(), Failure> {
     let failed = |error: io::Error| Failure::other(format!("can't write to standard output: {error}"));
     let made = tempfile::tempfile().and_then(|file| Ok((file.try_clone()?, file)));

@@ -1,9 +1,9 @@
 //! `waltrail run`: the entry point of a container.
 
-use std::collections::{BTreeMap, HashSet};
+use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::ffi::OsString;
 use std::io;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -57,7 +57,7 @@ pub struct RunArguments {
     /// Start the command after this long, even if storage can't be reached; what it writes waits on the local disk
     #[arg(long, value_name = "DURATION", default_value = "30s", value_parser = parse_duration)]
     start_timeout: Duration,
-    /// Make this file when replication stands and the command is started
+    /// Make this file when the command is started: when replication stands, or after --start-timeout; remove it before and at the end
     #[arg(long, value_name = "FILE")]
     ready_file: Option<PathBuf>,
     /// The command to run, with its arguments
@@ -82,12 +82,10 @@ impl RunArguments {
 pub async fn run(arguments: RunArguments, config: Config) -> Result<u8, Failure> {
     let failed = |error: io::Error| Failure::other(format!("can't listen for signals: {error}"));
     let mut signals = Signals::listen().map_err(failed)?;
-    for database in &config.databases {
-        // The commonest loss there is: a database that goes with its container.
-        if let Some(why) = loss_here(&database.path) {
-            tracing::error!("DANGER: {why}");
-        }
+    if let Some(ready_file) = &arguments.ready_file {
+        take_away(ready_file);
     }
+    warn_of_loss(&config);
     tokio::select! {
         restored = restore_missing(&config, arguments.restore_timeout) => restored?,
         number = signals.asked_to_end() => return Ok(128 + number as u8),
@@ -133,10 +131,29 @@ pub async fn run(arguments: RunArguments, config: Config) -> Result<u8, Failure>
     stop.cancel();
     let failures = replicating.await.map_err(|error| Failure::other(error.to_string()))?;
     if let Some(ready_file) = &arguments.ready_file {
-        std::fs::remove_file(ready_file).ok();
+        take_away(ready_file);
     }
     let code = exit_code(status);
     Ok(if code == 0 && !failures.is_empty() { NOT_CONFIRMED } else { code })
+}
+
+/// One that an earlier start has left would be taken for this one's.
+fn take_away(ready_file: &Path) {
+    match std::fs::remove_file(ready_file) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => {
+            tracing::error!(%error, file = %ready_file.display(), "the ready file can't be removed");
+        }
+        _ => {}
+    }
+}
+
+/// The commonest loss there is: a database that goes with its container.
+fn warn_of_loss(config: &Config) {
+    let named = config.databases.iter().map(|database| &database.path);
+    let places: BTreeSet<&PathBuf> = named.chain(config.fleets.iter().map(|fleet| &fleet.root)).collect();
+    for why in places.into_iter().filter_map(|place| loss_here(place)) {
+        tracing::error!("DANGER: {why}");
+    }
 }
 
 async fn all_stand(stands: &mut mpsc::UnboundedReceiver<PathBuf>, databases: usize) {

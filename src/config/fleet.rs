@@ -78,6 +78,12 @@ impl FleetConfig {
         &self.template
     }
 
+    /// The directory that all local state lies in, if one was chosen.
+    #[must_use]
+    pub fn state_dir(&self) -> Option<&Path> {
+        self.has_state_dir.then_some(self.template.state_dir.as_path())
+    }
+
     /// The databases that there are. Those in `known` are not opened: closing a file drops every lock that the process has on it,
     /// those of SQLite's connections as well.
     #[must_use]

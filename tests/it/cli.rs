@@ -420,6 +420,25 @@ fn a_configuration_is_checked_without_being_used() {
 }
 
 #[test]
+fn many_databases_are_checked_too() {
+    let directory = tempfile::tempdir().unwrap();
+    let file = directory.path().join("waltrail.toml");
+    let text = "[[database]]\npath = \"/srv/*.db\"\nreplica = \"s3://b/fleet\"\n";
+    let check = |text: &str| {
+        std::fs::write(&file, text).unwrap();
+        let done = run(["config", "check", file.to_str().unwrap()]);
+        assert!(done.status.success(), "{}", stderr(&done));
+        String::from_utf8(done.stdout).unwrap()
+    };
+    let told = check(text);
+    assert!(told.contains("good: 0 databases, and 1 pattern or directory of many\n/srv/*.db\n"), "{told}");
+    assert!(told.contains("each to its own place below s3://b/fleet, every 1s under load, kept for 30d"), "{told}");
+    assert!(told.contains("local state beside each"), "{told}");
+    let told = check(&format!("{text}state-dir = \"/var/state\"\n"));
+    assert!(told.contains("local state in /var/state"), "{told}");
+}
+
+#[test]
 fn completions_and_manual_pages_know_every_command() {
     let directory = tempfile::tempdir().unwrap();
     let bash = run(["completions", "bash"]);

@@ -145,3 +145,15 @@ fn the_environment_is_enough() {
     assert!(scene.database().exists());
     assert!(stderr(&done).contains("DANGER") && stderr(&done).contains("/elsewhere/app.db"), "{}", stderr(&done));
 }
+
+/// Whoever waits for it would take what an earlier start has left for this one's.
+#[test]
+fn a_ready_file_that_was_left_is_removed() {
+    let (scene, _) = lost();
+    let (ready, database, replica) = (scene.path("ready"), scene.database().display().to_string(), scene.replica());
+    std::fs::write(&ready, "").unwrap();
+    let mut run = waltrail();
+    run.args(["run", "--ready-file", ready.to_str().unwrap(), &database, &replica, "--", "/no/such/program"]);
+    assert_eq!(run.output().unwrap().status.code(), Some(127));
+    assert!(!ready.exists());
+}

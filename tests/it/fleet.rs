@@ -403,3 +403,14 @@ fn what_can_not_be_looked_at_is_told() {
     assert_eq!(status.status.code(), Some(1), "{}", stderr(&status));
     assert!(stderr(&status).contains("tenants/eu"), "{}", stderr(&status));
 }
+
+#[test]
+fn a_fleet_that_goes_with_its_container_is_said_to() {
+    let (fleet, applications) = Fleet::new(&["a.db"], "");
+    drop(applications);
+    let mut command = crate::support::waltrail();
+    command.args(["run", "--config", fleet.configuration.to_str().unwrap(), "--", "true"]);
+    let done = command.env("RAILWAY_VOLUME_MOUNT_PATH", "/elsewhere").output().unwrap();
+    assert!(done.status.success(), "{}", stderr(&done));
+    assert!(stderr(&done).contains("DANGER") && stderr(&done).contains("/elsewhere/tenants"), "{}", stderr(&done));
+}
