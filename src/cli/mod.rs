@@ -371,7 +371,7 @@ impl Source {
         match ask_status(&path, &state_dir, DAEMON_PATIENCE).await {
             Err(ControlError::NoDaemon { .. }) => Ok(None),
             Err(error) => Err(error.into()),
-            Ok(status) => Ok(Some(Self { followed: Some((path, state_dir)), ..Self::at(status.replica.parse()?) })),
+            Ok(status) => Ok(Some(Self { followed: Some((path, state_dir)), ..Self::at(status.replica_url.parse()?) })),
         }
     }
 

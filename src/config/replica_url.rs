@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use std::str::FromStr;
 use std::sync::Arc;
 
+use percent_encoding::{AsciiSet, CONTROLS};
 use tokio::sync::Semaphore;
 
 use super::identity;
@@ -15,6 +16,8 @@ use crate::store::s3::{S3Options, S3Store};
 
 /// Query parameters that an `s3://` URL may have.
 const PARAMETERS: [&str; 4] = ["endpoint", "region", "path-style", "profile"];
+/// What has another meaning in a URL than in a prefix.
+const IN_A_PREFIX: &AsciiSet = &CONTROLS.add(b'%').add(b'?').add(b'#').add(b' ');
 
 /// A place for a replica.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -183,6 +186,25 @@ impl ReplicaUrl {
         }
     }
 
+    /// The URL, or the path, that means the same again: with its parameters, without secrets.
+    #[must_use]
+    pub fn with_parameters(&self) -> String {
+        let S3Options { bucket, prefix, endpoint, region, path_style, profile, .. } = match self {
+            Self::S3(options) => options,
+            Self::Directory(path) => return path.display().to_string(),
+        };
+        let prefix = percent_encoding::utf8_percent_encode(prefix, IN_A_PREFIX);
+        let path_style = path_style.map(|path_style| path_style.to_string());
+        let mut query = url::form_urlencoded::Serializer::new(String::new());
+        for (name, value) in PARAMETERS.into_iter().zip([endpoint, region, &path_style, profile]) {
+            query.extend_pairs(value.as_ref().map(|value| (name, value)));
+        }
+        match query.finish() {
+            query if query.is_empty() => format!("s3://{bucket}/{prefix}"),
+            query => format!("s3://{bucket}/{prefix}?{query}"),
+        }
+    }
+
     /// Whether this, as far as it says anything, says the same as `known`: what a URL leaves out is as it is there.
     #[must_use]
     pub fn means(&self, known: &Self) -> bool {
@@ -252,6 +274,21 @@ impl Stores {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_is_told_of_a_replica_means_it_again() {
+        for text in [
+            "s3://b-1/apps/shop?endpoint=http%3A%2F%2F127.0.0.1%3A9000&region=eu-1&path-style=true&profile=p",
+            "s3://b/",
+            "s3://b/a%3Fb%20c%25d",
+            "s3://b/%C3%A4?region=eu-1",
+            "/backup/app%20",
+        ] {
+            let replica: ReplicaUrl = text.parse().unwrap();
+            assert_eq!(replica.with_parameters(), text);
+            assert_eq!(replica.with_parameters().parse(), Ok(replica));
+        }
+    }
 
     #[test]
     fn what_is_a_replica() {

@@ -39,7 +39,8 @@ impl JobMaker {
     pub async fn make(&mut self, database: DatabaseConfig, now_ms: u64) -> Order {
         let store = Arc::new(Retrying::new(self.stores.open(&database.replica).await, QUICK));
         tracing::info!(database = %database.path.display(), replica = %database.replica, "replicating");
-        let board = Arc::new(Board::new(database.path.clone(), database.replica.to_string(), now_ms));
+        let (replica, replica_url) = (database.replica.to_string(), database.replica.with_parameters());
+        let board = Arc::new(Board::new(database.path.clone(), replica, replica_url, now_ms));
         let settings = DatabaseSettings {
             path: database.path,
             sync_interval: database.sync_interval,

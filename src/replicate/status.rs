@@ -35,8 +35,10 @@ pub enum Phase {
 pub struct Status {
     /// The database.
     pub database: PathBuf,
-    /// Where it goes, without secrets.
+    /// Where it goes, without parameters and secrets.
     pub replica: String,
+    /// The same for a program: a URL with its parameters, without secrets, or a path.
+    pub replica_url: String,
     /// How far it is.
     pub phase: Phase,
     /// When the phase was entered, in milliseconds since 1970.
@@ -138,10 +140,10 @@ impl Boards {
 }
 
 impl Board {
-    /// For a database and where it goes.
+    /// For a database and where it goes, for people and as a URL.
     #[must_use]
-    pub fn new(database: PathBuf, replica: String, now_ms: u64) -> Self {
-        let status = Status { database, replica, phase_since_ms: now_ms, ..Status::default() };
+    pub fn new(database: PathBuf, replica: String, replica_url: String, now_ms: u64) -> Self {
+        let status = Status { database, replica, replica_url, phase_since_ms: now_ms, ..Status::default() };
         Self { status: Mutex::new(status), link: Mutex::new(None) }
     }
 
@@ -265,7 +267,7 @@ mod tests {
     }
 
     fn following() -> Board {
-        let board = Board::new("/app.db".into(), "s3://b/app".into(), 0);
+        let board = Board::new("/app.db".into(), "s3://b/app".into(), "s3://b/app".into(), 0);
         board.note_claimed(state(5, 1000), Some(500), 1000);
         board
     }
@@ -304,7 +306,7 @@ mod tests {
         assert_eq!(board.status().trouble(900_000, LIMIT), None, "nothing is there to be lost");
         board.enter(Phase::Stopped, Some("replaced".into()), 70_000);
         assert!(board.status().trouble(70_000, LIMIT).unwrap().contains("replaced"));
-        let young = Board::new("/app.db".into(), "s3://b/app".into(), 0);
+        let young = Board::new("/app.db".into(), "s3://b/app".into(), "s3://b/app".into(), 0);
         young.note_claimed(state(1, 0), None, 0);
         assert!(young.status().trouble(61_000, LIMIT).unwrap().contains("no snapshot"));
     }

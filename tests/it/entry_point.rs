@@ -101,7 +101,7 @@ fn as_process_1_it_reaps_what_is_left_behind() {
     }
     let (scene, _) = lost();
     // The inner shell ends at once, and what it has started becomes process 1's.
-    let script = "sh -c 'sleep 0.1 & echo $! > orphan'; sleep 1; cat /proc/1/comm > first; ls -d /proc/$(cat orphan) > left; exit 5";
+    let script = "sh -c 'sleep 0.1 & echo $! > orphan'; sleep 2; cat /proc/1/comm > first; ls -d /proc/$(cat orphan) > left; exit 5";
     let program = waltrail().get_program().to_str().unwrap().to_owned();
     let (database, replica) = (scene.database(), scene.replica());
     let command = [&program, "run", database.to_str().unwrap(), &replica, "--", "sh", "-c", script];

@@ -473,6 +473,9 @@ fn to_s3_and_back() {
         count_up(&application);
     }
     wait_for_restored(&replica, scene.directory.path(), COUNTER, 50);
+    // Where it goes, and on which server, the daemon tells.
+    let listed = run(["log", database.to_str().unwrap()]);
+    assert!(listed.status.success(), "{}", stderr(&listed));
     insert(&application, 200);
     count_up(&application);
     assert_eq!(daemon.terminate(), Some(0), "{}", scene.log());

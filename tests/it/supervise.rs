@@ -91,7 +91,7 @@ fn play(place: Where) {
             tokio::time::sleep(Duration::from_millis(20)).await;
         }
     };
-    let board = Arc::new(Board::new(scene.database(), scene.replica(), clock.now_ms()));
+    let board = Arc::new(Board::new(scene.database(), scene.replica(), scene.replica(), clock.now_ms()));
     let job = Job {
         settings: DatabaseSettings {
             path: scene.database(),
