@@ -378,6 +378,7 @@ fn a_database_that_is_deleted_is_shipped_to_its_end() {
         }
         std::thread::sleep(Duration::from_secs(3));
         if is_stopped_before {
+            scene.expect_error("stopped with transactions not confirmed");
             assert_eq!(daemon.terminate(), Some(15), "{}", scene.log());
             continue;
         }
