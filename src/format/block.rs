@@ -1,13 +1,15 @@
 //! Compressed blocks: what pages, tables and indexes are kept in.
 //!
-//! A section is a row of blocks that together are one zstd stream, flushed at the end of each, so that content in one
-//! block compresses against what stood in those before. A block: raw length u32, compressed length u32, CRC-32 of the
-//! compressed bytes u32, the bytes. All little-endian.
+//! A section is a row of blocks. A block: raw length u32, compressed length u32, CRC-32 of the compressed bytes u32, the bytes.
+//! All little-endian. The bytes of all blocks, one after another, are a zstd stream: each block is a frame that tells its
+//! content's size, so that neither who writes nor who reads needs a window beside the block itself. (Earlier builds wrote one frame
+//! for all blocks of a section, flushed at the end of each.)
 
 use std::io::{self, Write};
 
+use zstd::bulk::Compressor;
 use zstd::stream::raw::{Decoder, InBuffer, Operation, OutBuffer};
-use zstd::zstd_safe::{CParameter, DParameter};
+use zstd::zstd_safe::{DParameter, compress_bound};
 
 use super::{Fields, FormatError};
 
@@ -36,7 +38,7 @@ impl BlockHeader {
     pub fn decode(bytes: &[u8], what: &'static str) -> Result<Self, FormatError> {
         let mut fields = Fields::new(bytes, what);
         let (raw_len, compressed_len, crc32) = (fields.u32()? as usize, fields.u32()? as usize, fields.u32()?);
-        // zstd never grows data by more than this for a flushed block.
+        // zstd never grows data by more than this.
         if raw_len > BLOCK_RAW_LIMIT || compressed_len > BLOCK_RAW_LIMIT + BLOCK_RAW_LIMIT / 128 + 1024 {
             return Err(FormatError::Inconsistent(format!(
                 "{what} has a block of {raw_len} bytes, more than the limit"
@@ -54,8 +56,8 @@ impl BlockHeader {
 
 /// How a section is compressed: what it costs to write, and to read.
 ///
-/// What changed in pages is written in the order of their numbers, so what is alike stands close together: a small window finds it.
-/// It takes its memory in the writer and in the reader, of which a merge has many.
+/// What changed in pages is written in the order of their numbers, so what is alike stands close together: small blocks hold it. A
+/// block takes its memory in the writer and in the reader, of which a merge has many.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Compression {
     /// Tables and indexes, of which there is one an object.
@@ -76,20 +78,11 @@ impl Compression {
         }
     }
 
-    /// The window's size, as the power of two of its bytes.
-    fn window_log(self) -> u32 {
-        match self {
-            Self::Table => WINDOW_LOG_LIMIT,
-            Self::FreshPages => 16,
-            Self::MergedPages => 18,
-        }
-    }
-
-    /// How many raw bytes go into a block. For pages as many as zstd compresses at a time.
+    /// How many raw bytes go into a block.
     fn block_raw_len(self) -> usize {
         match self {
             Self::Table => 4 << 20,
-            Self::FreshPages => 64 << 10,
+            Self::FreshPages => 128 << 10,
             Self::MergedPages => 128 << 10,
         }
     }
@@ -97,13 +90,13 @@ impl Compression {
 
 /// Writes a section of blocks to `sink`.
 ///
-/// Memory: the raw content of one block, and nothing of zstd's before the first block is full. What fits one block is
-/// compressed with its size pledged, so that zstd takes tables of that size and not of the window's.
+/// Memory: the content of one block, raw and compressed, and nothing of zstd's before the first block is full.
 #[derive(Default)]
 pub struct BlockWriter {
     compression: Compression,
     raw: Vec<u8>,
-    encoder: Option<zstd::stream::write::Encoder<'static, Vec<u8>>>,
+    compressed: Vec<u8>,
+    compressor: Option<Compressor<'static>>,
     /// Number of blocks written.
     pub block_count: u32,
     /// Bytes written, headers included.
@@ -130,7 +123,7 @@ impl BlockWriter {
     pub fn push(&mut self, sink: &mut impl Write, unit: &[&[u8]]) -> io::Result<()> {
         let len: usize = unit.iter().map(|part| part.len()).sum();
         if !self.raw.is_empty() && self.raw.len() + len > self.compression.block_raw_len() {
-            self.write_block(sink, None)?;
+            self.write_block(sink)?;
         }
         unit.iter().for_each(|part| self.raw.extend_from_slice(part));
         Ok(())
@@ -142,46 +135,31 @@ impl BlockWriter {
     /// When the sink or zstd fails.
     pub fn finish(&mut self, sink: &mut impl Write) -> io::Result<()> {
         if !self.raw.is_empty() {
-            let pledged = self.encoder.is_none().then_some(self.raw.len());
-            self.write_block(sink, pledged)?;
+            self.write_block(sink)?;
         }
-        self.encoder = None;
+        self.compressor = None;
         Ok(())
     }
 
-    fn write_block(&mut self, sink: &mut impl Write, pledged_len: Option<usize>) -> io::Result<()> {
-        if self.encoder.is_none() {
-            self.encoder = Some(new_encoder(self.compression, pledged_len)?);
-        }
-        let Some(encoder) = self.encoder.as_mut() else { return Err(io::Error::other("no encoder")) };
-        encoder.write_all(&self.raw)?;
-        encoder.flush()?;
-        let compressed = encoder.get_mut();
+    fn write_block(&mut self, sink: &mut impl Write) -> io::Result<()> {
+        let compressor = match &mut self.compressor {
+            Some(compressor) => compressor,
+            none => none.insert(Compressor::new(self.compression.level())?),
+        };
+        self.compressed.clear();
+        self.compressed.reserve(compress_bound(self.raw.len()));
+        compressor.compress_to_buffer(&self.raw, &mut self.compressed)?;
         let mut header = Vec::with_capacity(BLOCK_HEADER_LEN);
-        for field in [self.raw.len() as u32, compressed.len() as u32, crc32fast::hash(compressed)] {
+        for field in [self.raw.len() as u32, self.compressed.len() as u32, crc32fast::hash(&self.compressed)] {
             header.extend_from_slice(&field.to_le_bytes());
         }
         sink.write_all(&header)?;
-        sink.write_all(compressed)?;
+        sink.write_all(&self.compressed)?;
         self.block_count += 1;
-        self.len_bytes += (header.len() + compressed.len()) as u64;
-        compressed.clear();
+        self.len_bytes += (header.len() + self.compressed.len()) as u64;
         self.raw.clear();
         Ok(())
     }
-}
-
-fn new_encoder(
-    compression: Compression,
-    pledged_len: Option<usize>,
-) -> io::Result<zstd::stream::write::Encoder<'static, Vec<u8>>> {
-    let mut encoder = zstd::stream::write::Encoder::new(Vec::new(), compression.level())?;
-    encoder.set_pledged_src_size(pledged_len.map(|len| len as u64))?;
-    encoder.include_contentsize(false)?;
-    if pledged_len.is_none() {
-        encoder.set_parameter(CParameter::WindowLog(compression.window_log()))?;
-    }
-    Ok(encoder)
 }
 
 /// Reads a section of blocks, one after another.

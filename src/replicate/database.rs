@@ -336,7 +336,9 @@ impl Following {
         for event in events {
             is_stopping |= self.handle(event)?;
         }
-        if !is_stopping && (!self.pace.is_stirred() || self.now() - self.files_checked >= FILES_CHECK_INTERVAL) {
+        if !is_stopping
+            && (!self.pace.is_stirred() || self.now().saturating_sub(self.files_checked) >= FILES_CHECK_INTERVAL)
+        {
             self.check_files()?;
         }
         self.look()?;

@@ -20,11 +20,12 @@ use crate::format::key::SegmentKey;
 use crate::format::segment::{PageStream, Run, SegmentFooter, SegmentWriter, Table, Transaction};
 use crate::format::{FOOTER_LEN, FormatError};
 
-/// So many runs become one at a time. Each needs memory to be read: a window of 64 KiB or more, and four times as much again.
+/// So many runs become one at a time. Each needs memory to be read: a block of 128 KiB, raw and compressed, and what zstd takes.
 const RUNS_AT_A_TIME: usize = 16;
 
-/// A segment of so many bytes is merged with no other: changes hardly become smaller any more, and it is no small object.
-const LARGE_BYTES: u64 = 8 << 20;
+/// A segment of so many bytes is merged with no other: changes hardly become smaller any more, it is no small object, and each byte that
+/// is merged is compressed and uploaded once more.
+const LARGE_BYTES: u64 = 4 << 20;
 
 /// What is merged, and how much may be kept for it.
 #[derive(Debug, Clone, PartialEq, Eq)]
