@@ -11,7 +11,7 @@ resident memory are of the tool's own process; the writer is another one. `none`
 taken from WALTRAIL (or target/release/waltrail), LITESTREAM and S3S_FS (or the PATH). It listens on port PEER_PORT (3917) and the next. Compare ratios of one run, not seconds of
 two; nothing else should run on the machine meanwhile.
 """
-import argparse, asyncio, collections, json, os, random, resource, shutil, signal, sqlite3, subprocess, sys, tempfile, time, urllib.request
+import argparse, asyncio, collections, fcntl, json, os, random, resource, shutil, signal, sqlite3, subprocess, sys, tempfile, time, urllib.request
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 S3_PORT = int(os.environ.get("PEER_PORT", 3917))
@@ -189,7 +189,12 @@ class Tool:
         return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK"), round(int(peak) / 1024, 1)
 
     def restored(self, database, output):
-        """Restores, and tells what it cost."""
+        """Restores, and tells what it cost. Runs beside each other, on ports of their own, do not restore at the same time."""
+        with open(f"{tempfile.gettempdir()}/peer.lock", "w") as turn:
+            fcntl.flock(turn, fcntl.LOCK_EX)
+            return self.restored_alone(database, output)
+
+    def restored_alone(self, database, output):
         counted(reset=True)
         started, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
         command = ["/usr/bin/time", "-f", "%M", *self.restore(database, output)]
