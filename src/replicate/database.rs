@@ -49,6 +49,9 @@ const SEGMENT_RAW_LIMIT: u64 = 256 << 20;
 const CUT_RETRY: Duration = Duration::from_millis(2);
 /// At a stop, a claim that is not answered yet is waited for, and a snapshot read on, for so long.
 const STOP_PATIENCE: Duration = Duration::from_secs(4);
+/// At its end what is committed is captured; so often it is tried, so long apart.
+const END_ATTEMPTS: u32 = 10;
+const END_ATTEMPT_INTERVAL: Duration = Duration::from_millis(5);
 /// Of the spool's limit, one part of so many is for segments that are confirmed and kept for merging.
 pub const KEPT_SHARE: u64 = 4;
 
@@ -814,7 +817,14 @@ impl Following {
     /// # Errors
     /// See [`DatabaseError`].
     pub fn end(mut self) -> Result<Option<Position>, DatabaseError> {
-        self.advance()?;
+        for _ in 0..END_ATTEMPTS {
+            self.advance()?;
+            if !self.capture.work()?.is_behind {
+                break;
+            }
+            // Another process recovers the WAL just now, or goes on writing.
+            std::thread::sleep(END_ATTEMPT_INTERVAL);
+        }
         self.cut()?;
         self.spool.sync()?;
         self.save_state(true)?;

@@ -305,8 +305,15 @@ impl Shipper {
             Err(error) if error.kind == StoreErrorKind::WrongSize => return Ok(false),
             other => other?,
         };
-        let local = tokio::fs::read(&spooled.path).await;
-        Ok(local.is_ok_and(|local| local == stored))
+        // What can't be read says nothing of whose the object is.
+        let local = tokio::fs::read(&spooled.path).await.map_err(|error| StoreError {
+            kind: StoreErrorKind::Other,
+            operation: "read",
+            location: spooled.path.display().to_string(),
+            key: key.to_owned(),
+            message: error.to_string(),
+        })?;
+        Ok(local == stored)
     }
 
     fn discard(&self, spooled: &Spooled) -> Result<(), ShipError> {
