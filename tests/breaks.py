@@ -212,7 +212,7 @@ BREAKS = [
           "        if self.is_busy() && !std::mem::replace(",
           '        if self.is_busy() && !crate::is_broken("unheeded") && !std::mem::replace(',
           ["who_waits_for_the_pin_under_load"]),
-    Break("epoch-reused", "an epoch gets a number under which there are objects", "src/replicate/claim.rs",
+    Break("epoch-reused", "an epoch gets a number under which there are objects", "src/restore/history.rs",
           "        highest = folders.iter()",
           '        highest = folders.iter().filter(|_| !crate::is_broken("epoch-reused"))',
           ["an_epoch_that_lost_its_record"]),

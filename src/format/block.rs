@@ -82,8 +82,7 @@ impl Compression {
     fn block_raw_len(self) -> usize {
         match self {
             Self::Table => 4 << 20,
-            Self::FreshPages => 128 << 10,
-            Self::MergedPages => 128 << 10,
+            Self::FreshPages | Self::MergedPages => 128 << 10,
         }
     }
 }

@@ -12,13 +12,12 @@ use bytes::Bytes;
 
 use crate::clock::{Clock, jitter_below};
 use crate::format::key::{
-    EPOCHS_PREFIX, EpochKey, LOG_PREFIX, MARKER_KEY, SNAPSHOTS_PREFIX, SegmentKey, SnapshotKey, Span, epoch_of_folder,
-    log_prefix, snapshot_prefix,
+    EPOCHS_PREFIX, EpochKey, MARKER_KEY, SegmentKey, SnapshotKey, Span, log_prefix, snapshot_prefix,
 };
 use crate::format::record::{EpochRecord, RECORD_LIMIT, ReplicaMarker};
 use crate::format::{FORMAT_VERSION, FormatError, Position};
 use crate::restore::RestoreError;
-use crate::restore::history::History;
+use crate::restore::history::{History, highest_epoch_of_objects};
 use crate::restore::plan::{Target, plan};
 use crate::store::{PutMode, SharedStore, StoreError, StoreErrorKind};
 
@@ -160,7 +159,8 @@ pub async fn claim(
     let writer = random_id(clock)?;
     for _ in 0..CLAIM_ATTEMPTS {
         let claims = list_claims(store, None).await?;
-        let number = claims.last().map_or(0, |key| key.epoch).max(highest_epoch_of_objects(store).await?);
+        // Were a number used again, what is there would be taken for the new epoch's, whatever became of its record.
+        let number = claims.last().map_or(0, |key| key.epoch).max(highest_epoch_of_objects(store).await?.unwrap_or(0));
         let newest_known = match records(&claims).next_back() {
             Some(key) => Some(last_stored(store, key).await?),
             None => None,
@@ -190,17 +190,6 @@ pub async fn claim(
         tokio::time::sleep(Duration::from_millis(jitter_below(GIVE_WAY_MS))).await;
     }
     Err(ClaimError::Contended(store.location()))
-}
-
-/// The highest number that a segment's or a snapshot's epoch has, whatever became of its record: were it used again, what is there would
-/// be taken for the new epoch's.
-async fn highest_epoch_of_objects(store: &SharedStore) -> Result<u32, StoreError> {
-    let mut highest = 0;
-    for prefix in [LOG_PREFIX, SNAPSHOTS_PREFIX] {
-        let folders = store.folders(prefix).await?;
-        highest = folders.iter().filter_map(|name| epoch_of_folder(name)).fold(highest, u32::max);
-    }
-    Ok(highest)
 }
 
 /// The keys of all claims to epochs after `after`, ascending; an epoch's record before other claims to it.

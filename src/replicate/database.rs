@@ -414,10 +414,8 @@ impl Following {
         if self.claimed.is_some() {
             return Ok(None);
         }
-        let limit_bytes = self.around.settings.spool_limit_bytes;
         let recorded_bytes = std::fs::metadata(self.spool.open_segment_path())?.len();
-        let is_too_much =
-            recorded_bytes > limit_bytes - limit_bytes / KEPT_SHARE || raw_len_bytes > UNCLAIMED_RAW_LIMIT;
+        let is_too_much = recorded_bytes > self.waiting_limit_bytes() || raw_len_bytes > UNCLAIMED_RAW_LIMIT;
         Ok(is_too_much.then_some(recorded_bytes))
     }
 
@@ -687,12 +685,17 @@ impl Following {
         let waiting_bytes = waiting.fetch_add(spooled.len_bytes, Ordering::Relaxed) + spooled.len_bytes;
         self.around.progress.board.note_waiting(waiting_bytes);
         self.note_large(&spooled);
-        let limit_bytes = self.around.settings.spool_limit_bytes;
-        if waiting_bytes.saturating_sub(self.large_len_bytes()) > limit_bytes - limit_bytes / KEPT_SHARE {
+        if waiting_bytes.saturating_sub(self.large_len_bytes()) > self.waiting_limit_bytes() {
             return Err(DatabaseError::SpoolFull { waiting_bytes });
         }
         self.send(Job::Ship(spooled));
         Ok(())
+    }
+
+    /// What may wait to be shipped, in bytes.
+    fn waiting_limit_bytes(&self) -> u64 {
+        let limit_bytes = self.around.settings.spool_limit_bytes;
+        limit_bytes - limit_bytes / KEPT_SHARE
     }
 
     /// A single transaction can be as large as it likes, and takes its time to be shipped: of such segments the largest that waits is not

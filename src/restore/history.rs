@@ -11,7 +11,7 @@ use crate::format::key::{
     epoch_of_object,
 };
 use crate::format::record::{EpochRecord, RECORD_LIMIT, ReplicaMarker};
-use crate::store::{ObjectInfo, SharedStore};
+use crate::store::{ObjectInfo, SharedStore, StoreError};
 
 /// So many epoch records are read at a time.
 const RECORDS_IN_FLIGHT: usize = 8;
@@ -209,10 +209,20 @@ async fn read_marker(store: &SharedStore, location: &str) -> Result<ReplicaMarke
 
 /// Whether nothing is there that a replica is made of.
 async fn is_empty(store: &SharedStore) -> Result<bool, RestoreError> {
-    let is_folder_of_ours = |name: &String| epoch_of_folder(name).is_some();
-    Ok(store.list(EPOCHS_PREFIX, None).await?.is_empty()
-        && !store.folders(LOG_PREFIX).await?.iter().any(is_folder_of_ours)
-        && !store.folders(SNAPSHOTS_PREFIX).await?.iter().any(is_folder_of_ours))
+    Ok(store.list(EPOCHS_PREFIX, None).await?.is_empty() && highest_epoch_of_objects(store).await?.is_none())
+}
+
+/// The highest number of an epoch that segments or snapshots are listed of, whether it has a record or not.
+///
+/// # Errors
+/// When the store fails.
+pub async fn highest_epoch_of_objects(store: &SharedStore) -> Result<Option<u32>, StoreError> {
+    let mut highest = None;
+    for prefix in [LOG_PREFIX, SNAPSHOTS_PREFIX] {
+        let folders = store.folders(prefix).await?;
+        highest = folders.iter().filter_map(|name| epoch_of_folder(name)).max().max(highest);
+    }
+    Ok(highest)
 }
 
 /// The claims to each epoch that has a record, the record first; and the numbers of those that have none.

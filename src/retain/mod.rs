@@ -9,7 +9,7 @@ pub mod select;
 pub mod tails;
 
 use crate::restore::RestoreError;
-use crate::restore::history::{Epoch, History};
+use crate::restore::history::History;
 use crate::store::StoreError;
 
 /// Nothing is let go that was needed so long ago, in milliseconds: a restore that was planned then may still be under way.
@@ -59,12 +59,11 @@ impl Now {
         match self {
             Self::Told(now_ms) => now_ms,
             Self::NotFarBeyondStored(now_ms) => {
-                let stored_ms = |epoch: &Epoch| -> Vec<u64> {
-                    let snapshots = epoch.snapshots.iter().map(|stored| stored.stored_ms);
-                    snapshots.chain(epoch.segments.iter().map(|stored| stored.stored_ms)).collect()
-                };
+                let snapshots =
+                    history.epochs.values().flat_map(|epoch| &epoch.snapshots).map(|stored| stored.stored_ms);
+                let segments = history.epochs.values().flat_map(|epoch| &epoch.segments).map(|stored| stored.stored_ms);
                 // Of an object without a time nobody knows when it was stored.
-                let newest_ms = history.epochs.values().flat_map(stored_ms).filter(|&ms| ms != u64::MAX).max();
+                let newest_ms = snapshots.chain(segments).filter(|&ms| ms != u64::MAX).max();
                 now_ms.min(newest_ms.unwrap_or(0).saturating_add(GRACE_MS))
             }
         }
