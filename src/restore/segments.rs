@@ -2,10 +2,12 @@
 //! before. Those that follow are fetched meanwhile.
 
 use std::ops::Range;
+use std::pin::pin;
 use std::sync::Arc;
 
 use bytes::{Bytes, BytesMut};
-use futures_util::stream::{self, BoxStream, StreamExt};
+use futures_util::stream::{self, BoxStream, Stream, StreamExt};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 use super::RestoreError;
 use super::execute::Execution;
@@ -17,30 +19,35 @@ use crate::format::key::SegmentKey;
 use crate::format::segment::{Run, SegmentFooter, Table, check_segment_header};
 use crate::store::SharedStore;
 
-/// A segment up to this size is fetched whole.
-pub(crate) const SMALL_SEGMENT: u64 = 4 << 20;
-/// So many segments' tables, or whole small segments, are fetched at a time.
+/// A segment up to this size is fetched whole, with one request: what a minute under load comes to.
+const WHOLE_LEN: u64 = 12 << 20;
+/// Segments that are fetched whole and not worked off yet, the one at work included, have no more bytes than this together.
+const WHOLE_TOGETHER_LEN: u64 = 2 * WHOLE_LEN;
+/// So many segments' tables, or whole segments, are fetched at a time.
 const HEADS_IN_FLIGHT: usize = 6;
 /// The pages of larger ones are fetched in pieces of so many bytes,
 const PIECE_LEN: u64 = 8 << 20;
 /// so many at a time.
 const PIECES_IN_FLIGHT: usize = 2;
 
-/// A segment's table, and, of a small one, everything.
+/// A segment's table, and, of one that is fetched whole, everything.
 struct Head {
     planned: PlannedSegment,
     footer: SegmentFooter,
     table: Table,
     whole: Option<Bytes>,
+    /// What it has of [`WHOLE_TOGETHER_LEN`], until it is worked off.
+    _room: Option<OwnedSemaphorePermit>,
 }
 
 /// Works all segments off, on top of what the snapshot's extents hold.
 pub(super) async fn apply(execution: &Arc<Execution>) -> Result<(), RestoreError> {
     let mut since = Since { txid: execution.plan.snapshot.key.txid, size_pages: u32::MAX };
-    let oldest_first = execution.plan.segments.iter().copied();
-    let mut heads = stream::iter(oldest_first).map(|planned| head(execution, planned)).buffered(HEADS_IN_FLIGHT);
+    let admitted = admitted(execution.plan.segments.clone());
+    let heads = admitted.map(|(planned, room)| head(execution, planned, room)).buffered(HEADS_IN_FLIGHT);
+    let mut heads = pin!(heads);
     while let Some(next) = heads.next().await {
-        let Head { planned, footer, table, whole } = next?;
+        let Head { planned, footer, table, whole, _room } = next?;
         let key = planned.stored.key;
         let segment = Arc::new(Open { key, table, since, last_txid: planned.last_txid });
         match whole {
@@ -53,15 +60,33 @@ pub(super) async fn apply(execution: &Arc<Execution>) -> Result<(), RestoreError
     Ok(())
 }
 
-async fn head(execution: &Arc<Execution>, planned: PlannedSegment) -> Result<Head, RestoreError> {
+/// Each segment as soon as there is room for it; one that is fetched in pieces needs none. Room is given in the order of `segments`,
+/// before any of their bytes is asked for: a later one can't hold what the next one waits for.
+fn admitted(
+    segments: Vec<PlannedSegment>,
+) -> impl Stream<Item = (PlannedSegment, Option<OwnedSemaphorePermit>)> + Send {
+    let room = Arc::new(Semaphore::new(WHOLE_TOGETHER_LEN as usize));
+    stream::iter(segments).then(move |planned| {
+        let len_bytes = planned.stored.len_bytes;
+        let wanted = if len_bytes <= WHOLE_LEN { len_bytes as u32 } else { 0 };
+        let room = room.clone();
+        async move { (planned, room.acquire_many_owned(wanted).await.ok()) }
+    })
+}
+
+async fn head(
+    execution: &Arc<Execution>,
+    planned: PlannedSegment,
+    room: Option<OwnedSemaphorePermit>,
+) -> Result<Head, RestoreError> {
     let (store, location, stored) = (&execution.store, execution.plan.location.as_str(), planned.stored);
     let page_size = execution.plan.page_size;
-    if stored.len_bytes > SMALL_SEGMENT {
+    if stored.len_bytes > WHOLE_LEN {
         let (footer, table) = read_table(store, location, &stored).await?;
         check_segment(&footer, &stored.key, location, page_size)?;
-        return Ok(Head { planned, footer, table, whole: None });
+        return Ok(Head { planned, footer, table, whole: None, _room: room });
     }
-    let whole = store.get(&stored.key.to_string(), SMALL_SEGMENT).await;
+    let whole = store.get(&stored.key.to_string(), WHOLE_LEN).await;
     let whole = whole.map_err(RestoreError::object(location, &stored.key))?;
     let bad = || RestoreError::format(location, &stored.key);
     let footer = SegmentFooter::decode(&whole, whole.len() as u64).map_err(bad())?;
@@ -70,7 +95,7 @@ async fn head(execution: &Arc<Execution>, planned: PlannedSegment) -> Result<Hea
     // The footer's lengths add up to the object's, so these are inside.
     let table = footer.table_offset() as usize..footer.table_offset() as usize + footer.table_len as usize;
     let table = footer.decode_table(&whole[table]).map_err(bad())?;
-    Ok(Head { planned, footer, table, whole: Some(whole) })
+    Ok(Head { planned, footer, table, whole: Some(whole), _room: room })
 }
 
 fn check_segment(footer: &SegmentFooter, key: &SegmentKey, location: &str, page_size: u32) -> Result<(), RestoreError> {
@@ -189,5 +214,38 @@ impl<'a> Blocks<'a> {
             self.unread.extend_from_slice(&piece?);
         }
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use futures_util::FutureExt;
+
+    use super::*;
+    use crate::format::key::Span;
+    use crate::restore::history::Stored;
+
+    fn segment(len_bytes: u64) -> PlannedSegment {
+        let key = SegmentKey(Span { epoch: 1, first_txid: 2, last_txid: 2, time_ms: 0 });
+        PlannedSegment { stored: Stored { key, len_bytes, stored_ms: 0 }, last_txid: 2 }
+    }
+
+    #[test]
+    fn no_more_is_fetched_ahead_than_there_is_room_for() {
+        let lens = [WHOLE_LEN, 1, WHOLE_LEN - 1, WHOLE_LEN + 1, 5, WHOLE_LEN];
+        let mut admitted = pin!(admitted(lens.map(segment).to_vec()));
+        let mut next = || admitted.next().now_or_never().map(|admitted| admitted.unwrap());
+        let held = [next(), next(), next()].map(Option::unwrap);
+        let in_pieces = next().unwrap();
+        assert!(next().is_none());
+        let [first, second, _third] = held;
+        drop(second);
+        assert!(next().is_none(), "the fifth one needs more");
+        drop(first);
+        let fifth = next().unwrap();
+        assert_eq!((in_pieces.0.stored.len_bytes, fifth.0.stored.len_bytes), (WHOLE_LEN + 1, 5));
+        assert!(next().is_none());
+        drop(fifth);
+        assert_eq!(next().unwrap().0.stored.len_bytes, WHOLE_LEN);
     }
 }

@@ -19,11 +19,13 @@ use crate::format::{FormatError, HEADER_LEN};
 use crate::restore::RestoreError;
 use crate::restore::extents::{Batch, batches, read_index};
 use crate::restore::history::Stored;
-use crate::restore::segments::{Blocks, SMALL_SEGMENT};
+use crate::restore::segments::Blocks;
 use crate::restore::tail::{check_footer, read_table};
 use crate::retain::tails::Tail;
 use crate::store::SharedStore;
 
+/// A segment up to this size is read whole; as many of them at a time as requests are.
+const SMALL_SEGMENT: u64 = 4 << 20;
 /// Of what takes memory, so many are under way at a time: large segments and snapshots.
 const LARGE_AT_A_TIME: usize = 2;
 /// So many batches of a snapshot's extents are fetched at a time.

@@ -225,7 +225,8 @@ async fn the_lock_page_is_left_out() {
     assert!(matches!(footer.decode_table(table), Err(FormatError::Inconsistent(_))));
 }
 
-/// A large segment costs its table and a request for each 8 MiB. What is in the snapshot already is not fetched from segments.
+/// A large segment costs its table and a request for each 8 MiB, another one a request. What is in the snapshot already is not fetched
+/// from segments.
 #[tokio::test]
 async fn no_more_is_fetched_than_is_needed() {
     let (inner, page_size, size_pages) = (replica().await, 65_536_u32, 200_u32);
@@ -242,26 +243,26 @@ async fn no_more_is_fetched_than_is_needed() {
     let info = snapshot_info(1, size_pages, fingerprint(&found));
     bytes.extend(writer.finish(&info).unwrap());
     put(&inner, &info.key, bytes).await;
-    let (mut len_of_newest, mut pieces_of_newest) = (0, 0);
-    for txid in [1, 2, 3] {
-        let pages = noise();
-        let all: Vec<(u32, &[u8])> = (1..).zip(pages.iter().map(Vec::as_slice)).collect();
-        let (key, bytes) = segment(page_size, txid, size_pages, fingerprint(&pages), &all);
-        len_of_newest = bytes.len() as u64;
-        let footer = SegmentFooter::decode(&bytes, len_of_newest).unwrap();
-        pieces_of_newest = footer.pages_len.div_ceil(8 << 20);
+    let (mut pages, mut lens, mut pieces) = (found, Vec::new(), Vec::new());
+    for (txid, changed) in [(1, 200), (2, 200), (3, 200), (4, 150)] {
+        pages.splice(..changed, noise().into_iter().take(changed));
+        let some: Vec<(u32, &[u8])> = (1..).zip(pages[..changed].iter().map(Vec::as_slice)).collect();
+        let (key, bytes) = segment(page_size, txid, size_pages, fingerprint(&pages), &some);
+        lens.push(bytes.len() as u64);
+        pieces.push(SegmentFooter::decode(&bytes, bytes.len() as u64).unwrap().pages_len.div_ceil(8 << 20));
         put(&inner, &key, bytes).await;
     }
-    assert_eq!(pieces_of_newest, 2);
+    assert_eq!(pieces[1..], [2, 2, 2]);
     let (metered, meter) = Metered::new(inner);
     let store: SharedStore = Arc::new(metered);
     let plan = plan(&store, &History::load(&store).await.unwrap(), Target::Latest, None).await.unwrap();
     let before = meter.traffic();
     execute(&store, &plan, tempfile::tempfile().unwrap(), Path::new("scratch")).await.unwrap();
     let after = meter.traffic();
-    // Two segments: table and pieces. The snapshot: header, index, and two requests for its extents, 12 MiB at most.
-    assert_eq!(after.requests - before.requests, 2 * (1 + pieces_of_newest) + 2 + 2);
-    assert!(after.received_bytes - before.received_bytes < 3 * len_of_newest + 100_000);
+    // Two segments of more than 12 MiB: table and pieces; one of less. The snapshot: header, index, and two requests for its extents.
+    assert!(lens[2] > 12 << 20 && lens[3] < 12 << 20, "{lens:?}");
+    assert_eq!(after.requests - before.requests, 2 * (1 + 2) + 1 + 2 + 2);
+    assert!(after.received_bytes - before.received_bytes < 3 * lens[2] + lens[3] + 100_000);
 }
 
 /// The same limit as for a segment's table: an index that expands without end is refused by its footer alone.
