@@ -3,7 +3,8 @@
 use crate::format::page_hash;
 use crate::sqlite::SqliteError;
 use crate::sqlite::follow::{Follower, Images, WalPosition, WalTransaction};
-use crate::sqlite::live::{Files, LiveDatabase};
+use crate::sqlite::live::{FileIdentity, Files, LiveDatabase};
+use crate::sqlite::wal_index::WalIndex;
 
 /// How often a read of the WAL is begun again when the WAL changes under it.
 const SETTLE_ATTEMPTS: usize = 20;
@@ -40,6 +41,8 @@ pub struct Capture {
     follower: Follower,
     /// Whether the pin began when all of the WAL was in the main file: then it has mark 0 and holds up nobody.
     pin_is_at_zero: bool,
+    /// The main file as it was seen with all of the WAL in it.
+    at_ease: Option<(WalIndex, FileIdentity)>,
 }
 
 impl Capture {
@@ -54,7 +57,7 @@ impl Capture {
         main_is_whole: bool,
     ) -> Result<(Self, bool), SqliteError> {
         let (follower, continues) = Follower::attach(&live.files, page_hash, left_at, main_is_whole)?;
-        Ok((Self { live, follower, pin_is_at_zero: false }, continues))
+        Ok((Self { live, follower, pin_is_at_zero: false, at_ease: None }, continues))
     }
 
     /// The open files.
@@ -72,13 +75,36 @@ impl Capture {
     /// What an [`Capture::advance`] would do.
     ///
     /// # Errors
-    /// As the operating system answers.
-    pub fn work(&self) -> Result<Work, SqliteError> {
+    /// As the operating system answers; [`SqliteError::WrittenTo`].
+    pub fn work(&mut self) -> Result<Work, SqliteError> {
         let index = self.live.files.wal_index()?;
+        self.check_main(&index)?;
         Ok(Work {
             is_behind: self.follower.is_behind(&index),
             holds_up_a_checkpoint: index.is_checkpointed() && !self.pin_is_at_zero,
         })
+    }
+
+    /// Finds out a file that was written over in place, as `cp` does. SQLite does not notice that, and neither does anything else here:
+    /// the path, the WAL and its index are as they were, and what is captured from then on is right on top of pages that are not.
+    ///
+    /// Only a checkpoint writes to the main file, and only as long as frames are left that are not in it; it says that none are when
+    /// all is written. So between two looks at the same index without such frames nobody may have written.
+    fn check_main(&mut self, index: &WalIndex) -> Result<(), SqliteError> {
+        let before = self.at_ease.take().filter(|(before, _)| before == index);
+        if !index.is_checkpointed() {
+            return Ok(());
+        }
+        let main = self.live.files.main_identity()?;
+        if before.is_some_and(|(_, before)| before.was_written_before(&main)) {
+            // Between the look at the index and the one at the file there may have been a commit and a checkpoint.
+            return match self.live.files.wal_index()? == *index {
+                true => Err(SqliteError::WrittenTo { path: self.live.files.path().to_owned() }),
+                false => Ok(()),
+            };
+        }
+        self.at_ease = Some((*index, main));
+        Ok(())
     }
 
     /// Whether all that was captured, and nothing else, stands in the main file.
@@ -113,6 +139,7 @@ impl Capture {
         let pin_will_be_at_zero = self.live.files.wal_index()?.is_checkpointed();
         let follower = &mut self.follower;
         let captured = self.live.advance_pin(|files| read_settled(follower, files, sink))?;
+        self.follower.note_pinned();
         self.pin_is_at_zero = pin_will_be_at_zero && captured == 0;
         Ok(captured)
     }
@@ -137,7 +164,13 @@ impl Capture {
             self.live.passive_checkpoint()?;
             self.advance(sink)?;
             let follower = &mut self.follower;
-            let capture = |files: &Files| read_settled(follower, files, sink).map(|_| ());
+            let capture = |files: &Files| -> Result<bool, S::Error> {
+                let (unread_bytes, wal_len_bytes) = follower.unread_bytes(&files.wal_index()?);
+                if !is_short(unread_bytes, wal_len_bytes) {
+                    return Ok(false);
+                }
+                read_settled(follower, files, sink).map(|_| true)
+            };
             let done = self.live.barrier(LOCK_ATTEMPTS, capture, &others_move)?;
             if let Some(is_checkpointed) = done {
                 self.pin_is_at_zero = is_checkpointed;
@@ -146,6 +179,13 @@ impl Capture {
         }
         Ok(false)
     }
+}
+
+/// Whether so much may be read with the write lock held: milliseconds of the few MiB that a WAL has mostly. The lock is often had at
+/// the moment when a transaction of many MiB is committed; reading that takes as long as writing it. Where such transactions follow
+/// each other without a pause there is no other moment, and so that the WAL does not grow for ever, it is done when it has grown.
+fn is_short(unread_bytes: u64, wal_len_bytes: u64) -> bool {
+    unread_bytes <= wal_len_bytes / 4
 }
 
 /// Reads what is published. A WAL that changes while its header is read is read again; nothing was taken in then.
@@ -176,4 +216,17 @@ fn read_settled<S: Sink>(follower: &mut Follower, files: &Files, sink: &mut S) -
         }
     }
     Ok(captured)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_large_transaction_is_not_read_with_the_write_lock_held_until_the_wal_has_grown() {
+        const MIB: u64 = 1 << 20;
+        assert!(is_short(0, 0) && is_short(MIB, 4 * MIB));
+        let reads = (1..10).map(|transactions| is_short(23 * MIB, transactions * 23 * MIB));
+        assert_eq!(reads.take_while(|is_read| !is_read).count(), 3, "of transactions of 23 MiB the fourth");
+    }
 }

@@ -22,7 +22,7 @@ use super::ship::{Job, Progress};
 use super::snapshots::{Advance, Snapshots};
 use super::spool::{self, Spool, Spooled};
 use super::start::{Started, start};
-use super::state::{LocalState, StateDirectory, boot_id, wal_field};
+use super::state::{LocalState, StateDirectory, StateDirectoryError, boot_id, wal_field};
 use super::wake::{Changed, Event, Mailbox};
 use crate::clock::Clock;
 use crate::format::Position;
@@ -45,6 +45,10 @@ const SNAPSHOT_PERMIT_RETRY: Duration = Duration::from_millis(50);
 const START_PATIENCE: Duration = Duration::from_secs(5);
 /// A segment is cut when it has so many bytes of page images, whatever the time.
 const SEGMENT_RAW_LIMIT: u64 = 256 << 20;
+/// When more bytes than this wait to be shipped, segments are to have more bytes of page images than this,
+const BACKLOG_BYTES: u64 = 1 << 20;
+/// or are cut this often: of a few small transactions each, a long outage would make as many files as it has seconds.
+const BACKLOG_INTERVAL: Duration = Duration::from_secs(10);
 /// How soon a segment that is due is asked again whether it can be cut without a long wait.
 const CUT_RETRY: Duration = Duration::from_millis(2);
 /// At a stop, a claim that is not answered yet is waited for, and a snapshot read on, for so long.
@@ -81,6 +85,9 @@ pub enum DatabaseError {
     /// From the local state: ledger, spool, state file.
     #[error("the local state directory failed: {0}")]
     Local(#[from] io::Error),
+    /// The local state can't be read just now.
+    #[error(transparent)]
+    State(#[from] StateDirectoryError),
     /// A mistake in this program ended the thread or the task that followed it.
     #[error("an internal error: {0}")]
     Panicked(String),
@@ -320,7 +327,8 @@ impl Following {
         let (true, Some(captured)) = (is_quiet && is_idle, self.captured()) else { return Ok(None) };
         let is_confirmed = *self.around.progress.confirmed.borrow() >= captured.position.txid;
         // Looked at first: what is written from here on makes another look of the files.
-        let files = Seen::now(&self.around.settings.path)?;
+        let path = &self.around.settings.path;
+        let files = Seen::now(path).map_err(SqliteError::io(path, "look at"))?;
         if !is_confirmed || !files.may_rest(self.around.clock.as_ref()) || !self.capture.is_all_in_main()? {
             return Ok(None);
         }
@@ -375,9 +383,9 @@ impl Following {
     fn time_to_wait(&self) -> Result<Duration, DatabaseError> {
         let now = self.now();
         let mut wait = self.pace.next_look(now, self.capture.wal_len_bytes() == 0);
-        let is_open = self.claimed.is_some() && self.recorder.as_ref().and_then(Recorder::open_len_bytes).is_some();
-        let cut_due = self.last_cut.map_or(now, |last| last + self.around.settings.sync_interval).max(self.cut_retry);
-        let cut_due = is_open.then_some(cut_due);
+        let open_len_bytes =
+            self.recorder.as_ref().and_then(Recorder::open_len_bytes).filter(|_| self.claimed.is_some());
+        let cut_due = open_len_bytes.map(|len_bytes| self.cut_due(len_bytes));
         let checkpoint_due = self.next_checkpoint().map(|(_, due)| due);
         let snapshot_due = match self.snapshots.is_due(now, self.around.clock.now_ms()) {
             true => Some(now + SNAPSHOT_PERMIT_RETRY),
@@ -483,6 +491,9 @@ impl Following {
         match event {
             Event::Claimed(claimed) => {
                 self.take_epoch(*claimed)?;
+                // From here on, not only when it is begun: a stop that comes before has not left anything to restore from.
+                let is_missing = self.snapshots.confirmed().is_none();
+                self.around.progress.snapshot_is_missing.store(is_missing, Ordering::Relaxed);
                 self.note_claimed();
             }
             Event::BaseFound(base) => {
@@ -494,11 +505,18 @@ impl Following {
                     self.snapshots.note_failed(self.now());
                     return Ok(false);
                 }
-                let (now_ms, is_first) = (self.around.clock.now_ms(), self.snapshots.confirmed().is_none());
+                let now_ms = self.around.clock.now_ms();
                 let begun = self.snapshots.begin(&self.capture, recorder, base.map(|base| *base), now_ms)?;
                 match begun {
-                    Some((key, pieces)) => self.send(Job::Snapshot { key, is_first, pieces }),
-                    None => self.save_state(false)?,
+                    Some((key, pieces)) => {
+                        let page_size = self.capture.files().page_size;
+                        let database_len_bytes = u64::from(self.capture.follower().size_pages()) * u64::from(page_size);
+                        self.send(Job::Snapshot { key, database_len_bytes, pieces });
+                    }
+                    None => {
+                        self.around.progress.snapshot_is_missing.store(false, Ordering::Relaxed);
+                        self.save_state(false)?;
+                    }
                 }
             }
             Event::SnapshotStored(state) => {
@@ -635,10 +653,15 @@ impl Following {
     /// and so that it leaves something to restore from, a first snapshot is read to its end, if that is near. The store's part
     /// has its own limit. Ends at once when nobody ships any more.
     fn settle(&mut self, until: Duration) -> Result<(), DatabaseError> {
+        let mut is_tried_again = false;
         while (self.claimed.is_none() || self.snapshots.has_first_to_read())
             && !self.around.jobs.is_closed()
             && self.now() < until
         {
+            if !is_tried_again && !self.snapshots.is_under_way() {
+                // One that failed a while ago is not waited for, but tried once more.
+                is_tried_again = self.snapshots.hurry(self.now());
+            }
             let pause = if self.read_snapshot()? == Advance::More { Duration::ZERO } else { SNAPSHOT_PAUSE };
             let (_, events) = self.around.mailbox.wait(pause);
             for event in events {
@@ -648,21 +671,33 @@ impl Following {
         Ok(())
     }
 
-    /// Every page is known: from here on the local state proves something.
+    /// Every page is known: from here on the local state proves something. The state holds what is folded before it is folded: a crash in
+    /// the middle costs nothing then.
     fn finish_ledger(&mut self) -> Result<(), DatabaseError> {
+        self.cut()?;
+        self.save_state(true)?;
         if let Some(recorder) = &mut self.recorder {
             recorder.ledger.fold()?;
             recorder.ledger.sync()?;
         }
-        self.cut()?;
         self.save_state(true)
+    }
+
+    /// When the segment that is being written is to be cut.
+    fn cut_due(&self, open_len_bytes: u64) -> Duration {
+        let is_backlog = self.around.progress.waiting_bytes.load(Ordering::Relaxed) > BACKLOG_BYTES;
+        let sync_interval = self.around.settings.sync_interval;
+        let interval = match open_len_bytes {
+            SEGMENT_RAW_LIMIT.. => Duration::ZERO,
+            0..=BACKLOG_BYTES if is_backlog => sync_interval.max(BACKLOG_INTERVAL),
+            _ => sync_interval,
+        };
+        self.last_cut.map_or(Duration::ZERO, |last| last + interval).max(self.cut_retry)
     }
 
     fn cut_if_due(&mut self) -> Result<(), DatabaseError> {
         let Some(open_len_bytes) = self.recorder.as_ref().and_then(Recorder::open_len_bytes) else { return Ok(()) };
-        let interval = self.around.settings.sync_interval;
-        let is_due = self.last_cut.is_none_or(|last| self.now().saturating_sub(last) >= interval);
-        if self.claimed.is_none() || !(is_due || open_len_bytes >= SEGMENT_RAW_LIMIT) || self.cut_retry > self.now() {
+        if self.claimed.is_none() || self.cut_due(open_len_bytes) > self.now() {
             return Ok(());
         }
         let Some(recorder) = &mut self.recorder else { return Ok(()) };
@@ -681,8 +716,8 @@ impl Following {
         self.last_cut = Some(self.now());
         self.snapshots.note_cut(spooled.len_bytes);
         self.save_state(false)?;
-        let waiting = &self.around.progress.waiting_bytes;
-        let waiting_bytes = waiting.fetch_add(spooled.len_bytes, Ordering::Relaxed) + spooled.len_bytes;
+        let (waiting, disk_bytes) = (&self.around.progress.waiting_bytes, spooled.disk_bytes());
+        let waiting_bytes = waiting.fetch_add(disk_bytes, Ordering::Relaxed) + disk_bytes;
         self.around.progress.board.note_waiting(waiting_bytes);
         self.note_large(&spooled);
         if waiting_bytes.saturating_sub(self.large_len_bytes()) > self.waiting_limit_bytes() {

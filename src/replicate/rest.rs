@@ -111,7 +111,7 @@ pub struct Seen {
 }
 
 impl Seen {
-    /// Looks at the files of the database at `path`.
+    /// Looks at the files of the database that `path` leads to.
     ///
     /// # Errors
     /// As the operating system answers.
@@ -120,7 +120,8 @@ impl Seen {
             Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
             other => other.map(Some),
         };
-        Ok(Self { main: look(path)?, wal: look(&sidecar(path, "-wal"))? })
+        let file = std::fs::canonicalize(path).unwrap_or_else(|_| path.to_owned());
+        Ok(Self { main: look(&file)?, wal: look(&sidecar(&file, "-wal"))? })
     }
 
     /// Whether a write from now on would be seen in the files' times, and the main file is there and not too large.

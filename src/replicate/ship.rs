@@ -1,5 +1,6 @@
 //! Shipping: what a database's thread has cut goes to storage, in order, until it is confirmed.
 
+use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
@@ -56,8 +57,8 @@ pub enum Job {
     Snapshot {
         /// Where.
         key: SnapshotKey,
-        /// Whether the line of this epoch can't be restored without it.
-        is_first: bool,
+        /// Size of the database in bytes: the snapshot is not expected to be larger.
+        database_len_bytes: u64,
         /// The pieces, in order.
         pieces: mpsc::Receiver<Piece>,
     },
@@ -191,13 +192,13 @@ impl Shipper {
                     });
                 }
                 Job::GiveWay { epoch } => self.check_replaced_by(epoch).await?,
-                Job::Snapshot { key, is_first, pieces } => {
+                Job::Snapshot { key, database_len_bytes, pieces } => {
                     let (store, mailbox) = (self.store.clone(), self.mailbox.clone());
                     let progress = self.progress.clone();
-                    progress.snapshot_is_missing.store(is_first, Ordering::Relaxed);
                     background.spawn(async move {
                         let confirmed = progress.confirmed.subscribe();
-                        mailbox.send(match store_snapshot(store, key, pieces, confirmed).await {
+                        let stored = store_snapshot(store, key, database_len_bytes, pieces, confirmed).await;
+                        mailbox.send(match stored {
                             Ok(state) => {
                                 progress.snapshot_is_missing.store(false, Ordering::Relaxed);
                                 Event::SnapshotStored(state)
@@ -254,7 +255,7 @@ impl Shipper {
                 };
             }
             match &mut reached {
-                Some(reached) if first_txid <= reached.txid + 1 && spooled.is_whole() => {
+                Some(reached) if first_txid <= reached.txid + 1 && is_whole(spooled)? => {
                     self.ship(spooled, None).await?;
                     reached.txid = reached.txid.max(last_txid);
                 }
@@ -271,11 +272,16 @@ impl Shipper {
     async fn ship(&self, spooled: &Spooled, claimed: Option<&Claimed>) -> Result<(), ShipError> {
         let key = spooled.key.to_string();
         let is_conditional = claimed.is_none_or(|claimed| claimed.has_conditional_puts);
-        let mode = if is_conditional { PutMode::IfAbsent } else { PutMode::Overwrite };
+        let mut mode = if is_conditional { PutMode::IfAbsent } else { PutMode::Overwrite };
         let mut complaint = self.complaint();
         for attempt in 0.. {
             match put_file(&self.store, &key, &spooled.path, mode).await {
                 Ok(_) => break,
+                // A store without conditions; what an earlier run left is shipped before a claim tells us.
+                Err(error) if error.kind == StoreErrorKind::NotSupported && mode == PutMode::IfAbsent => {
+                    mode = PutMode::Overwrite;
+                    continue;
+                }
                 Err(error) if error.kind == StoreErrorKind::AlreadyExists => match self.is_mine(spooled, &key).await {
                     Ok(true) => break,
                     Ok(false) => {
@@ -306,13 +312,7 @@ impl Shipper {
             other => other?,
         };
         // What can't be read says nothing of whose the object is.
-        let local = tokio::fs::read(&spooled.path).await.map_err(|error| StoreError {
-            kind: StoreErrorKind::Other,
-            operation: "read",
-            location: spooled.path.display().to_string(),
-            key: key.to_owned(),
-            message: error.to_string(),
-        })?;
+        let local = tokio::fs::read(&spooled.path).await.map_err(unreadable(spooled))?;
         Ok(local == stored)
     }
 
@@ -324,7 +324,7 @@ impl Shipper {
 
     /// It does not wait any more.
     fn note_gone(&self, spooled: &Spooled) {
-        let less = |waiting: u64| Some(waiting.saturating_sub(spooled.len_bytes));
+        let less = |waiting: u64| Some(waiting.saturating_sub(spooled.disk_bytes()));
         self.progress.waiting_bytes.fetch_update(Ordering::Relaxed, Ordering::Relaxed, less).ok();
         self.progress.board.note_waiting(self.progress.waiting_bytes.load(Ordering::Relaxed));
     }
@@ -378,6 +378,21 @@ impl Shipper {
     }
 }
 
+/// A file that can't be read just now is neither whole nor damaged: it is asked again, as a store is.
+fn is_whole(spooled: &Spooled) -> Result<bool, ShipError> {
+    spooled.is_whole().map_err(unreadable(spooled)).map_err(|error| ClaimError::Store(error).into())
+}
+
+fn unreadable(spooled: &Spooled) -> impl FnOnce(io::Error) -> StoreError {
+    move |error| StoreError {
+        kind: StoreErrorKind::Other,
+        operation: "read",
+        location: spooled.path.display().to_string(),
+        key: spooled.key.to_string(),
+        message: error.to_string(),
+    }
+}
+
 /// Says what a person should know of the store, in the log and in the status: what a claim found out by the way, and, with a
 /// listing, what the store's clock shows.
 async fn look_at_store(store: SharedStore, clock: Arc<dyn Clock>, board: Arc<Board>, claimed: Claimed) {
@@ -402,6 +417,7 @@ async fn look_at_store(store: SharedStore, clock: Arc<dyn Clock>, board: Arc<Boa
 async fn store_snapshot(
     store: SharedStore,
     key: SnapshotKey,
+    database_len_bytes: u64,
     mut pieces: mpsc::Receiver<Piece>,
     mut confirmed: watch::Receiver<u64>,
 ) -> Result<State, StoreError> {
@@ -412,7 +428,7 @@ async fn store_snapshot(
         key: key.to_string(),
         message: "the snapshot was given up before it was whole".into(),
     };
-    let mut upload = Upload::new(store.clone(), key.to_string());
+    let mut upload = Upload::new(store.clone(), key.to_string(), database_len_bytes);
     let written = loop {
         match pieces.recv().await {
             Some(Piece::Bytes(bytes)) => {

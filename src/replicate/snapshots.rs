@@ -132,6 +132,15 @@ impl Snapshots {
         matches!(self.stage, Stage::Idle) && (is_outdated || self.due.is_some_and(|due| due <= now))
     }
 
+    /// One that is to be tried again later is due now; tells whether there is such a one.
+    pub fn hurry(&mut self, now: Duration) -> bool {
+        let is_later = self.due.is_some_and(|due| due > now);
+        if is_later {
+            self.due = Some(now);
+        }
+        is_later
+    }
+
     /// Begins the one that is due: its base is to be looked up now.
     pub fn await_base(&mut self) {
         self.due = None;

@@ -27,11 +27,25 @@ pub struct Spooled {
     pub len_bytes: u64,
 }
 
+/// File systems give room in blocks of so many bytes, mostly.
+const DISK_BLOCK_LEN: u64 = 4096;
+
 impl Spooled {
-    /// Whether the file is the segment that its name says, every block of it.
+    /// What it takes of the disk: of many small ones that is a multiple of their length.
     #[must_use]
-    pub fn is_whole(&self) -> bool {
-        self.check().unwrap_or(false)
+    pub fn disk_bytes(&self) -> u64 {
+        self.len_bytes.next_multiple_of(DISK_BLOCK_LEN)
+    }
+
+    /// Whether the file is the segment that its name says, every block of it.
+    ///
+    /// # Errors
+    /// As the operating system answers: that says nothing of what is in the file.
+    pub fn is_whole(&self) -> io::Result<bool> {
+        match self.check() {
+            Err(error) if matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::UnexpectedEof) => Ok(false),
+            answer => answer,
+        }
     }
 
     /// Reads the file block by block.
@@ -150,7 +164,9 @@ impl Spool {
     /// As the operating system answers.
     pub fn sync(&self) -> io::Result<()> {
         for spooled in self.waiting()? {
-            File::open(spooled.path)?.sync_all()?;
+            if let Some(file) = unless_gone(File::open(spooled.path))? {
+                file.sync_all()?;
+            }
         }
         File::open(&self.directory)?.sync_all()
     }
@@ -168,12 +184,22 @@ fn segments_in(directory: &Path) -> io::Result<Vec<Spooled>> {
     for entry in fs::read_dir(directory)? {
         let entry = entry?;
         let key = entry.file_name().to_str().and_then(|name| SegmentKey::parse(&name.replace('.', "/")));
-        if let Some(key) = key {
-            segments.push(Spooled { key, path: entry.path(), len_bytes: entry.metadata()?.len() });
+        if let Some(key) = key
+            && let Some(found) = unless_gone(entry.metadata())?
+        {
+            segments.push(Spooled { key, path: entry.path(), len_bytes: found.len() });
         }
     }
     segments.sort_by_key(|spooled| spooled.key);
     Ok(segments)
+}
+
+/// What was listed a moment ago may be confirmed, and moved, by now.
+fn unless_gone<T>(found: io::Result<T>) -> io::Result<Option<T>> {
+    match found {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+        other => other.map(Some),
+    }
 }
 
 /// Removes a spooled file. That it is gone already is fine.

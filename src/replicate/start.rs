@@ -5,6 +5,7 @@
 //! - *delta*: the ledger tells what the database was; what differs now is recorded as one transaction;
 //! - *re-anchor*: nothing is known; a new epoch begins with the database as it is.
 
+use std::io;
 use std::sync::Arc;
 
 use super::capture::Capture;
@@ -15,7 +16,7 @@ use super::ledger::Ledger;
 use super::record::{Recorder, Start};
 use super::snapshots::SnapshotNote;
 use super::spool::Spool;
-use super::state::{LocalState, StateDirectory, boot_id};
+use super::state::{LocalState, StateDirectory, StateDirectoryError, boot_id};
 use crate::clock::Clock;
 use crate::sqlite::live::LiveDatabase;
 
@@ -48,7 +49,7 @@ pub fn start(
     spool: &Spool,
     clock: &Arc<dyn Clock>,
 ) -> Result<Started, DatabaseError> {
-    let saved = directory.load().filter(|(state, _)| state.page_size == live.files.page_size);
+    let saved = directory.load()?.filter(|(state, _)| state.page_size == live.files.page_size);
     let left_at = saved.as_ref().and_then(|(state, _)| state.wal_position());
     // The pin stands already: the main file that is looked at here is the one that the WAL belongs to.
     let main = live.files.main_identity()?;
@@ -60,6 +61,9 @@ pub fn start(
     let ledger = Ledger::open(&ledger_path, state.page_size, state.size_pages, state.fingerprint, overlay);
     let ledger = match ledger {
         Ok(ledger) => ledger,
+        Err(source) if !tells_of_content(&source) => {
+            return Err(StateDirectoryError::Io { path: ledger_path, source }.into());
+        }
         Err(error) => {
             tracing::warn!(path = %ledger_path.display(), %error, "the ledger can't be used; a new epoch begins");
             return Ok(Started { capture, resumed: None });
@@ -81,6 +85,11 @@ pub fn start(
     };
     let resumed = is_taken_up.then_some(Resumed { recorder, snapshot: state.snapshot, continuing });
     Ok(Started { capture, resumed })
+}
+
+/// Whether an error says what is in a file; otherwise it could not be read just now.
+fn tells_of_content(error: &io::Error) -> bool {
+    matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::UnexpectedEof | io::ErrorKind::InvalidData)
 }
 
 /// The WAL goes on from where it was left: captures what there is, and tells whether the main file is the right one for it.

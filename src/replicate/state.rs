@@ -178,17 +178,24 @@ impl StateDirectory {
     }
 
     /// The saved state and the ledger's overlay; `None` when there is none, or none that is whole.
-    #[must_use]
-    pub fn load(&self) -> Option<(LocalState, BTreeMap<u32, u64>)> {
-        let file = File::open(self.state_path()).ok()?;
-        let is_possible = file.metadata().is_ok_and(|found| found.len() <= STATE_LIMIT_BYTES);
+    ///
+    /// # Errors
+    /// [`StateDirectoryError::Io`] when the file can't be read: that says nothing of what is in it.
+    pub fn load(&self) -> Result<Option<(LocalState, BTreeMap<u32, u64>)>, StateDirectoryError> {
+        let path = self.state_path();
+        let failed = |source| StateDirectoryError::Io { path: path.clone(), source };
+        let file = match File::open(&path) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+            other => other.map_err(failed)?,
+        };
+        let is_possible = file.metadata().map_err(failed)?.len() <= STATE_LIMIT_BYTES;
         let mut bytes = Vec::new();
-        let read = file.take(STATE_LIMIT_BYTES).read_to_end(&mut bytes);
-        let decoded = if is_possible && read.is_ok() { decode(&bytes) } else { None };
+        file.take(STATE_LIMIT_BYTES).read_to_end(&mut bytes).map_err(failed)?;
+        let decoded = if is_possible { decode(&bytes) } else { None };
         if decoded.is_none() {
-            tracing::warn!(path = %self.state_path().display(), "the local state can't be read and is not used");
+            tracing::warn!(path = %path.display(), "the local state is damaged and is not used");
         }
-        decoded
+        Ok(decoded)
     }
 
     /// Replaces the saved state; `durably`, so that it outlives a power failure.

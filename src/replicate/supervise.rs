@@ -4,7 +4,7 @@
 use std::any::Any;
 use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
@@ -136,7 +136,9 @@ fn left_in_spool(directory: &StateDirectory) -> Option<String> {
 fn report(database: &str, error: &DatabaseError, wait: Duration) {
     let wait_ms = wait.as_millis() as u64;
     match error {
-        DatabaseError::Sqlite(SqliteError::Unsettled { .. } | SqliteError::Replaced { .. }) => {
+        DatabaseError::Sqlite(
+            SqliteError::Unsettled { .. } | SqliteError::Replaced { .. } | SqliteError::WrittenTo { .. },
+        ) => {
             tracing::warn!(database, %error, wait_ms, "taking the database up again");
         }
         _ => tracing::error!(database, %error, wait_ms, "the database can't be followed; trying again"),
@@ -208,12 +210,11 @@ async fn follow_once(
     has_control: bool,
 ) -> Result<Option<DatabaseError>, ReplicateError> {
     let (database, stop) = (job.settings.path.clone(), &ending.let_go);
-    // SQLite keeps `-wal` and `-shm` beside the file that a symbolic link leads to, and events come from there.
-    let mut settings = job.settings.clone();
-    settings.path = std::fs::canonicalize(&database).unwrap_or(settings.path);
+    // Events come from where SQLite keeps `-wal` and `-shm`: beside the file that a symbolic link leads to.
+    let file = std::fs::canonicalize(&database).unwrap_or_else(|_| database.clone());
     let mailbox = Arc::new(Mailbox::default());
     let progress = Arc::new(Progress { board: job.board.clone(), ..Progress::default() });
-    let has_events = shared.hub.watch(&settings.path, &mailbox);
+    let has_events = shared.hub.watch(&file, &mailbox);
     let (jobs, queue) = mpsc::unbounded_channel();
     let spool = Spool::new(directory.spool_path());
     let (kept, kept_queue) = mpsc::unbounded_channel();
@@ -230,8 +231,15 @@ async fn follow_once(
         kept,
     };
     let mut shipping = tokio::spawn(shipper.run(queue));
-    let follower =
-        Follower { settings, directory: directory.clone(), mailbox: mailbox.clone(), jobs, has_events, has_control };
+    let follower = Follower {
+        settings: job.settings.clone(),
+        file,
+        directory: directory.clone(),
+        mailbox: mailbox.clone(),
+        jobs,
+        has_events,
+        has_control,
+    };
     let mut following = std::pin::pin!(follower.run(progress.clone(), shared, stop));
     let mut out_of_time = std::pin::pin!(async {
         ending.hurry.cancelled().await;
@@ -351,6 +359,8 @@ fn spawn_beside(
 /// Follows a database on a thread, and watches it without one while it rests.
 struct Follower {
     settings: DatabaseSettings,
+    /// Where the path led to at the beginning.
+    file: PathBuf,
     directory: Arc<StateDirectory>,
     mailbox: Arc<Mailbox>,
     /// Dropped at the end: then shipping ends, too.
@@ -384,7 +394,7 @@ impl Follower {
                 clock: shared.clock.clone(),
                 snapshot_permits: shared.snapshots.clone(),
                 opening: shared.openings.open(self.has_events),
-                neighbour: shared.neighbourhoods.join(&self.settings.path, &self.mailbox),
+                neighbour: shared.neighbourhoods.join(&self.file, &self.mailbox),
             };
             let (directory, start, was_at_rest) = (self.directory.clone(), start.take(), rested.take());
             let name = self.settings.path.file_name().unwrap_or_default().to_string_lossy().into_owned();
@@ -424,7 +434,10 @@ impl Follower {
             self.mailbox.stirred(wait).await;
             // Cleared before the files are looked at: what is written after the look wakes again.
             let stirring = self.mailbox.take_wake();
-            let is_as_it_was = Seen::now(&self.settings.path)? == rested.files;
+            let path = &self.settings.path;
+            // What can't be looked at now says nothing against the state.
+            let seen = Seen::now(path).map_err(SqliteError::io(path, "look at"))?;
+            let is_as_it_was = seen == rested.files;
             match stirring {
                 Stirring::Stop if is_as_it_was => return Ok(true),
                 Stirring::Nothing if is_as_it_was => {}

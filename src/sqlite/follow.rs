@@ -50,6 +50,8 @@ pub struct Images<'a> {
     hash: PageHash,
     /// Where the pages were before the transaction.
     in_wal: &'a HashMap<u32, InWal>,
+    /// Whether the pages that the transaction found must be there.
+    is_pinned: bool,
     scratch: Vec<u8>,
     former: Vec<u8>,
 }
@@ -71,14 +73,21 @@ impl Images<'_> {
     /// the hash proves that it is the one.
     ///
     /// # Errors
-    /// As [`Images::get`].
+    /// As [`Images::get`]. [`SqliteError::PageChanged`] when the page is not there though nobody but SQLite can have changed it: see
+    /// [`Follower::note_pinned`].
     pub fn get_with_former(
         &mut self,
         page: &PageImage,
         former_hash: Option<u64>,
     ) -> Result<(&[u8], Option<&[u8]>), SqliteError> {
         let former = match former_hash {
-            Some(hash) => self.find_former(page.page_number, hash)?,
+            Some(hash) => match self.find_former(page.page_number, hash)? {
+                Former::Unknown if self.is_pinned => {
+                    let path = self.files.path().to_owned();
+                    return Err(SqliteError::PageChanged { path, page_number: page.page_number });
+                }
+                former => former,
+            },
             None => Former::Unknown,
         };
         let image = match self.window.frame(&self.header, page.frame) {
@@ -190,10 +199,15 @@ pub struct Follower {
     commit_counter: Option<u32>,
     /// Transactions read since then.
     seen: u32,
+    /// Commit frames since then that only repeat the one before.
+    repeated: u32,
+    /// Page and hash of the commit frame before, in this generation.
+    last_commit: Option<(u32, u64)>,
     /// Whether a generation was begun since then.
     generation_is_new: bool,
     /// Every page of the current generation's frames that were read, so that pages can be read as of now.
     in_wal: HashMap<u32, InWal>,
+    is_pinned: bool,
     window: Window,
 }
 
@@ -224,8 +238,11 @@ impl Follower {
                 size_pages: 0,
                 commit_counter: None,
                 seen: 0,
+                repeated: 0,
+                last_commit: None,
                 generation_is_new: false,
                 in_wal: HashMap::new(),
+                is_pinned: false,
                 window: Window::default(),
             };
             match follower.attach_once(files, left_at, main_is_whole) {
@@ -266,7 +283,7 @@ impl Follower {
                 Err(SqliteError::Unsettled { .. }) => {}
                 other => drop(other?),
             }
-            self.seen = 0;
+            (self.seen, self.repeated) = (0, 0);
             if (self.frame_count, self.checksum) == (left_at.frame_count, left_at.checksum) {
                 if self.frame_count == index.frame_count {
                     // A pin that began when all of this was in the main file protects it from nobody: the next generation may begin
@@ -277,9 +294,16 @@ impl Follower {
             }
         }
         self.read_frames(files, index.frame_count, ignore)?;
-        self.seen = 0;
+        (self.seen, self.repeated) = (0, 0);
         self.commit_counter = Some(index.commit_counter);
         Ok(false)
+    }
+
+    /// Everything that was published when the pin was begun is read: what comes from here on found pages that are still to be had, in
+    /// the WAL or in the main file, because the pin keeps checkpoints from what comes behind it. Before that a checkpoint may have
+    /// copied later images over them.
+    pub fn note_pinned(&mut self) {
+        self.is_pinned = true;
     }
 
     /// Where the follower stands in the WAL; `None` while no frame of any generation was seen.
@@ -334,10 +358,10 @@ impl Follower {
     /// was read to its end, and SQLite's own count of commits shows it.
     fn check_count(&mut self, files: &Files, index: &WalIndex, went_back: bool) -> Result<(), SqliteError> {
         let before = self.commit_counter.replace(index.commit_counter);
-        let seen = std::mem::take(&mut self.seen);
+        let (seen, repeated) = (std::mem::take(&mut self.seen), std::mem::take(&mut self.repeated));
         let needs_proof = std::mem::take(&mut self.generation_is_new) || went_back;
         let committed = before.map(|before| index.commit_counter.wrapping_sub(before));
-        if !needs_proof || committed == Some(seen) {
+        if !needs_proof || committed.is_some_and(|committed| committed.wrapping_sub(seen) <= repeated) {
             return Ok(());
         }
         Err(SqliteError::Gap { path: files.path().to_owned(), seen, committed: committed.unwrap_or(u32::MAX) })
@@ -359,6 +383,7 @@ impl Follower {
         }
         // A generation begins when all of the one before is in the main file.
         self.in_wal.clear();
+        self.last_commit = None;
         self.header = Some(header);
         self.frame_count = 0;
         self.checksum = header.checksum;
@@ -391,6 +416,16 @@ impl Follower {
             images.insert(frame.page_number, InWal { frame: next, hash });
             (next, checksum) = (next + 1, frame.checksum);
             if frame.commit_size_pages != 0 {
+                let is_alone = next == self.frame_count + 1 && frame.commit_size_pages == self.size_pages;
+                if is_alone && self.last_commit == Some((frame.page_number, hash)) {
+                    // Where a device may damage a sector's other bytes, SQLite fills the sector up with copies of the commit frame,
+                    // and counts one commit.
+                    images.clear();
+                    (self.frame_count, self.checksum) = (next, checksum);
+                    self.repeated = self.repeated.wrapping_add(1);
+                    continue;
+                }
+                self.last_commit = Some((frame.page_number, hash));
                 images.retain(|&page_number, _| page_number <= frame.commit_size_pages);
                 self.deliver_transaction(files, header, frame.commit_size_pages, &images, deliver)?;
                 self.frame_count = next;
@@ -421,6 +456,7 @@ impl Follower {
             window: &self.window,
             hash: self.hash,
             in_wal: &self.in_wal,
+            is_pinned: self.is_pinned,
             scratch: Vec::new(),
             former: Vec::new(),
         };
@@ -464,6 +500,16 @@ impl Follower {
         Ok(())
     }
 
+    /// How many bytes of frames `index` publishes that were not read yet, and how many at all.
+    #[must_use]
+    pub fn unread_bytes(&self, index: &WalIndex) -> (u64, u64) {
+        let is_same_generation = self.header.is_some_and(|header| header.salts == index.salts);
+        let read_frames = if is_same_generation { self.frame_count } else { 0 };
+        let frame_len = FRAME_HEADER_LEN as u64 + u64::from(self.page_size);
+        let len = |frames: u32| u64::from(frames) * frame_len;
+        (len(index.frame_count.saturating_sub(read_frames)), len(index.frame_count))
+    }
+
     /// Whether `index` publishes a transaction that was not read yet.
     #[must_use]
     pub fn is_behind(&self, index: &WalIndex) -> bool {
@@ -485,14 +531,17 @@ mod tests {
 
     /// Checks what each transaction's pages were before it, as `known` has them; gives how many had been there.
     fn check(live: &mut LiveDatabase, follower: &mut Follower, known: &mut HashMap<u32, Vec<u8>>) -> usize {
-        let mut found = 0;
+        let (mut found, is_pinned) = (0, follower.is_pinned);
         let mut deliver = |transaction: &WalTransaction<'_>, images: &mut Images<'_>| {
             for page in transaction.pages {
                 let former = known.get(&page.page_number);
                 let former_hash = former.map(|former| hash(page.page_number, former));
                 assert!(images.get_with_former(page, None)?.1.is_none());
-                // A state that is not this one's: the page is never given for it.
-                assert!(images.get_with_former(page, Some(1))?.1.is_none());
+                // A state that is not this one's: the page is never given for it, and from the second time on it is an error.
+                match images.get_with_former(page, Some(1)) {
+                    Ok((_, former)) => assert!(former.is_none() && !is_pinned),
+                    Err(error) => assert!(matches!(error, SqliteError::PageChanged { .. }) && is_pinned),
+                }
                 let (image, given) = images.get_with_former(page, former_hash)?;
                 assert_eq!(given, former.map(Vec::as_slice), "page {}", page.page_number);
                 found += usize::from(former.is_some());
@@ -501,6 +550,7 @@ mod tests {
             Ok::<(), SqliteError>(())
         };
         live.advance_pin(|files| follower.read_published(files, &mut deliver)).unwrap();
+        follower.note_pinned();
         found
     }
 
@@ -531,6 +581,33 @@ mod tests {
             write(2);
             assert!(check(&mut live, &mut follower, &mut known) >= 2);
             assert_ne!(follower.position().unwrap().salts, generation, "the WAL was begun anew");
+        }
+    }
+
+    /// With `psow=0` SQLite fills each sector up with copies of the commit frame, which it does not count.
+    #[test]
+    fn commit_frames_that_fill_a_sector_up_are_no_commits() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("app.db");
+        let application = Connection::open(format!("file:{}?psow=0", path.display())).unwrap();
+        let setup = "PRAGMA page_size=512; PRAGMA journal_mode=WAL; PRAGMA synchronous=FULL; CREATE TABLE item(n)";
+        application.execute_batch(setup).unwrap();
+        let mut live = LiveDatabase::open(&path).unwrap();
+        let mut follower = Follower::attach(&live.files, hash, None, false).unwrap().0;
+        for _ in 0..3 {
+            application.execute_batch("PRAGMA wal_checkpoint(PASSIVE)").unwrap();
+            let mut transactions = 0;
+            let mut deliver = |_: &WalTransaction<'_>, _: &mut Images<'_>| {
+                transactions += 1;
+                Ok::<(), SqliteError>(())
+            };
+            live.advance_pin(|files| follower.read_published(files, &mut deliver)).unwrap();
+            for _ in 0..4 {
+                application.execute_batch("INSERT INTO item VALUES(1)").unwrap();
+            }
+            live.advance_pin(|files| follower.read_published(files, &mut deliver)).unwrap();
+            assert_eq!(transactions, 4);
+            assert!(follower.frame_count > 4, "{} frames", follower.frame_count);
         }
     }
 }

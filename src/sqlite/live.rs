@@ -82,6 +82,12 @@ impl FileIdentity {
         self.modified_ns < (i128::from(now_ms) - age.as_millis() as i128) * 1_000_000
     }
 
+    /// Whether something was written to the file between this look at it and a `later` one.
+    #[must_use]
+    pub fn was_written_before(&self, later: &Self) -> bool {
+        (self.len_bytes, self.modified_ns) != (later.len_bytes, later.modified_ns)
+    }
+
     /// Whether both are the same file, in whatever state.
     #[must_use]
     pub fn is_same_file(&self, other: &Self) -> bool {
@@ -92,6 +98,9 @@ impl FileIdentity {
 /// The descriptors that pages, frames and the wal-index are read by.
 #[derive(Debug)]
 pub struct Files {
+    /// As it was given; may lead over symbolic links.
+    given: PathBuf,
+    /// Where that led to when it was opened.
     path: PathBuf,
     main: SharedFile,
     wal: File,
@@ -163,11 +172,14 @@ impl Files {
         Ok(FileIdentity::from_metadata(&metadata))
     }
 
-    /// Whether the files at the paths are still those that are open.
+    /// Whether the files at the paths are still those that are open, and the path that was given still leads to them.
     ///
     /// # Errors
-    /// [`SqliteError::Replaced`] when they are not; as the operating system answers when that can't be seen.
+    /// [`SqliteError::Replaced`] when not; as the operating system answers when that can't be seen.
     pub fn check_still_there(&self) -> Result<(), SqliteError> {
+        if followed(&self.given)?.is_none_or(|there| there != self.path) {
+            return Err(SqliteError::Replaced { path: self.given.clone() });
+        }
         let (wal, shm) = (sidecar(&self.path, "-wal"), sidecar(&self.path, "-shm"));
         for (path, file) in [(self.path.clone(), &*self.main), (wal, &self.wal), (shm, &*self.shm)] {
             let open = file.metadata().map_err(SqliteError::io(&path, "look at"))?;
@@ -182,6 +194,18 @@ impl Files {
             }
         }
         Ok(())
+    }
+}
+
+/// The file that a path leads to over all symbolic links, where SQLite keeps `-wal` and `-shm`; `None` while it leads nowhere.
+///
+/// # Errors
+/// As the operating system answers.
+pub fn followed(given: &Path) -> Result<Option<PathBuf>, SqliteError> {
+    match fs::canonicalize(given) {
+        Ok(path) => Ok(Some(path)),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+        Err(error) => Err(SqliteError::io(given, "follow")(error)),
     }
 }
 
@@ -244,7 +268,8 @@ impl LiveDatabase {
         Self::open_once(path)
     }
 
-    fn open_once(path: &Path) -> Result<Self, SqliteError> {
+    fn open_once(given: &Path) -> Result<Self, SqliteError> {
+        let path = &followed(given)?.ok_or_else(|| SqliteError::NotThere { path: given.to_owned() })?;
         let main = open_main(path)?;
         let header = read_header(path, &main)?;
         let control = connect(path)?;
@@ -255,7 +280,7 @@ impl LiveDatabase {
         let (wal, shm) = (sidecar(path, "-wal"), sidecar(path, "-shm"));
         let shm = SharedFile::open(&shm).map_err(SqliteError::io(&shm, "open"))?;
         let wal = File::open(&wal).map_err(SqliteError::io(&wal, "open"))?;
-        let files = Files { path: path.to_owned(), main, wal, shm, page_size: header.page_size };
+        let files = Files { given: given.to_owned(), path: path.clone(), main, wal, shm, page_size: header.page_size };
         files.check_still_there()?;
         Ok(Self { pins, pinned: 0, control, files, was_switched_to_wal })
     }
@@ -293,13 +318,13 @@ impl LiveDatabase {
     /// again, which now takes mark 0, so that the next writer restarts the WAL. Writes nothing.
     ///
     /// # Errors
-    /// What `capture` answers, or SQLite. `Ok(None)` when the write lock was not to be had in `lock_attempts`, `Ok(Some(false))`
-    /// when frames are left that another reader holds back. `others_move` has those who have a pin on the database, too, move it,
-    /// and tells whether they have.
+    /// What `capture` answers, or SQLite. `Ok(None)` when the write lock was not to be had in `lock_attempts`, or `capture` tells that
+    /// it would take too long; `Ok(Some(false))` when frames are left that another reader holds back. `others_move` has those who have
+    /// a pin on the database, too, move it, and tells whether they have.
     pub fn barrier<E: From<SqliteError>>(
         &mut self,
         lock_attempts: u32,
-        capture: impl FnOnce(&Files) -> Result<(), E>,
+        capture: impl FnOnce(&Files) -> Result<bool, E>,
         others_move: impl Fn() -> bool,
     ) -> Result<Option<bool>, E> {
         let path = self.files.path.clone();
@@ -310,7 +335,7 @@ impl LiveDatabase {
         let released = self.control.prepare_cached("ROLLBACK").and_then(|mut rollback| rollback.execute([]));
         let is_checkpointed = done?;
         released.map_err(SqliteError::sqlite(&path, "release the write lock"))?;
-        Ok(Some(is_checkpointed))
+        Ok(is_checkpointed)
     }
 
     /// Asks again and again, because a busy writer leaves the lock free only for moments; while we ask, nobody waits for us.
@@ -328,12 +353,14 @@ impl LiveDatabase {
 
     fn barrier_locked<E: From<SqliteError>>(
         &mut self,
-        capture: impl FnOnce(&Files) -> Result<(), E>,
+        capture: impl FnOnce(&Files) -> Result<bool, E>,
         others_move: impl Fn() -> bool,
-    ) -> Result<bool, E> {
-        capture(&self.files)?;
+    ) -> Result<Option<bool>, E> {
+        if !capture(&self.files)? {
+            return Ok(None);
+        }
         if !others_move() {
-            return Ok(false);
+            return Ok(Some(false));
         }
         let path = &self.files.path;
         end_read(path, &self.pins[self.pinned])?;
@@ -342,7 +369,7 @@ impl LiveDatabase {
         begin_read(path, &self.pins[self.pinned])?;
         // To mark 0, where they hold up nobody. Whoever does not make it in time keeps the WAL from beginning anew this once.
         others_move();
-        Ok(checkpointed?.is_some_and(|done| done.backfilled_frames >= done.frame_count))
+        Ok(Some(checkpointed?.is_some_and(|done| done.backfilled_frames >= done.frame_count)))
     }
 }
 

@@ -55,6 +55,16 @@ pub enum SqliteError {
         /// The database.
         path: PathBuf,
     },
+    /// Somebody wrote to the main file, and it was not SQLite: no checkpoint had anything to copy into it.
+    #[error(
+        "{} was written to by something else than SQLite while it was followed; was a copy put in its place without \
+         removing it first?",
+        path.display()
+    )]
+    WrittenTo {
+        /// The database.
+        path: PathBuf,
+    },
     /// The WAL is being changed while it is read; the same call can succeed a moment later.
     #[error("the WAL of {} changed while it was read", path.display())]
     Unsettled {

@@ -135,6 +135,18 @@ impl ObjectStore for MemoryStore {
         let mut state = self.state();
         let missing = || self.error(StoreErrorKind::NotFound, "complete", key, "there is no such upload or part");
         let stored = state.uploads.get(upload_id).ok_or_else(missing)?;
+        // As Cloudflare's R2 asks for it.
+        let len_bytes = parts.first().map_or(0, |part| part.len_bytes);
+        if parts.iter().rev().skip(1).any(|part| part.len_bytes != len_bytes)
+            || parts.last().is_some_and(|part| part.len_bytes > len_bytes)
+        {
+            return Err(self.error(
+                StoreErrorKind::Other,
+                "complete",
+                key,
+                "all parts but the last must have one size",
+            ));
+        }
         let mut object = BytesMut::new();
         for part in parts {
             object.extend_from_slice(stored.get(&part.number).ok_or_else(missing)?);

@@ -23,6 +23,10 @@ impl RetryPolicy {
     /// For a person or a job that waits: rides out about half a minute.
     pub const PATIENT: Self = Self { attempts: 8, base_ms: 200, max_ms: 10_000 };
 
+    /// For the parts and the completion of an upload: to give one up means to send all of it again, which may be hours. Rides out about a
+    /// minute and a half.
+    const OF_UPLOADS: Self = Self { attempts: 14, base_ms: 100, max_ms: 30_000 };
+
     /// How long to wait after failed attempt number `attempt`, counted from 0: anything up to the exponential bound, so
     /// that many clients that failed together don't come back together.
     #[must_use]
@@ -54,17 +58,30 @@ impl Retrying {
         Self { inner, policy }
     }
 
+    /// For an upload that has begun. Where nobody waits, in a simulation, all requests are asked alike.
+    fn of_uploads(&self) -> RetryPolicy {
+        if self.policy.base_ms == 0 { self.policy } else { RetryPolicy::OF_UPLOADS }
+    }
+
     /// Calls `request` until it answers something else than "not available"; tells it whether an attempt went before.
     async fn repeat<T, F: Future<Output = Result<T, StoreError>>>(
         &self,
+        request: impl FnMut(bool) -> F,
+    ) -> Result<T, StoreError> {
+        self.repeat_by(self.policy, request).await
+    }
+
+    async fn repeat_by<T, F: Future<Output = Result<T, StoreError>>>(
+        &self,
+        policy: RetryPolicy,
         mut request: impl FnMut(bool) -> F,
     ) -> Result<T, StoreError> {
         let mut attempt = 0;
         loop {
             match request(attempt > 0).await {
-                Err(error) if error.is_retryable() && attempt + 1 < self.policy.attempts => {
+                Err(error) if error.is_retryable() && attempt + 1 < policy.attempts => {
                     tracing::debug!(%error, attempt, "asking the store again");
-                    self.policy.pause(attempt).await;
+                    policy.pause(attempt).await;
                     attempt += 1;
                 }
                 answer => return answer,
@@ -157,13 +174,14 @@ impl ObjectStore for Retrying {
         offset: u64,
         body: Bytes,
     ) -> Result<PartTag, StoreError> {
-        self.repeat(|_| self.inner.put_part(key, upload_id, number, offset, body.clone())).await
+        let put = |_| self.inner.put_part(key, upload_id, number, offset, body.clone());
+        self.repeat_by(self.of_uploads(), put).await
     }
 
     /// Unsafe sequence: the upload is completed, the answer is lost, the next attempt finds no upload of that id. Then the
     /// object is there, with the size of all parts. One of another size is older: this upload was lost, not completed.
     async fn complete_multipart(&self, key: &str, upload_id: &str, parts: &[PartTag]) -> Result<(), StoreError> {
-        self.repeat(|is_again| async move {
+        self.repeat_by(self.of_uploads(), |is_again| async move {
             match self.inner.complete_multipart(key, upload_id, parts).await {
                 Err(error) if is_again && error.is_not_found() => {
                     let len_bytes: u64 = parts.iter().map(|part| part.len_bytes).sum();

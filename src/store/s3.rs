@@ -255,7 +255,7 @@ impl S3Store {
     }
 }
 
-/// A part larger than 15 MiB (they grow, see `store::upload`) gets the time that it needs at this rate, per second.
+/// A part larger than 15 MiB (see `store::upload`) gets the time that it needs at this rate, per second.
 const SLOWEST_UPLOAD_BYTES: u64 = 256 << 10;
 
 /// How long an attempt to send `len_bytes` bytes may take.

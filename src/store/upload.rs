@@ -7,16 +7,19 @@ use tokio::io::AsyncReadExt;
 
 use super::{PartTag, PutMode, SharedStore, StoreError, StoreErrorKind};
 
-/// The first parts' size. Above S3's least (5 MiB).
-const PART_LEN: usize = 8 << 20;
-/// Parts grow by [`PART_LEN`] each time so many have gone: S3 takes 10,000 parts, so an object may have 440 GB.
-const PARTS_OF_ONE_SIZE: u32 = 1000;
+/// The size of parts, where the object does not need larger ones. Above S3's least (5 MiB).
+const PART_LEN: u64 = 8 << 20;
+/// Parts are as large as it takes for so many to hold an object of the size that is expected: S3 takes 10,000, so that it may turn
+/// out twice as large.
+const PARTS_EXPECTED: u64 = 5_000;
 
 /// Writes one object from front to back. Nothing is visible before [`Upload::finish`].
 #[derive(Debug)]
 pub struct Upload {
     store: SharedStore,
     key: String,
+    /// All parts but the last have one size: Cloudflare's R2 completes no others ("Multipart upload limitations").
+    part_len: usize,
     buffer: BytesMut,
     upload_id: Option<String>,
     parts: Vec<PartTag>,
@@ -24,14 +27,11 @@ pub struct Upload {
 }
 
 impl Upload {
-    /// Begins an object; sends nothing yet.
+    /// Begins an object of about `expected_bytes`; sends nothing yet.
     #[must_use]
-    pub fn new(store: SharedStore, key: String) -> Self {
-        Self { store, key, buffer: BytesMut::new(), upload_id: None, parts: Vec::new(), sent_bytes: 0 }
-    }
-
-    fn part_len(&self) -> usize {
-        PART_LEN * (1 + self.parts.len() as u32 / PARTS_OF_ONE_SIZE) as usize
+    pub fn new(store: SharedStore, key: String, expected_bytes: u64) -> Self {
+        let part_len = part_len(expected_bytes) as usize;
+        Self { store, key, part_len, buffer: BytesMut::new(), upload_id: None, parts: Vec::new(), sent_bytes: 0 }
     }
 
     /// Adds bytes; sends a part each time that one is full.
@@ -40,8 +40,8 @@ impl Upload {
     /// What the store answers.
     pub async fn write(&mut self, bytes: &[u8]) -> Result<(), StoreError> {
         self.buffer.extend_from_slice(bytes);
-        while self.buffer.len() > self.part_len() {
-            let part = self.buffer.split_to(self.part_len()).freeze();
+        while self.buffer.len() > self.part_len {
+            let part = self.buffer.split_to(self.part_len).freeze();
             self.send(part).await?;
         }
         Ok(())
@@ -98,6 +98,11 @@ impl Upload {
     }
 }
 
+/// The size of an object's parts in bytes: whole MiB.
+fn part_len(expected_bytes: u64) -> u64 {
+    PART_LEN.max(expected_bytes.div_ceil(PARTS_EXPECTED).next_multiple_of(1 << 20))
+}
+
 /// Stores the file at `path` as object `key`, with memory for one part.
 ///
 /// # Errors
@@ -112,7 +117,7 @@ pub async fn put_file(store: &SharedStore, key: &str, path: &Path, mode: PutMode
     };
     let mut file = tokio::fs::File::open(path).await.map_err(unreadable)?;
     let len = file.metadata().await.map_err(unreadable)?.len();
-    let mut upload = Upload::new(store.clone(), key.to_owned());
+    let mut upload = Upload::new(store.clone(), key.to_owned(), len);
     let mut chunk = vec![0; len.min(1 << 20) as usize];
     loop {
         let written = match file.read(&mut chunk).await.map_err(unreadable) {
@@ -124,6 +129,21 @@ pub async fn put_file(store: &SharedStore, key: &str, path: &Path, mode: PutMode
             // The first error is the one that counts.
             upload.abort().await.ok();
             return Err(error);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn parts_are_as_large_as_the_object_needs() {
+        const GB: u64 = 1_000_000_000;
+        assert_eq!([0, 1, 40 * GB].map(part_len), [PART_LEN; 3]);
+        for expected_bytes in [50 * GB, 440 * GB, 5_000 * GB] {
+            let most_parts = (2 * expected_bytes).div_ceil(part_len(expected_bytes));
+            assert!((8_000..=10_000).contains(&most_parts), "{most_parts} parts of {expected_bytes} bytes");
         }
     }
 }

@@ -24,6 +24,7 @@ mod outage;
 mod peers;
 mod pruned_meanwhile;
 mod recover;
+mod replaced;
 mod replicas;
 mod replicate;
 mod rest;

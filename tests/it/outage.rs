@@ -7,11 +7,13 @@ use std::time::Duration;
 
 use waltrail::format::Position;
 use waltrail::replicate::control::State;
+use waltrail::replicate::spool::Spool;
 use waltrail::replicate::status::Phase;
 use waltrail::store::faults::{Fault, Faulty};
 use waltrail::store::{Operation, SharedStore, StoreErrorKind};
 
 use crate::support::machine::Machine;
+use crate::support::quirks::{Quirk, Quirky};
 use crate::support::wait_for;
 
 const SPOOL_LIMIT_BYTES: u64 = 2 << 20;
@@ -25,15 +27,15 @@ fn len_below(directory: &Path) -> u64 {
         .sum()
 }
 
-/// What is known after the hour: the machine, the last state before it, and the largest spool and WAL in it.
-fn an_hour_away(row_len: u32, spool_limit_bytes: u64) -> (Machine, Position, u64, u64) {
+/// What is known after the hour: the machine, the last state before it, and the largest spool and WAL in it, and how many files waited.
+fn an_hour_away(row_len: u32, spool_limit_bytes: u64) -> (Machine, Position, u64, u64, usize) {
     let mut machine = Machine::new("PRAGMA page_size=4096", |store| store);
     machine.settings.spool_limit_bytes = spool_limit_bytes;
     machine.start();
     machine.commit("INSERT INTO item(id, body) VALUES(1, zeroblob(100))");
     let before = machine.sync();
     machine.gate.set_open(false);
-    let (mut spool_bytes, mut wal_bytes) = (0, 0);
+    let (mut spool_bytes, mut wal_bytes, mut files) = (0, 0, 0);
     let wal = machine.database().with_extension("db-wal");
     for step in 0..STEPS {
         machine.commit(&format!(
@@ -43,18 +45,20 @@ fn an_hour_away(row_len: u32, spool_limit_bytes: u64) -> (Machine, Position, u64
         machine.pass(STEP);
         machine.turns(2);
         spool_bytes = spool_bytes.max(len_below(&machine.state_dir().join("spool")));
+        files = files.max(std::fs::read_dir(machine.state_dir().join("spool")).unwrap().count());
         wal_bytes = wal_bytes.max(std::fs::metadata(&wal).unwrap().len());
     }
     machine.gate.set_open(true);
     machine.sync();
-    (machine, before, spool_bytes, wal_bytes)
+    (machine, before, spool_bytes, wal_bytes, files)
 }
 
-/// All of it fits the spool: not one transaction is lost.
+/// All of it fits the spool: not one transaction is lost. When some hundred files wait, not every transaction makes another one.
 #[test]
 fn an_hour_without_storage_that_the_spool_outlasts() {
-    let (machine, before, spool_bytes, wal_bytes) = an_hour_away(300, 8 << 20);
-    assert!(spool_bytes > 400_000 && machine.spools_dropped == 0, "{spool_bytes}");
+    let (machine, before, spool_bytes, wal_bytes, files) = an_hour_away(300, 8 << 20);
+    assert!((256..480).contains(&files), "{files} files for {STEPS} transactions");
+    assert!(spool_bytes > 300_000 && machine.spools_dropped == 0, "{spool_bytes}");
     assert!(wal_bytes < 3 * machine.settings.checkpoint_threshold_bytes, "{wal_bytes}");
     let last = machine.newest.unwrap();
     assert_eq!((last.epoch, last.txid), (before.epoch, before.txid + u64::from(STEPS)));
@@ -65,7 +69,7 @@ fn an_hour_without_storage_that_the_spool_outlasts() {
 /// More than the spool may hold: it is dropped, a new epoch begins, and what was confirmed before stays as it is.
 #[test]
 fn an_hour_without_storage_that_the_spool_does_not_outlast() {
-    let (machine, before, spool_bytes, wal_bytes) = an_hour_away(30_000, SPOOL_LIMIT_BYTES);
+    let (machine, before, spool_bytes, wal_bytes, _) = an_hour_away(30_000, SPOOL_LIMIT_BYTES);
     // Once: what follows is not recorded before an epoch can be claimed.
     assert_eq!(machine.spools_dropped, 1);
     assert!(spool_bytes < SPOOL_LIMIT_BYTES, "{spool_bytes}");
@@ -164,5 +168,27 @@ fn what_waits_behind_a_large_transaction() {
         machine.sync();
     }
     assert_eq!((machine.spools_dropped, machine.states.len()), (0, 13));
+    machine.states.keys().for_each(|&position| machine.check(position));
+}
+
+/// The claim tells whether a store knows conditions; what an earlier run left is shipped before it.
+#[test]
+fn leftovers_for_a_store_without_conditions() {
+    let mut machine = Machine::new("PRAGMA page_size=4096", |store| Quirky::shared(store, Quirk::RefusesConditions));
+    machine.start();
+    machine.commit("INSERT INTO item(id, body) VALUES(1, zeroblob(100))");
+    let before = machine.sync();
+    machine.gate.set_open(false);
+    machine.commit("INSERT INTO item(id, body) VALUES(2, zeroblob(100))");
+    let spool = Spool::new(machine.state_dir().join("spool"));
+    wait_for("a segment that waits", || {
+        machine.pass(STEP);
+        machine.turns(2);
+        (!spool.waiting().unwrap().is_empty()).then_some(())
+    });
+    machine.crash();
+    machine.gate.set_open(true);
+    machine.start();
+    assert_eq!(machine.sync().txid, before.txid + 1);
     machine.states.keys().for_each(|&position| machine.check(position));
 }

@@ -1,9 +1,8 @@
 //! The main job on live databases, with the built program.
 
+use std::os::unix::fs::PermissionsExt;
 use std::path::PathBuf;
 use std::process::Command;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use crate::support::s3::S3Server;
@@ -280,114 +279,6 @@ fn a_locked_database_gives_a_clear_error_and_is_tried_again() {
     assert_eq!(daemon.terminate(), Some(0), "{}", scene.log());
 }
 
-/// The file at the path is replaced under the running daemon.
-#[test]
-fn a_file_replaced_under_the_daemon() {
-    let scene = Scene::new();
-    let application = create_database(&scene.database(), 100, "");
-    let daemon = scene.start();
-    count_up(&application);
-    scene.wait_for(1);
-    drop(application);
-    let other = create_database(&scene.path("other.db"), 20, "");
-    other.execute_batch("UPDATE counter SET n = 77; PRAGMA wal_checkpoint(TRUNCATE)").unwrap();
-    drop(other);
-    for suffix in ["-wal", "-shm"] {
-        std::fs::remove_file(scene.path(&format!("app.db{suffix}"))).ok();
-    }
-    std::fs::rename(scene.path("other.db"), scene.database()).unwrap();
-    scene.wait_for(77);
-    assert!(scene.log().contains("was replaced or removed"), "{}", scene.log());
-    assert_eq!(daemon.terminate(), Some(0), "{}", scene.log());
-    assert_eq!(content(&scene.database()), content(&scene.restored(&scene.replica(), &[])));
-}
-
-/// Writes until it is told to stop.
-fn write_on(database: PathBuf, stop: Arc<AtomicBool>) -> std::thread::JoinHandle<()> {
-    std::thread::spawn(move || {
-        let application = open(&database);
-        while !stop.load(Ordering::SeqCst) {
-            count_up(&application);
-            std::thread::sleep(Duration::from_millis(50));
-        }
-    })
-}
-
-/// The application goes on writing to the new file, or to the old one with another `-shm`, without a pause: who asks for a sync then
-/// gets none for what is not there any more.
-#[test]
-fn files_replaced_under_the_daemon_and_written_to() {
-    for is_other_database in [true, false] {
-        let scene = Scene::new();
-        let application = create_database(&scene.database(), 100, "");
-        let daemon = scene.start();
-        count_up(&application);
-        scene.wait_for(1);
-        drop(application);
-        if is_other_database {
-            let other = create_database(&scene.path("other.db"), 20, "");
-            other.execute_batch("UPDATE counter SET n = 77; PRAGMA wal_checkpoint(TRUNCATE)").unwrap();
-            drop(other);
-            std::fs::remove_file(scene.path("app.db-wal")).unwrap();
-        }
-        std::fs::remove_file(scene.path("app.db-shm")).unwrap();
-        if is_other_database {
-            std::fs::rename(scene.path("other.db"), scene.database()).unwrap();
-        }
-        let stop = Arc::new(AtomicBool::new(false));
-        let writer = write_on(scene.database(), stop.clone());
-        std::thread::sleep(Duration::from_millis(400));
-        let written = number(&open(&scene.database()), COUNTER);
-        let database = scene.database().display().to_string();
-        // The thread that followed the old files may be about to end.
-        wait_for("a sync", || run(["sync", &database]).status.success().then_some(()));
-        let restored = number(&open(&scene.restored(&scene.replica(), &[])), COUNTER);
-        assert!(restored >= written, "{restored} of {written}, {}", scene.log());
-        assert!(scene.log().contains("was replaced or removed"), "{}", scene.log());
-        stop.store(true, Ordering::SeqCst);
-        writer.join().unwrap();
-        assert_eq!(daemon.terminate(), Some(0), "{}", scene.log());
-        assert_eq!(content(&scene.database()), content(&scene.restored(&scene.replica(), &[])));
-    }
-}
-
-/// The database is deleted while its last transactions wait for storage: they are shipped when that answers, and a stop before says
-/// that they are not.
-#[test]
-fn a_database_that_is_deleted_is_shipped_to_its_end() {
-    for is_stopped_before in [false, true] {
-        let (scene, server) = (Scene::new(), S3Server::start());
-        let application = create_database(&scene.database(), 100, "");
-        let replica = server.url("app");
-        let config = scene.path("waltrail.toml");
-        let text = format!(
-            "shutdown-timeout = \"1s\"\n[[database]]\npath = \"{}\"\nreplica = \"{replica}\"\n",
-            scene.database().display()
-        );
-        std::fs::write(&config, text).unwrap();
-        let daemon = scene.start_with(&["--config", config.to_str().unwrap()]);
-        let database = scene.database().display().to_string();
-        wait_for("a sync", || run(["sync", &database]).status.success().then_some(()));
-        server.refuse(503);
-        for _ in 0..3 {
-            count_up(&application);
-        }
-        drop(application);
-        for suffix in ["", "-wal", "-shm"] {
-            std::fs::remove_file(scene.path(&format!("app.db{suffix}"))).unwrap();
-        }
-        std::thread::sleep(Duration::from_secs(3));
-        if is_stopped_before {
-            scene.expect_error("stopped with transactions not confirmed");
-            assert_eq!(daemon.terminate(), Some(15), "{}", scene.log());
-            continue;
-        }
-        server.refuse(0);
-        wait_for_restored(&replica, scene.directory.path(), COUNTER, 3);
-        assert_eq!(daemon.terminate(), Some(0), "{}", scene.log());
-    }
-}
-
 /// After a power failure the WAL's end is lost, and the application goes on from an earlier commit with the same salts: where the
 /// daemon was lies inside of another transaction then.
 #[test]
@@ -461,6 +352,61 @@ fn a_stop_that_can_not_confirm_says_so() {
 }
 
 /// To a bucket, with a snapshot large enough for several parts, and a stop in the middle of a burst.
+fn config_with(scene: &Scene, settings: &str) -> String {
+    let config = scene.path("waltrail.toml");
+    let (path, replica) = (scene.database(), scene.replica());
+    let text = format!("[[database]]\npath = \"{}\"\nreplica = \"{replica}\"\n{settings}\n", path.display());
+    std::fs::write(&config, text).unwrap();
+    config.display().to_string()
+}
+
+/// While the spool is made durable at the stop, what is in it is confirmed and moved away.
+#[test]
+fn a_stop_while_a_backlog_is_shipped() {
+    let scene = Scene::new();
+    scene.allow_error("the replica's directory is not there");
+    let application = create_database(&scene.database(), 100, "");
+    let config = config_with(&scene, "sync-interval = \"20ms\"");
+    for round in 1..=5 {
+        let daemon = scene.start_with(&["--config", &config]);
+        let database = scene.database().display().to_string();
+        wait_for("a sync", || run(["sync", &database]).status.success().then_some(()));
+        std::fs::rename(scene.path("replica"), scene.path("unmounted")).unwrap();
+        for _ in 0..30 {
+            count_up(&application);
+            std::thread::sleep(Duration::from_millis(40));
+        }
+        std::fs::rename(scene.path("unmounted"), scene.path("replica")).unwrap();
+        // The waits between two attempts are seconds by now; what comes after the first success goes fast.
+        let spool = scene.path(".app.db-waltrail/spool");
+        let waiting = || std::fs::read_dir(&spool).unwrap().count();
+        let before = waiting();
+        wait_for("the first one to be shipped", || (waiting() < before).then_some(()));
+        assert_eq!(daemon.terminate(), Some(0), "{}", scene.log());
+        assert_eq!(number(&open(&scene.restored(&scene.replica(), &[])), COUNTER), 30 * round);
+    }
+}
+
+/// The snapshot could not be begun, and the next try is half a minute away: a stop before that leaves something to restore from, or says
+/// that it does not.
+#[test]
+fn a_stop_before_the_first_snapshot_is_begun() {
+    let scene = Scene::new();
+    let _application = create_database(&scene.database(), 100, "");
+    let snapshots = scene.path("replica/snap");
+    let allow = |mode| std::fs::set_permissions(&snapshots, std::fs::Permissions::from_mode(mode)).unwrap();
+    std::fs::create_dir_all(&snapshots).unwrap();
+    allow(0);
+    let daemon = Daemon::start_bound_by_permissions(
+        &[scene.database().to_str().unwrap(), &scene.replica()],
+        &scene.path("daemon.log"),
+    );
+    wait_for("the failure", || scene.log().contains("could not be looked up").then_some(()));
+    allow(0o700);
+    assert_eq!(daemon.terminate(), Some(0), "{}", scene.log());
+    assert_eq!(scene.restored_content(&[]), content(&scene.database()));
+}
+
 #[test]
 fn to_s3_and_back() {
     let server = S3Server::start();

@@ -1,15 +1,17 @@
 //! Starts that cost what changed.
 
+use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::time::Duration;
 
 use waltrail::store::faults::{Fault, Faulty};
 use waltrail::store::{Operation, SharedStore, StoreErrorKind};
 
 use crate::support::machine::Machine;
 use crate::support::scene::{COUNTER, Scene, now_ms};
-use crate::support::{content, count_up, create_database, insert, number, open, run, stderr, wait_for};
+use crate::support::{Daemon, content, count_up, create_database, insert, number, open, run, stderr, wait_for};
 
 fn len_bytes(objects: &[String]) -> u64 {
     objects.iter().map(|object| std::fs::metadata(object).unwrap().len()).sum()
@@ -280,4 +282,41 @@ fn asking_the_daemon() {
     let daemon = scene.start();
     wait_for("the socket", || run(["sync", name]).status.success().then_some(()));
     assert_eq!(daemon.terminate(), Some(0), "{}", scene.log());
+}
+
+/// What can't be read at a start is neither damaged nor gone: nothing is discarded, and it is tried again.
+#[test]
+fn a_file_of_the_local_state_that_can_not_be_read_for_a_while() {
+    for is_of_the_spool in [false, true] {
+        let scene = Scene::new();
+        scene.allow_error("the replica's directory is not there");
+        scene.expect_error("Permission denied");
+        let application = create_database(&scene.database(), 100, "");
+        let daemon = scene.start();
+        count_up(&application);
+        scene.wait_for(1);
+        std::fs::rename(scene.path("replica"), scene.path("unmounted")).unwrap();
+        count_up(&application);
+        let state = scene.path(".app.db-waltrail");
+        let waiting = wait_for("a segment that waits", || {
+            let entries = std::fs::read_dir(state.join("spool")).unwrap().map(|entry| entry.unwrap().path());
+            entries.into_iter().find(|path| path.file_name().unwrap().to_string_lossy().starts_with("log"))
+        });
+        std::thread::sleep(Duration::from_millis(200));
+        daemon.kill();
+        std::fs::rename(scene.path("unmounted"), scene.path("replica")).unwrap();
+        let unreadable = if is_of_the_spool { waiting } else { state.join("state") };
+        let allow = |mode| std::fs::set_permissions(&unreadable, std::fs::Permissions::from_mode(mode)).unwrap();
+        allow(0);
+        let arguments = [scene.database().display().to_string(), scene.replica()];
+        let arguments = [arguments[0].as_str(), arguments[1].as_str()];
+        let daemon = Daemon::start_bound_by_permissions(&arguments, &scene.path("daemon.log"));
+        wait_for("the failure", || scene.log().contains("Permission denied").then_some(()));
+        std::thread::sleep(Duration::from_secs(2));
+        assert!(unreadable.exists(), "{}", scene.log());
+        allow(0o600);
+        scene.wait_for(2);
+        assert_eq!(daemon.terminate(), Some(0), "{}", scene.log());
+        assert_eq!(scene.objects("snap").len(), 1, "it went on: {}", scene.log());
+    }
 }

@@ -61,7 +61,7 @@ async fn keeps_its_promises(store: SharedStore) {
     assert_eq!(keys("gone/", None).await, ["gone/stays"]);
 
     // 20 MB in pieces of 300,000: three parts. Nothing is visible before the end.
-    let mut upload = Upload::new(store.clone(), "snap/large".into());
+    let mut upload = Upload::new(store.clone(), "snap/large".into(), 0);
     let piece: Vec<u8> = (0..300_000_u32).map(|at| (at % 251) as u8).collect();
     for _ in 0..67 {
         upload.write(&piece).await.unwrap();
@@ -72,7 +72,7 @@ async fn keeps_its_promises(store: SharedStore) {
     assert_eq!(keys("snap/", None).await, ["snap/large"]);
     assert_eq!(store.get_range("snap/large", 300_000 * 50, 300_000).await.unwrap(), piece);
 
-    let mut given_up = Upload::new(store.clone(), "snap/given-up".into());
+    let mut given_up = Upload::new(store.clone(), "snap/given-up".into(), 0);
     for _ in 0..40 {
         given_up.write(&piece).await.unwrap();
     }
@@ -323,6 +323,21 @@ async fn an_upload_whose_completion_was_lost_knows_its_own() {
     memory.put("b", MINE, PutMode::Overwrite).await.unwrap();
     let error = completed(&[(2, Fault::Before(StoreErrorKind::NotFound))]).await.unwrap_err();
     assert_eq!(error.kind, StoreErrorKind::NotFound);
+}
+
+/// To give an upload up means to send all of it again.
+#[tokio::test]
+async fn parts_of_an_upload_are_asked_for_more_patiently() {
+    let memory = Arc::new(MemoryStore::new());
+    let (store, meter) = stacked(
+        &memory,
+        &[(1, AWAY), (2, AWAY), (3, AWAY), (4, AWAY), (5, AWAY), (7, AWAY), (8, AWAY), (9, AWAY), (10, AWAY)],
+    );
+    let id = store.create_multipart("b").await.unwrap();
+    let part = store.put_part("b", &id, 1, 0, MINE).await.unwrap();
+    store.complete_multipart("b", &id, &[part]).await.unwrap();
+    assert_eq!(memory.get("b", 10).await.unwrap(), MINE);
+    assert_eq!(meter.traffic().requests, 12);
 }
 
 #[tokio::test]

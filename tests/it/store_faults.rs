@@ -174,7 +174,7 @@ async fn an_upload_outlives_a_failure_to_complete_it() {
 #[tokio::test]
 async fn an_upload_that_can_not_be_finished_is_given_up() {
     let (directory, store) = directory();
-    let mut upload = Upload::new(store, "folder/x".into());
+    let mut upload = Upload::new(store, "folder/x".into(), 0);
     upload.write(&vec![1; 20 << 20]).await.unwrap();
     assert_eq!(incoming_files(directory.path()).len(), 1);
     std::fs::write(directory.path().join("folder"), b"").unwrap();

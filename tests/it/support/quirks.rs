@@ -7,13 +7,17 @@ use std::sync::Mutex;
 use async_trait::async_trait;
 use bytes::Bytes;
 use waltrail::clock::jitter_below;
-use waltrail::store::{DeleteFailure, ObjectInfo, ObjectStore, PartTag, PutMode, SharedStore, StoreError};
+use waltrail::store::{
+    DeleteFailure, ObjectInfo, ObjectStore, PartTag, PutMode, SharedStore, StoreError, StoreErrorKind,
+};
 
 /// What is odd.
 #[derive(Debug)]
 pub enum Quirk {
     /// `If-None-Match: *` is accepted and ignored.
     IgnoresConditions,
+    /// It is answered with 501.
+    RefusesConditions,
     /// Others go first before a request, now and then.
     Interleaves,
     /// Many objects are deleted key by key, so that a fault can hit in the middle.
@@ -62,6 +66,10 @@ impl ObjectStore for Quirky {
     async fn put(&self, key: &str, body: Bytes, mode: PutMode) -> Result<(), StoreError> {
         self.let_others_go().await;
         let mode = if matches!(self.quirk, Quirk::IgnoresConditions) { PutMode::Overwrite } else { mode };
+        if matches!(self.quirk, Quirk::RefusesConditions) && mode == PutMode::IfAbsent {
+            let (kind, location, key) = (StoreErrorKind::NotSupported, self.location(), key.to_owned());
+            return Err(StoreError { kind, operation: "put", location, key, message: "not implemented".into() });
+        }
         self.inner.put(key, body, mode).await?;
         match &self.quirk {
             Quirk::LosesAtPut(doomed) => self.inner.delete_many(doomed).await.map(drop),
