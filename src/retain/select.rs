@@ -54,6 +54,7 @@ impl<'a> Selection<'a> {
         let mut selection = Self { history, tails, now_ms, reasons, superseded, notes };
         match settings.window_ms {
             Some(window_ms) => {
+                selection.check_newest_line()?;
                 selection.keep_window(window_start_ms(window_ms, now_ms))?;
                 selection.keep_periods(settings)?;
                 selection.keep_marks(marks)?;
@@ -84,6 +85,14 @@ impl<'a> Selection<'a> {
             for stored in chosen(epoch) {
                 self.keep(ObjectKey::Segment(stored.key), &StaysBecause::RetentionOff);
             }
+        }
+    }
+
+    /// Where the newest epoch's record was lost, the epoch before it looks like the newest one; what the lost line stands on would go.
+    fn check_newest_line(&self) -> Result<(), RestoreError> {
+        match self.history.line(None) {
+            Ok(_) | Err(RestoreError::NothingYet { .. }) => Ok(()),
+            Err(damage) => Err(damage),
         }
     }
 

@@ -514,6 +514,36 @@ async fn a_mark_that_cannot_be_read_stops_everything() {
     prune_at(&oracle.store, &window(HOUR_MS), oracle.now_ms()).await;
 }
 
+/// Without its record a fork is not seen, and the line that it left looks like the newest one, which does not need what the fork
+/// stands on.
+#[tokio::test]
+async fn nothing_goes_while_the_newest_epochs_record_is_lost() {
+    let mut oracle = Oracle::new(512, 74).await;
+    oracle.begin_with_snapshot(None, 0).await;
+    a_segment_a_day(&mut oracle, 4, &[3]).await;
+    oracle.begin(Some(Position { epoch: 1, txid: 3 }), true).await;
+    oracle.commit_and_cut(2).await;
+    oracle.pass_time(5 * DAY_MS);
+    let record = EpochKey { epoch: 2, writer: None }.to_string();
+    let bytes = oracle.store.get(&record, u64::MAX).await.unwrap();
+    oracle.store.delete(&record).await.unwrap();
+    let before = keys(&oracle.store).await;
+    for settings in [window(DAY_MS), RetentionSettings { keep_daily: 2, ..window(DAY_MS) }] {
+        let now = Now::Told(oracle.now_ms());
+        let refused = prune(&oracle.store, &settings, now, &mut TailCache::default(), false).await;
+        let is_named = matches!(
+            &refused,
+            Err(RetainError::Restore(RestoreError::Damaged { object, .. })) if *object == record
+        );
+        assert!(is_named, "{refused:?}");
+        assert_eq!(keys(&oracle.store).await, before);
+    }
+    oracle.store.put(&record, bytes, PutMode::IfAbsent).await.unwrap();
+    check_window(&oracle, 0, oracle.now_ms(), "the record is back").await;
+    prune_at(&oracle.store, &window(DAY_MS), oracle.now_ms()).await;
+    check_window(&oracle, oracle.now_ms() - DAY_MS, oracle.now_ms(), "pruned").await;
+}
+
 #[tokio::test]
 async fn a_damaged_snapshot_is_neither_used_nor_deleted() {
     let mut oracle = Oracle::new(512, 68).await;
@@ -543,7 +573,8 @@ async fn what_is_not_ours_is_not_touched() {
     a_segment_a_day(&mut oracle, 5, &[3]).await;
     let strangers = [
         "log/zz",
-        "log/000000ff/0000000000000001-0000000000000002-000000000003",
+        // As what is older than all records. Of a newer epoch it would tell that a record was lost.
+        "log/00000000/0000000000000001-0000000000000002-000000000003",
         "snap/x",
         "epochs/1",
         "marks/.x",
