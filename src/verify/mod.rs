@@ -470,7 +470,11 @@ impl Verifier<'_> {
         let begun = self.begin();
         let compared = self.budget.within(compare(&self.store, &self.settings.scratch, live)).await;
         match compared {
-            None => self.report.not_reached.push(COMPARISON.into()),
+            None => {
+                self.report.not_reached.push(COMPARISON.into());
+                let sentence = "the live database was not compared: there was no time".to_owned();
+                self.report.findings.push(Finding::new(Verdict::Degraded, COMPARISON, None, sentence));
+            }
             Some(compared) => {
                 match compared? {
                     Compared::Same(position, len_bytes) => {
