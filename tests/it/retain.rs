@@ -19,10 +19,12 @@ use waltrail::retain::tails::TailCache;
 use waltrail::retain::{GRACE_MS, Now, RetainError, RetentionSettings};
 use waltrail::store::faults::{Fault, Faulty, Request};
 use waltrail::store::{Operation, PutMode, SharedStore, StoreErrorKind};
+use waltrail::verify::Depth;
 
 use crate::restore::restore;
 use crate::support::oracle::{Oracle, all_kinds};
 use crate::support::quirks::{Quirk, Quirky};
+use crate::verify::check_sound;
 
 const HOUR_MS: u64 = 3_600_000;
 const DAY_MS: u64 = 24 * HOUR_MS;
@@ -463,6 +465,38 @@ async fn a_mark_keeps_its_state() {
     let outcome = prune_at(&oracle.store, &window(DAY_MS), now_ms).await;
     assert!(outcome.deleted_objects > 0);
     assert_eq!(keys(&oracle.store).await.iter().filter(|key| key.starts_with("epochs/")).count(), 1);
+}
+
+/// A daemon that stops before its first snapshot is stored, and goes on in another epoch, stores it there: the state that was found is
+/// one of the first epoch, and only the second one's line has a snapshot of it.
+#[tokio::test]
+async fn a_mark_on_a_state_that_only_the_next_epochs_snapshot_serves() {
+    let mut oracle = Oracle::new(512, 75).await;
+    oracle.begin(None, false).await;
+    let found = oracle.position();
+    oracle.begin(Some(found), true).await;
+    // It is the last state of one epoch, and the one that the other begins with.
+    oracle.states.insert(oracle.position(), oracle.states[&found].clone());
+    let snapshot = oracle.snapshot(found.txid, found.txid).await;
+    let now_ms = oracle.now_ms();
+    let (mark, planned) = set_mark(&oracle.store, "first", Target::Latest, None, now_ms).await.unwrap();
+    assert_eq!((planned.position, planned.snapshot.key), (found, snapshot));
+    assert_eq!((mark.epoch, mark.txid), (2, found.txid));
+    // Much later nothing but the mark keeps it.
+    oracle.commit_and_cut(2).await;
+    oracle.begin_with_snapshot(Some(oracle.position()), 0).await;
+    a_segment_a_day(&mut oracle, 3, &[0, 1, 2]).await;
+    oracle.pass_time(100 * DAY_MS);
+    assert!(prune_at(&oracle.store, &window(DAY_MS), oracle.now_ms()).await.deleted_objects > 0);
+    let left = keys(&oracle.store).await;
+    assert!(left.contains(&snapshot.to_string()), "{left:?}");
+    let (_, bytes) = restore(&oracle.store, Target::Txid(mark.txid), Some(mark.epoch)).await.unwrap();
+    assert!(bytes == oracle.states[&found].bytes());
+    check_sound(&oracle.store, Depth::Structure, 1, oracle.now_ms()).await.unwrap();
+    // A verification, too, finds it where the mark says, and misses it when it is gone.
+    oracle.store.delete(&snapshot.to_string()).await.unwrap();
+    let missed = check_sound(&oracle.store, Depth::Structure, 1, oracle.now_ms()).await.unwrap_err();
+    assert!(missed.contains("the state of marks/first"), "{missed}");
 }
 
 /// What a restore of a marked state can do without is not needed to keep it: a source is read where an index says. And what can't be
