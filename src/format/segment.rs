@@ -29,6 +29,9 @@ const RUN_LEN: u64 = 16;
 /// No table is longer than this, in bytes: a reader keeps all of it in memory. It is enough for 67 million pages, of
 /// which 512 bytes each make 34 GB.
 pub const TABLE_RAW_LIMIT: u64 = 256 << 20;
+/// All blocks of a table but the last hold at least so many raw bytes (those that this program writes more than 3 MiB): a reader fetches
+/// a table whole, and this bounds how long it can be.
+const TABLE_BLOCK_RAW_LEAST: u64 = 4096;
 
 const FLAG_FINGERPRINT: u32 = 1;
 const FLAG_COALESCED: u32 = 2;
@@ -388,6 +391,7 @@ impl SegmentFooter {
                 <= u64::from(page_block_count) * BLOCK_RAW_LIMIT as u64
             && has_room_for(pages_len, page_block_count)
             && has_room_for(table_len, table_block_count)
+            && u64::from(table_block_count) <= table_raw_len / TABLE_BLOCK_RAW_LEAST + 1
             && table_len <= most_compressed(table_raw_len, table_block_count);
         if !is_consistent {
             return Err(FormatError::Inconsistent("the segment's footer is not that of this object".into()));

@@ -24,6 +24,9 @@ pub const SOURCES_LIMIT: u32 = 1024;
 /// No index is longer than this, in bytes: a reader keeps all of it in memory. It is enough for 6.7 million extents, a
 /// database of 1.7 TB.
 pub const INDEX_RAW_LIMIT: u64 = 256 << 20;
+/// All blocks of an index but the last hold at least so many raw bytes (those that this program writes nearly 4 MiB): a reader fetches an
+/// index whole, and this bounds how long it can be.
+const INDEX_BLOCK_RAW_LEAST: u64 = 4096;
 const LEVEL: i32 = 3;
 
 /// Where an extent is, and what it holds.
@@ -301,8 +304,7 @@ impl SnapshotFooter {
             && (1..=extent_count.saturating_add(1).min(SOURCES_LIMIT)).contains(&source_count)
             && u64::from(index_block_count) * BLOCK_HEADER_LEN as u64 <= index_len
             && index_raw_len(extent_count) <= INDEX_RAW_LIMIT
-            // Who reads it fetches it whole.
-            && index_block_count <= extent_count.max(1)
+            && u64::from(index_block_count) <= index_raw_len(extent_count) / INDEX_BLOCK_RAW_LEAST + 1
             && index_len <= most_compressed(index_raw_len(extent_count), index_block_count)
             && extent_count == super::extent_count(size_pages, page_size);
         if !is_consistent {

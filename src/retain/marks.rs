@@ -56,7 +56,8 @@ pub async fn set_mark(
     let mark = MarkRecord {
         format: FORMAT_VERSION,
         name: name.to_owned(),
-        epoch: planned.position.epoch,
+        // Of an epoch's last state the first snapshot may be one of the epoch that continues it: then it is on that one's line alone.
+        epoch: planned.position.epoch.max(planned.snapshot.key.epoch),
         txid: planned.position.txid,
         time_ms: planned.time_ms,
         created_ms: now_ms,

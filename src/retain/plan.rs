@@ -220,8 +220,8 @@ fn write_groups(
 /// Decides what goes. Pure: `tails` are the ends of all snapshots of `history`, `now_ms` is the time now.
 ///
 /// # Errors
-/// When an epoch's line can't be followed, because a record is missing or contradicts its parent: then nothing is known for
-/// certain, and nothing may go.
+/// When an epoch's line can't be followed, because a record is missing or contradicts its parent, or when the newest epoch's record
+/// was lost: then nothing is known for certain, and nothing may go.
 pub fn plan(
     history: &History,
     tails: &BTreeMap<SnapshotKey, Tail>,

@@ -1,7 +1,7 @@
 //! What must stay, and why.
 //!
 //! - A state is valid from its commit until the next state of its line; the last one of a line that was left until the next
-//!   epoch was claimed. **Every state that was valid at the window's start or later stays restorable**, on every line whose end is
+//!   epoch was claimed (by the clock of its writer or of the store, whichever says later). **Every state that was valid at the window's start or later stays restorable**, on every line whose end is
 //!   inside the window. For each part of such a line that has no gap in it (a *run*) that takes the newest usable snapshot whose
 //!   state is not later than the window's start, all later snapshots, and every segment after the first one's beginning.
 //! - A run was valid until the *next* run's first state can be restored: an epoch whose first snapshot is not there yet takes
@@ -54,6 +54,7 @@ impl<'a> Selection<'a> {
         let mut selection = Self { history, tails, now_ms, reasons, superseded, notes };
         match settings.window_ms {
             Some(window_ms) => {
+                selection.check_newest_line()?;
                 selection.keep_window(window_start_ms(window_ms, now_ms))?;
                 selection.keep_periods(settings)?;
                 selection.keep_marks(marks)?;
@@ -84,6 +85,14 @@ impl<'a> Selection<'a> {
             for stored in chosen(epoch) {
                 self.keep(ObjectKey::Segment(stored.key), &StaysBecause::RetentionOff);
             }
+        }
+    }
+
+    /// Where the newest epoch's record was lost, the epoch before it looks like the newest one; what the lost line stands on would go.
+    fn check_newest_line(&self) -> Result<(), RestoreError> {
+        match self.history.line(None) {
+            Ok(_) | Err(RestoreError::NothingYet { .. }) => Ok(()),
+            Err(damage) => Err(damage),
         }
     }
 
@@ -329,18 +338,26 @@ fn covers(segments: &[&Stored<SegmentKey>], first_txid: u64, last_txid: u64) -> 
 
 /// For each epoch, until when its last state was valid: until the next epoch was claimed or, where a writer went on for a while
 /// because it did not know yet, until that one's last transaction. The newest is valid for ever. Clocks of machines differ:
-/// a later epoch never ends before an earlier one.
+/// a later epoch never ends before an earlier one, and a claim is not older than its record in storage.
 fn ends_ms(history: &History) -> BTreeMap<u32, u64> {
     let mut ends_ms = BTreeMap::new();
     let mut latest_ms = 0;
     let mut epochs = history.epochs.iter().peekable();
     while let Some((&number, epoch)) = epochs.next() {
-        let claimed_ms = epochs.peek().map_or(u64::MAX, |(_, next)| next.record.claimed_ms);
+        let claimed_ms = epochs.peek().map_or(u64::MAX, |(_, next)| claimed_ms(next));
         let last_segment_ms = epoch.segments.iter().map(|stored| stored.key.0.time_ms).max().unwrap_or(0);
         latest_ms = latest_ms.max(claimed_ms).max(last_segment_ms);
         ends_ms.insert(number, latest_ms);
     }
     ends_ms
+}
+
+/// When an epoch was claimed, by its writer's clock or by the store's, whichever says later: a writer may start before anybody has told
+/// its machine the time, and what a restore undid would count as left long ago.
+fn claimed_ms(epoch: &Epoch) -> u64 {
+    let stored_ms = epoch.claims.first().map(|record| record.stored_ms);
+    // The latest time of all stands for a store that does not say.
+    epoch.record.claimed_ms.max(stored_ms.filter(|&stored_ms| stored_ms != u64::MAX).unwrap_or(0))
 }
 
 /// Whether another epoch goes on from the very end of this one, so that this one's line is a part of that one's.

@@ -1,8 +1,12 @@
-//! The clock of a real daemon is set while it runs.
+//! The clock of a real daemon is set while it runs, or wrong when it starts.
+
+use std::time::Duration;
 
 use waltrail::format::key::SegmentKey;
+use waltrail::retain::tails::TailCache;
 
 use crate::support::clock::Clock;
+use crate::support::machine::Machine;
 use crate::support::scene::Scene;
 use crate::support::{Daemon, content, count_up, create_database, insert, run, stderr, wait_for};
 
@@ -56,4 +60,33 @@ fn the_daemons_clock_is_set() {
     assert!(times.is_sorted() && times.len() > 10, "{times:?}");
     // The year ahead was seen, and stays.
     assert!(times[times.len() - 1] - times[0] > 360 * 86_400_000, "{times:?}");
+}
+
+/// A machine that does not keep the time while it is off starts far in the past, after a restore. The line that was left ended when the
+/// store took the new epoch's record, not when its writer believed that it was.
+#[test]
+fn a_claim_by_a_clock_that_is_behind_takes_no_undone_state_away() {
+    const INSERT: &str = "INSERT INTO item(body) VALUES(randomblob(300))";
+    let days = |days: u64| Duration::from_secs(days * DAY_S as u64);
+    let mut machine = Machine::new("PRAGMA page_size=4096", |store| store);
+    machine.window = days(30);
+    machine.start();
+    machine.commit(INSERT);
+    let restored = machine.sync();
+    machine.snapshot();
+    machine.commit(INSERT);
+    let undone = machine.sync();
+    machine.stop();
+    // Nobody writes for longer than the window.
+    machine.pass(days(40));
+    machine.restore(restored, true);
+    machine.clock.jump(-60 * DAY_S * 1000);
+    machine.start();
+    machine.commit(INSERT);
+    let newest = machine.sync();
+    assert_eq!((newest.epoch, newest.txid), (undone.epoch + 1, restored.txid + 1), "it goes on from what was restored");
+    machine.clock.jump(60 * DAY_S * 1000);
+    machine.prune(&mut TailCache::default()).unwrap();
+    machine.check(undone);
+    machine.check(newest);
 }

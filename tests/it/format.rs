@@ -7,7 +7,9 @@ use waltrail::format::change::Content;
 use waltrail::format::key::{EpochKey, SegmentKey, SnapshotKey};
 use waltrail::format::record::{EpochRecord, ReplicaMarker};
 use waltrail::format::segment::{Segment, SegmentFooter, SegmentWriter, Transaction, TransactionInfo};
-use waltrail::format::snapshot::{SnapshotFooter, SnapshotInfo, SnapshotWriter, check_snapshot_header, decode_extent};
+use waltrail::format::snapshot::{
+    ExtentRecord, SnapshotFooter, SnapshotInfo, SnapshotWriter, check_snapshot_header, decode_extent,
+};
 use waltrail::format::{extent_count, extent_pages};
 
 /// Pages of a transaction: number and fill.
@@ -66,7 +68,7 @@ fn read_snapshot(bytes: &[u8]) -> Result<Vec<Vec<u8>>, waltrail::format::FormatE
     check_snapshot_header(bytes, footer.page_size)?;
     let end = footer.index_offset + footer.index_and_sources_len();
     let index = footer.decode_index(&bytes[footer.index_offset as usize..end as usize])?;
-    let extent = |(number, record): (u32, &waltrail::format::snapshot::ExtentRecord)| {
+    let extent = |(number, record): (u32, &ExtentRecord)| {
         let (start, len) = (record.offset as usize, record.compressed_len as usize);
         let compressed = bytes.get(start..start.saturating_add(len)).unwrap_or_default();
         decode_extent(number, record, compressed, footer.page_size)
@@ -251,4 +253,107 @@ fn a_footer_with_all_the_numbers() {
     let crc32 = crc32fast::hash(&[&bytes[at..at + 84], b"WALTSEGE"].concat());
     bytes[at + 84..at + 88].copy_from_slice(&crc32.to_le_bytes());
     assert!(Segment::decode(&bytes, |_, _, _| ()).is_err());
+}
+
+/// An object after `change` was made to its footer, under a checksum that is right.
+fn with_footer(bytes: &[u8], magic: &[u8; 8], change: impl FnOnce(&mut [u8])) -> Vec<u8> {
+    let mut bytes = bytes.to_vec();
+    let at = bytes.len() - 100;
+    change(&mut bytes[at..at + 84]);
+    let crc32 = crc32fast::hash(&[&bytes[at..at + 84], magic].concat());
+    bytes[at + 84..at + 88].copy_from_slice(&crc32.to_le_bytes());
+    bytes
+}
+
+/// Who reads a table fetches it whole: that it has many blocks is not believed, if they would hold next to nothing.
+#[test]
+fn a_table_is_no_longer_than_what_it_holds() {
+    let bytes = segment(512, &[Pages::from([(1, 1)])]);
+    let true_footer = SegmentFooter::decode(&bytes, bytes.len() as u64).unwrap();
+    assert_eq!((true_footer.table_raw_len, true_footer.table_block_count), (52, 1));
+    let claiming = |block_count: u32, table_len: u64| {
+        let lying = with_footer(&bytes, b"WALTSEGE", |fields| {
+            fields[8..16].copy_from_slice(&table_len.to_le_bytes());
+            fields[64..68].copy_from_slice(&block_count.to_le_bytes());
+        });
+        SegmentFooter::decode(&lying, bytes.len() as u64 - true_footer.table_len + table_len)
+    };
+    assert_eq!(claiming(1, true_footer.table_len), Ok(true_footer));
+    assert!(claiming(1, 52 + 1024).is_ok(), "there is room for what zstd may add");
+    for (block_count, table_len) in [(1, 52 + 1025), (2, 52 + 1024), (2, 24), (400_000, 400_000 * 1024)] {
+        assert!(claiming(block_count, table_len).is_err(), "{block_count} blocks of {table_len} bytes");
+    }
+}
+
+/// The same for a snapshot's index.
+#[test]
+fn an_index_is_no_longer_than_what_it_holds() {
+    // 2,051 pages of 512 bytes are five extents, and so many of 64 KiB are 513.
+    for (page_size, size_pages, most_blocks) in
+        [(512_u32, 2051_u32, 1_u32), (65_536, 2051, 6), (65_536, 26_843_540, 65_536)]
+    {
+        let bytes = snapshot(512, 1);
+        let true_footer = SnapshotFooter::decode(&bytes, bytes.len() as u64).unwrap();
+        let raw_len = u64::from(extent_count(size_pages, page_size)) * 40;
+        let claiming = |block_count: u32, index_len: u64| {
+            let lying = with_footer(&bytes, b"WALTSNPE", |fields| {
+                fields[8..16].copy_from_slice(&index_len.to_le_bytes());
+                for (at, value) in
+                    [(56, block_count), (64, extent_count(size_pages, page_size)), (68, size_pages), (76, page_size)]
+                {
+                    fields[at..at + 4].copy_from_slice(&value.to_le_bytes());
+                }
+            });
+            SnapshotFooter::decode(&lying, bytes.len() as u64 - true_footer.index_len + index_len)
+        };
+        assert!(claiming(1, raw_len).is_ok() && claiming(most_blocks, raw_len).is_ok(), "{raw_len}");
+        let limit = raw_len + raw_len / 128 + u64::from(most_blocks) * 1024;
+        assert!(claiming(most_blocks, limit).is_ok() && claiming(most_blocks, limit + 1).is_err(), "{raw_len}");
+        assert!(claiming(most_blocks + 1, raw_len).is_err(), "{raw_len}");
+        let extents = extent_count(size_pages, page_size);
+        assert!(claiming(extents, raw_len + u64::from(extents) * 1024).is_err(), "{raw_len}: a block for each extent");
+    }
+}
+
+/// What the writers make of large tables and indexes is within those bounds.
+#[test]
+fn large_tables_and_indexes_have_few_blocks() {
+    let info = TransactionInfo {
+        time_ms: 1,
+        size_pages: 9,
+        schema_cookie: 1,
+        fingerprint: None,
+        coalesced: false,
+        schema_changed: false,
+    };
+    let mut writer = SegmentWriter::new(Vec::new(), 512).unwrap();
+    for _ in 0..300_000 {
+        writer.begin_transaction(&info, &[]).unwrap();
+    }
+    let bytes = writer.finish(7, 100).unwrap().0;
+    let decoded = Segment::decode(&bytes, |_, _, _| ()).unwrap();
+    assert_eq!(decoded.transactions.len(), 300_000);
+    assert_eq!((decoded.footer.table_raw_len, decoded.footer.table_block_count), (16 + 300_000 * 32, 3));
+
+    // All of its extents are in another object, so they are soon named.
+    let extents = 250_000;
+    let (mut writer, mut bytes) = SnapshotWriter::new(65_536);
+    let elsewhere = SnapshotKey { epoch: 1, txid: 1, time_ms: 1 };
+    let record =
+        ExtentRecord { source: 0, offset: 32, compressed_len: 9, crc32: 0, page_count: 4, content_hash: 0, txid: 1 };
+    for index in 0..extents {
+        writer.refer_to_extent(index, 5, elsewhere, &record).unwrap();
+    }
+    let info = SnapshotInfo {
+        key: SnapshotKey { epoch: 2, txid: 5, time_ms: 10 },
+        last_txid: 5,
+        time_ms: 20,
+        size_pages: extents * 4,
+        schema_cookie: 1,
+        fingerprint: 99,
+    };
+    bytes.extend(writer.finish(&info).unwrap());
+    let footer = SnapshotFooter::decode(&bytes, bytes.len() as u64).unwrap();
+    let index = footer.decode_index(&bytes[footer.index_offset as usize..bytes.len() - 100]).unwrap();
+    assert_eq!((index.extents.len(), footer.index_block_count), (250_000, 3));
 }

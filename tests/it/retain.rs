@@ -19,10 +19,12 @@ use waltrail::retain::tails::TailCache;
 use waltrail::retain::{GRACE_MS, Now, RetainError, RetentionSettings};
 use waltrail::store::faults::{Fault, Faulty, Request};
 use waltrail::store::{Operation, PutMode, SharedStore, StoreErrorKind};
+use waltrail::verify::Depth;
 
 use crate::restore::restore;
 use crate::support::oracle::{Oracle, all_kinds};
 use crate::support::quirks::{Quirk, Quirky};
+use crate::verify::check_sound;
 
 const HOUR_MS: u64 = 3_600_000;
 const DAY_MS: u64 = 24 * HOUR_MS;
@@ -465,6 +467,38 @@ async fn a_mark_keeps_its_state() {
     assert_eq!(keys(&oracle.store).await.iter().filter(|key| key.starts_with("epochs/")).count(), 1);
 }
 
+/// A daemon that stops before its first snapshot is stored, and goes on in another epoch, stores it there: the state that was found is
+/// one of the first epoch, and only the second one's line has a snapshot of it.
+#[tokio::test]
+async fn a_mark_on_a_state_that_only_the_next_epochs_snapshot_serves() {
+    let mut oracle = Oracle::new(512, 75).await;
+    oracle.begin(None, false).await;
+    let found = oracle.position();
+    oracle.begin(Some(found), true).await;
+    // It is the last state of one epoch, and the one that the other begins with.
+    oracle.states.insert(oracle.position(), oracle.states[&found].clone());
+    let snapshot = oracle.snapshot(found.txid, found.txid).await;
+    let now_ms = oracle.now_ms();
+    let (mark, planned) = set_mark(&oracle.store, "first", Target::Latest, None, now_ms).await.unwrap();
+    assert_eq!((planned.position, planned.snapshot.key), (found, snapshot));
+    assert_eq!((mark.epoch, mark.txid), (2, found.txid));
+    // Much later nothing but the mark keeps it.
+    oracle.commit_and_cut(2).await;
+    oracle.begin_with_snapshot(Some(oracle.position()), 0).await;
+    a_segment_a_day(&mut oracle, 3, &[0, 1, 2]).await;
+    oracle.pass_time(100 * DAY_MS);
+    assert!(prune_at(&oracle.store, &window(DAY_MS), oracle.now_ms()).await.deleted_objects > 0);
+    let left = keys(&oracle.store).await;
+    assert!(left.contains(&snapshot.to_string()), "{left:?}");
+    let (_, bytes) = restore(&oracle.store, Target::Txid(mark.txid), Some(mark.epoch)).await.unwrap();
+    assert!(bytes == oracle.states[&found].bytes());
+    check_sound(&oracle.store, Depth::Structure, 1, oracle.now_ms()).await.unwrap();
+    // A verification, too, finds it where the mark says, and misses it when it is gone.
+    oracle.store.delete(&snapshot.to_string()).await.unwrap();
+    let missed = check_sound(&oracle.store, Depth::Structure, 1, oracle.now_ms()).await.unwrap_err();
+    assert!(missed.contains("the state of marks/first"), "{missed}");
+}
+
 /// What a restore of a marked state can do without is not needed to keep it: a source is read where an index says. And what can't be
 /// read at the moment may be what the state needs.
 #[tokio::test]
@@ -514,6 +548,36 @@ async fn a_mark_that_cannot_be_read_stops_everything() {
     prune_at(&oracle.store, &window(HOUR_MS), oracle.now_ms()).await;
 }
 
+/// Without its record a fork is not seen, and the line that it left looks like the newest one, which does not need what the fork
+/// stands on.
+#[tokio::test]
+async fn nothing_goes_while_the_newest_epochs_record_is_lost() {
+    let mut oracle = Oracle::new(512, 74).await;
+    oracle.begin_with_snapshot(None, 0).await;
+    a_segment_a_day(&mut oracle, 4, &[3]).await;
+    oracle.begin(Some(Position { epoch: 1, txid: 3 }), true).await;
+    oracle.commit_and_cut(2).await;
+    oracle.pass_time(5 * DAY_MS);
+    let record = EpochKey { epoch: 2, writer: None }.to_string();
+    let bytes = oracle.store.get(&record, u64::MAX).await.unwrap();
+    oracle.store.delete(&record).await.unwrap();
+    let before = keys(&oracle.store).await;
+    for settings in [window(DAY_MS), RetentionSettings { keep_daily: 2, ..window(DAY_MS) }] {
+        let now = Now::Told(oracle.now_ms());
+        let refused = prune(&oracle.store, &settings, now, &mut TailCache::default(), false).await;
+        let is_named = matches!(
+            &refused,
+            Err(RetainError::Restore(RestoreError::Damaged { object, .. })) if *object == record
+        );
+        assert!(is_named, "{refused:?}");
+        assert_eq!(keys(&oracle.store).await, before);
+    }
+    oracle.store.put(&record, bytes, PutMode::IfAbsent).await.unwrap();
+    check_window(&oracle, 0, oracle.now_ms(), "the record is back").await;
+    prune_at(&oracle.store, &window(DAY_MS), oracle.now_ms()).await;
+    check_window(&oracle, oracle.now_ms() - DAY_MS, oracle.now_ms(), "pruned").await;
+}
+
 #[tokio::test]
 async fn a_damaged_snapshot_is_neither_used_nor_deleted() {
     let mut oracle = Oracle::new(512, 68).await;
@@ -543,7 +607,8 @@ async fn what_is_not_ours_is_not_touched() {
     a_segment_a_day(&mut oracle, 5, &[3]).await;
     let strangers = [
         "log/zz",
-        "log/000000ff/0000000000000001-0000000000000002-000000000003",
+        // As what is older than all records. Of a newer epoch it would tell that a record was lost.
+        "log/00000000/0000000000000001-0000000000000002-000000000003",
         "snap/x",
         "epochs/1",
         "marks/.x",

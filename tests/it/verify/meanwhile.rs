@@ -6,14 +6,17 @@ use std::sync::{Arc, Mutex};
 use async_trait::async_trait;
 use bytes::Bytes;
 use waltrail::restore::RestoreError;
+use waltrail::restore::history::History;
+use waltrail::restore::plan::{Target, plan};
 use waltrail::retain::prune::prune;
 use waltrail::retain::tails::TailCache;
 use waltrail::retain::{Now, RetentionSettings};
 use waltrail::store::faults::{Fault, Faulty};
 use waltrail::store::memory::MemoryStore;
+use waltrail::store::metered::Metered;
 use waltrail::store::{ObjectInfo, ObjectStore, PartTag, PutMode, SharedStore, StoreError, StoreErrorKind};
-use waltrail::verify::VerifyError;
 use waltrail::verify::report::Verdict;
+use waltrail::verify::{Depth, VerifyError};
 
 use super::{DEPTHS, HOUR_MS, assert_found, get, keys, sentences, settings, simple, verify_with};
 use crate::support::oracle::Oracle;
@@ -172,6 +175,33 @@ async fn a_daemon_that_ships_merges_and_prunes_meanwhile() {
         }
     }
     assert!(undisturbed > 100, "{undisturbed}");
+}
+
+/// Each look at the newest state finds something else to be wrong, so nobody knows whether it can be restored: that is no clean verdict.
+#[tokio::test]
+async fn a_newest_state_that_is_another_at_each_look() {
+    let (oracle, ..) = simple().await;
+    let (store, now_ms) = (&oracle.store, oracle.now_ms());
+    let whole = verify_with(store, &settings(Depth::Structure), now_ms).await.unwrap();
+    assert_found(&whole, Verdict::Ok, &[], "before");
+    // What is done last is to look for the newest state.
+    let (metered, meter) = Metered::new(store.clone());
+    let metered: SharedStore = Arc::new(metered);
+    plan(&metered, &History::load(&metered).await.unwrap(), Target::Latest, None).await.unwrap();
+    let waits = whole.requests - meter.traffic().requests;
+    let inner = Arc::new(MemoryStore::new());
+    for key in keys(store, "").await {
+        inner.put(&key, Bytes::from(get(store, &key).await), PutMode::Overwrite).await.unwrap();
+    }
+    // Where it ends too early is told, and each time it ends somewhere else.
+    let key = "epochs/00000001";
+    let record = Bytes::from(get(store, key).await);
+    let cut = |number: usize| Change::Put(key.to_owned(), record.slice(..record.len() - 1 - number % 90));
+    let state = Mutex::new((waits, 1, (0..400).map(cut).collect()));
+    let meddled: SharedStore = Arc::new(Meddled { inner, state });
+    let found = verify_with(&meddled, &settings(Depth::Structure), now_ms).await.unwrap();
+    assert_found(&found, Verdict::Degraded, &["whether the newest state can be restored was not found out"], "cut");
+    assert!(found.newest.is_none() && !found.not_reached.is_empty(), "{found:?}");
 }
 
 /// A store that fails is an error, at whatever request; never a verdict.

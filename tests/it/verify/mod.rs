@@ -16,6 +16,7 @@ use waltrail::restore::RestoreError;
 use waltrail::restore::plan::Target;
 use waltrail::retain::marks::set_mark;
 use waltrail::store::{PutMode, SharedStore};
+use waltrail::verify::against::Live;
 use waltrail::verify::report::{Report, Verdict};
 use waltrail::verify::{Depth, Settings, VerifyError, verify};
 
@@ -297,5 +298,18 @@ async fn samples_and_bounds() {
             "{:?}",
             found.not_reached
         );
+    }
+}
+
+/// The live database was named: that it was not compared is no clean verdict.
+#[tokio::test]
+async fn a_comparison_that_there_was_no_time_for() {
+    let (oracle, ..) = simple().await;
+    let live = Live { database: "/no/such.db".into(), state_dir: "/no/such".into(), patience: Duration::ZERO };
+    for depth in DEPTHS {
+        let bounded = Settings { max_duration: Some(Duration::ZERO), live: Some(live.clone()), ..settings(depth) };
+        let found = verify_with(&oracle.store, &bounded, oracle.now_ms()).await.unwrap();
+        assert_found(&found, Verdict::Degraded, &["the live database was not compared"], "no time");
+        assert!(found.not_reached.iter().any(|what| what.contains("live database")), "{:?}", found.not_reached);
     }
 }
