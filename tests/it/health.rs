@@ -13,7 +13,7 @@ use crate::support::{count_up, create_database, run, stderr, wait_for, waltrail}
 const NOBODY: &str = "s3://nobody/app?endpoint=http://127.0.0.1:1&region=us-east-1";
 
 /// Where the daemon says that it serves.
-fn address(scene: &Scene) -> String {
+pub fn address(scene: &Scene) -> String {
     wait_for("the address", || {
         let log = std::fs::read_to_string(scene.path("daemon.log")).ok()?;
         let line = log.lines().find(|line| line.contains("serving /healthz"))?.to_owned();
@@ -22,7 +22,7 @@ fn address(scene: &Scene) -> String {
 }
 
 /// Status and body.
-fn get(address: &str, path: &str) -> (u16, String) {
+pub fn get(address: &str, path: &str) -> (u16, String) {
     let mut stream = TcpStream::connect(address).unwrap();
     stream.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
     write!(stream, "GET {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n").unwrap();
