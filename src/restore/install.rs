@@ -16,6 +16,8 @@ use crate::sqlite::sidecar;
 /// SQLite's lock bytes: pending, reserved, and the 510 that readers lock (file format, section 1.4, and `os.h`).
 const PENDING_BYTE: i64 = 0x4000_0000;
 const LOCK_BYTES_LEN: i64 = 512;
+/// No more links than this lead from one to the next (path_resolution(7)).
+const MOST_LINKS: usize = 40;
 
 /// How a restore treats what is there.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -39,7 +41,7 @@ pub struct Incoming {
 
 impl Incoming {
     /// Makes the file, after checking that the target may be replaced or is not there ([`is_there`]). A target that is a symbolic link stands
-    /// for the file it leads to, as it does for SQLite.
+    /// for the file it leads to, as it does for SQLite, also where that is not there yet.
     ///
     /// # Errors
     /// [`RestoreError::TargetExists`] unless it is forced; [`RestoreError::TargetInUse`].
@@ -54,6 +56,8 @@ impl Incoming {
             target = fs::canonicalize(&target).map_err(RestoreError::io(&target, "follow"))?;
             check_unused(&target)?;
             mode = 0o600;
+        } else {
+            target = behind_links(&target);
         }
         let made =
             if manner.resumes { open_partial(&partial_path(&target), mode) } else { make_partial(&target, mode) };
@@ -138,9 +142,22 @@ fn is_taken(found: &Metadata) -> bool {
     found.len() > 0 || !found.is_file()
 }
 
-/// What a restore that can be resumed leaves behind.
+/// The path that a chain of links ends at, whether a file is there or not: a link that leads to nothing can't be canonicalized.
+fn behind_links(path: &Path) -> PathBuf {
+    let mut path = path.to_owned();
+    for _ in 0..MOST_LINKS {
+        match fs::read_link(&path) {
+            Ok(leads_to) => path = directory_of(&path).join(leads_to),
+            Err(_) => break,
+        }
+    }
+    path
+}
+
+/// What a restore that can be resumed leaves behind: beside the file that is restored, wherever links to it are.
 #[must_use]
 pub fn partial_path(target: &Path) -> PathBuf {
+    let target = behind_links(target);
     let name = target.file_name().unwrap_or_default().to_string_lossy();
     target.with_file_name(format!(".{name}.waltrail-restore-partial"))
 }

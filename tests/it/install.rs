@@ -9,7 +9,7 @@ use bytes::Bytes;
 use waltrail::restore::RestoreError;
 use waltrail::restore::execute::execute;
 use waltrail::restore::history::History;
-use waltrail::restore::install::{Incoming, Manner};
+use waltrail::restore::install::{Incoming, Manner, partial_path};
 use waltrail::restore::plan::{Target, plan};
 use waltrail::store::PutMode;
 
@@ -18,7 +18,11 @@ use crate::support::{Daemon, create_database, decoded, encoded, insert, number, 
 
 /// Restores a newest state over `target`, as the command does.
 async fn restore_to(oracle: &Oracle, target: &Path, force: bool) -> Result<Vec<String>, RestoreError> {
-    let incoming = Incoming::create(target, Manner { forces: force, ..Manner::default() })?;
+    restore_in(oracle, target, Manner { forces: force, ..Manner::default() }).await
+}
+
+async fn restore_in(oracle: &Oracle, target: &Path, manner: Manner) -> Result<Vec<String>, RestoreError> {
+    let incoming = Incoming::create(target, manner)?;
     let history = History::load(&oracle.store).await?;
     let plan = plan(&oracle.store, &history, Target::Latest, None).await?;
     execute(&oracle.store, &plan, incoming.handle()?, incoming.path()).await?;
@@ -67,6 +71,36 @@ async fn a_target_is_made_and_replaced_only_when_told() {
     restore_to(&oracle, &link, true).await.unwrap();
     assert!(std::fs::read(&target).unwrap() == newest);
     assert!(std::fs::symlink_metadata(&link).unwrap().is_symlink());
+}
+
+/// As where a container's link to a volume outlived what was on the volume. SQLite would make the file behind the link, too.
+#[tokio::test]
+async fn behind_links_that_lead_to_nothing_the_file_is_made() {
+    let oracle = all_kinds(512, 24).await;
+    let directory = tempfile::tempdir().unwrap();
+    let volume = directory.path().join("volume");
+    std::fs::create_dir(&volume).unwrap();
+    let (link, further) = (directory.path().join("link.db"), directory.path().join("further.db"));
+    // One link is relative to the directory it is in, the other one is not.
+    std::os::unix::fs::symlink("volume/app.db", &link).unwrap();
+    std::os::unix::fs::symlink(&link, &further).unwrap();
+    let resuming = Manner { resumes: true, ..Manner::default() };
+    for manner in [Manner::default(), FORCED, resuming] {
+        restore_in(&oracle, &further, manner).await.unwrap();
+        assert_eq!(names(&volume), ["app.db"], "{manner:?}");
+        assert!(std::fs::read(volume.join("app.db")).unwrap() == oracle.states[&oracle.position()].bytes());
+        assert!([&link, &further].iter().all(|link| std::fs::symlink_metadata(link).unwrap().is_symlink()));
+        assert_eq!(names(directory.path()), ["further.db", "link.db", "volume"]);
+        std::fs::remove_file(volume.join("app.db")).unwrap();
+    }
+    // What a restore that was cut off leaves is beside the file, where the next one looks for it.
+    drop(Incoming::create(&further, resuming).unwrap());
+    assert_eq!(names(&volume), [".app.db.waltrail-restore-partial"]);
+    assert!(partial_path(&further).exists());
+    std::fs::remove_file(&further).unwrap();
+    std::os::unix::fs::symlink(&further, &further).unwrap();
+    let error = restore_in(&oracle, &further, FORCED).await.unwrap_err();
+    assert!(matches!(error, RestoreError::Io { .. }), "a link to itself: {error}");
 }
 
 /// A read lock on one byte of a file, held by a description of its own: it counts against this process, too.
