@@ -100,6 +100,8 @@ impl Incoming {
             }
             check_unused(&target)?;
             notes.extend(take_over_rights(&file, old, &target)?);
+        } else {
+            notes.extend(stranger_note(&file, &target));
         }
         // SQLite takes the WAL beside an empty file for a leftover and deletes it.
         let aside = settle_old(&target, old.as_ref().is_some_and(|old| old.len() > 0))?;
@@ -205,6 +207,20 @@ fn take_over_rights(file: &NamedTempFile, old: &Metadata, target: &Path) -> Resu
             old.gid()
         )
     }))
+}
+
+/// What to know of a database that is made in another user's directory, as `sudo` does it. A directory of root's is for many.
+fn stranger_note(file: &NamedTempFile, target: &Path) -> Option<String> {
+    let (made, around) = (file.as_file().metadata().ok()?, fs::metadata(directory_of(target)).ok()?);
+    let is_strange = around.uid() != made.uid() && around.uid() != 0;
+    is_strange.then(|| {
+        format!(
+            "{} belongs to user {} now, and the directory it is in to user {}: check that the application may write it",
+            target.display(),
+            made.uid(),
+            around.uid()
+        )
+    })
 }
 
 fn replace(file: NamedTempFile, target: &Path, force: bool) -> Result<(), RestoreError> {
