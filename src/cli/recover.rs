@@ -66,10 +66,14 @@ impl Recovery<'_> {
             }
             Err(error) => Err(error.to_string()),
         };
-        notes.push(match left {
-            Ok(()) => format!("{} is what the next `waltrail replicate` of it goes on from", self.state_dir.display()),
-            Err(error) => format!("the next `waltrail replicate` of it takes it as it is then ({error})"),
-        });
+        match left {
+            Ok(note) => {
+                let state_dir = self.state_dir.display();
+                notes.push(format!("{state_dir} is what the next `waltrail replicate` of it goes on from"));
+                notes.extend(note);
+            }
+            Err(error) => notes.push(format!("the next `waltrail replicate` of it takes it as it is then ({error})")),
+        }
         Ok(Recovered { notes, reused_bytes: done.reused_bytes })
     }
 

@@ -23,7 +23,7 @@ use crate::health::server::HealthServer;
 use crate::health::systemd;
 use crate::replicate::status::Boards;
 use crate::replicate::wake::WatchHub;
-use crate::replicate::{Order, ReplicateError, Replication};
+use crate::replicate::{Order, ReplicateError, Replication, is_gone};
 
 /// Where databases may turn up is looked at this often, for the case that an event got lost.
 const LOOK_INTERVAL: Duration = Duration::from_secs(10);
@@ -101,6 +101,7 @@ pub async fn start(
         names_changed_at: Vec::new(),
         changed: Arc::new(Notify::new()),
         troubles: Vec::new(),
+        boards: boards.clone(),
         clock: clock.clone(),
     };
     roster.look(&config).await;
@@ -138,7 +139,9 @@ struct Roster {
     /// What the directories' times were when they were read; `None` for one that could not be looked at.
     names_changed_at: Vec<Option<SystemTime>>,
     changed: Arc<Notify>,
+    /// What the last look could not look at.
     troubles: Vec<String>,
+    boards: Arc<Boards>,
     clock: Arc<dyn Clock>,
 }
 
@@ -164,13 +167,18 @@ impl Roster {
                 () = self.changed.notified(), if is_looked_for => tokio::time::sleep(LOOK_PAUSE).await,
                 () = tokio::time::sleep(LOOK_INTERVAL), if is_looked_for => {
                     looks += 1;
-                    if looks % THOROUGH_LOOK != 0 && self.names_change_at() == self.names_changed_at {
+                    if looks % THOROUGH_LOOK != 0 && self.saw_all() && self.names_change_at() == self.names_changed_at {
                         continue;
                     }
                 }
             }
             self.look(&config).await;
         }
+    }
+
+    /// Whether the last look met no trouble. What it could not read may hold names that no directory's time tells of.
+    fn saw_all(&self) -> bool {
+        self.troubles.is_empty()
     }
 
     /// The times of the directories that are watched.
@@ -181,9 +189,9 @@ impl Roster {
 
     /// Finds out who should be followed now, and gives the orders for that.
     async fn look(&mut self, config: &Config) {
-        let (looked_at, known) = (config.clone(), self.ever_followed.clone());
+        let (looked_at, known, followed) = (config.clone(), self.ever_followed.clone(), self.followed.clone());
         // Reading directories blocks.
-        let found = tokio::task::spawn_blocking(move || looked_at.find(&known)).await;
+        let found = tokio::task::spawn_blocking(move || find(&looked_at, &known, &followed)).await;
         let Found { databases, directories, troubles } = match found {
             Ok(found) => found,
             Err(error) => return tracing::error!(%error, "could not look for databases"),
@@ -196,6 +204,7 @@ impl Roster {
         for trouble in troubles.iter().filter(|trouble| !self.troubles.contains(trouble)) {
             tracing::error!("while looking for databases: {trouble}");
         }
+        self.boards.note_search(&troubles, self.clock.now_ms());
         self.troubles = troubles;
         let wanted = databases.into_iter().map(|database| (database.state_dir.clone(), database)).collect();
         for change in changes(&self.followed, &wanted) {
@@ -220,6 +229,30 @@ impl Roster {
     fn order(&self, order: Order) {
         self.orders.send(order).ok();
     }
+}
+
+/// The databases that there are, and those that are followed and only can't be seen at the moment.
+fn find(config: &Config, known: &HashSet<PathBuf>, followed: &BTreeMap<PathBuf, DatabaseConfig>) -> Found {
+    let mut found = config.find(known);
+    let unseen = unseen(config, followed, &found);
+    found.databases.extend(unseen);
+    found
+}
+
+/// Those of `followed` that were not found while something could not be looked at: that a directory can't be read for a moment must not end
+/// the replication of all that is below it. Not among them is what is known to be gone, and what the configuration does not name any
+/// more, or otherwise than before.
+fn unseen(config: &Config, followed: &BTreeMap<PathBuf, DatabaseConfig>, found: &Found) -> Vec<DatabaseConfig> {
+    if found.troubles.is_empty() {
+        return Vec::new();
+    }
+    let seen: HashSet<&PathBuf> = found.databases.iter().map(|database| &database.state_dir).collect();
+    let is_unseen = |database: &&DatabaseConfig| {
+        !seen.contains(&database.state_dir)
+            && !is_gone(&database.path)
+            && config.replicas_of(&database.path).contains(database)
+    };
+    followed.values().filter(is_unseen).cloned().collect()
 }
 
 /// A difference between who is followed and who should be.
@@ -265,6 +298,7 @@ fn read_again(reload: Option<&Reload>, old: &Config) -> Option<Config> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::config::fleet::FleetConfig;
 
     #[test]
     fn only_what_differs_is_touched() {
@@ -283,5 +317,29 @@ mod tests {
             Change::Follow(Box::new(of("/d"))),
         ];
         assert_eq!(changes(&before, &after), expected);
+    }
+
+    #[test]
+    fn what_can_not_be_seen_at_the_moment_is_not_let_go_of() {
+        let directory = tempfile::tempdir().unwrap();
+        let config = |pattern: &str, sync_interval_s| {
+            let path = directory.path().join(pattern);
+            let sync_interval = Duration::from_secs(sync_interval_s);
+            let template =
+                DatabaseConfig { sync_interval, ..DatabaseConfig::new(path, "s3://b/fleet".parse().unwrap()) };
+            let fleets = FleetConfig::of(&template, false, false).unwrap().into_iter().collect();
+            Config { fleets, ..Config::new(Vec::new()) }
+        };
+        let before = config("*.db", 1);
+        let database = |name: &str| before.fleets[0].database_at(&directory.path().join(name)).unwrap();
+        let (there, gone, seen) = (database("there.db"), database("gone.db"), database("seen.db"));
+        std::fs::write(&there.path, "").unwrap();
+        let all = [&there, &gone, &seen].map(|database| (database.state_dir.clone(), database.clone()));
+        let followed = BTreeMap::from(all);
+        let troubled = Found { databases: vec![seen], troubles: vec!["not to be read".into()], ..Found::default() };
+        assert_eq!(unseen(&before, &followed, &troubled), [there]);
+        assert_eq!(unseen(&config("*.db", 9), &followed, &troubled), [], "it is to be followed otherwise");
+        assert_eq!(unseen(&config("*.sqlite", 1), &followed, &troubled), [], "it is not named any more");
+        assert_eq!(unseen(&before, &followed, &Found::default()), [], "all was looked at");
     }
 }

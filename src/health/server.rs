@@ -19,7 +19,7 @@ use tokio::sync::Semaphore;
 
 use super::{is_ready, metrics, troubles};
 use crate::clock::Clock;
-use crate::replicate::status::Boards;
+use crate::replicate::status::{Boards, Status};
 
 /// So many connections are answered at a time; others wait.
 const CONNECTIONS: usize = 32;
@@ -93,13 +93,20 @@ impl HealthServer {
 }
 
 impl Answerer {
+    /// What a person should look at, a line each.
+    fn troubles(&self, statuses: &[Status], now_ms: u64) -> Vec<String> {
+        let mut all = troubles(statuses, now_ms, self.healthy_lag);
+        all.extend(self.boards.search_troubles(now_ms, self.healthy_lag));
+        all
+    }
+
     fn answer(&self, request: &Request<Incoming>) -> Response<Full<Bytes>> {
         if !matches!(*request.method(), Method::GET | Method::HEAD) {
             return plain(StatusCode::METHOD_NOT_ALLOWED, "only GET is answered\n".into());
         }
         let (statuses, now_ms) = (self.boards.statuses(), self.clock.now_ms());
         match request.uri().path() {
-            "/healthz" => match troubles(&statuses, now_ms, self.healthy_lag) {
+            "/healthz" => match self.troubles(&statuses, now_ms) {
                 troubles if troubles.is_empty() => plain(StatusCode::OK, "ok\n".into()),
                 troubles => plain(StatusCode::SERVICE_UNAVAILABLE, troubles.join("\n") + "\n"),
             },

@@ -305,7 +305,8 @@ impl Replication {
     }
 }
 
-fn is_gone(path: &Path) -> bool {
+/// Whether there is nothing at `path`; not whether that can't be known.
+pub(crate) fn is_gone(path: &Path) -> bool {
     std::fs::metadata(path).is_err_and(|error| error.kind() == io::ErrorKind::NotFound)
 }
 

@@ -117,25 +117,48 @@ pub struct Board {
     link: Mutex<Option<Link>>,
 }
 
-/// The boards of all databases that the process follows, or should, by their state directories.
+/// The boards of all databases that the process follows, or should.
 #[derive(Debug, Default)]
-pub struct Boards(Mutex<BTreeMap<PathBuf, Arc<Board>>>);
+pub struct Boards {
+    /// By their state directories.
+    boards: Mutex<BTreeMap<PathBuf, Arc<Board>>>,
+    /// What can't be looked at where databases are looked for, a sentence each, and since when, in milliseconds since 1970.
+    unseen_since_ms: Mutex<BTreeMap<String, u64>>,
+}
 
 impl Boards {
     /// A database is followed from now on.
     pub fn insert(&self, state_dir: PathBuf, board: Arc<Board>) {
-        locked(&self.0).insert(state_dir, board);
+        locked(&self.boards).insert(state_dir, board);
     }
 
     /// A database was let go of.
     pub fn remove(&self, state_dir: &Path) {
-        locked(&self.0).remove(state_dir);
+        locked(&self.boards).remove(state_dir);
     }
 
     /// What is known of all of them now.
     #[must_use]
     pub fn statuses(&self) -> Vec<Status> {
-        locked(&self.0).values().map(|board| board.status()).collect()
+        locked(&self.boards).values().map(|board| board.status()).collect()
+    }
+
+    /// Databases were looked for, and these troubles were met.
+    pub fn note_search(&self, troubles: &[String], now_ms: u64) {
+        let mut unseen_since_ms = locked(&self.unseen_since_ms);
+        unseen_since_ms.retain(|trouble, _| troubles.contains(trouble));
+        for trouble in troubles {
+            unseen_since_ms.entry(trouble.clone()).or_insert(now_ms);
+        }
+    }
+
+    /// What could not be looked at for longer than `limit`, a sentence each: databases may be there that nobody replicates.
+    #[must_use]
+    pub fn search_troubles(&self, now_ms: u64, limit: Duration) -> Vec<String> {
+        let is_long = |since_ms: u64| Duration::from_millis(now_ms.saturating_sub(since_ms)) > limit;
+        let unseen_since_ms = locked(&self.unseen_since_ms);
+        let long = unseen_since_ms.iter().filter(|(_, since_ms)| is_long(**since_ms));
+        long.map(|(trouble, _)| format!("while looking for databases: {trouble}")).collect()
     }
 }
 
@@ -288,6 +311,20 @@ mod tests {
         board.note_confirmed(state(9, 930_000), 10);
         assert_eq!(board.status().lag(990_000), Duration::ZERO);
         assert_eq!((board.status().transactions, board.status().segments), (4, 2));
+    }
+
+    #[test]
+    fn what_can_not_be_looked_at_for_long_is_trouble() {
+        let boards = Boards::default();
+        let (one, other) = ("/data/eu can't be read".to_owned(), "/data/us can't be read".to_owned());
+        boards.note_search(std::slice::from_ref(&one), 1000);
+        boards.note_search(&[one.clone(), other.clone()], 31_000);
+        assert!(boards.search_troubles(61_000, LIMIT).is_empty());
+        assert_eq!(boards.search_troubles(61_001, LIMIT), ["while looking for databases: /data/eu can't be read"]);
+        boards.note_search(&[other], 62_000);
+        assert!(boards.search_troubles(91_000, LIMIT).is_empty());
+        boards.note_search(&[], 92_000);
+        assert!(boards.search_troubles(900_000, LIMIT).is_empty());
     }
 
     #[test]

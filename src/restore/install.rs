@@ -16,6 +16,8 @@ use crate::sqlite::sidecar;
 /// SQLite's lock bytes: pending, reserved, and the 510 that readers lock (file format, section 1.4, and `os.h`).
 const PENDING_BYTE: i64 = 0x4000_0000;
 const LOCK_BYTES_LEN: i64 = 512;
+/// No more links than this lead from one to the next (path_resolution(7)).
+const MOST_LINKS: usize = 40;
 
 /// How a restore treats what is there.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -39,7 +41,7 @@ pub struct Incoming {
 
 impl Incoming {
     /// Makes the file, after checking that the target may be replaced or is not there ([`is_there`]). A target that is a symbolic link stands
-    /// for the file it leads to, as it does for SQLite.
+    /// for the file it leads to, as it does for SQLite, also where that is not there yet.
     ///
     /// # Errors
     /// [`RestoreError::TargetExists`] unless it is forced; [`RestoreError::TargetInUse`].
@@ -54,6 +56,8 @@ impl Incoming {
             target = fs::canonicalize(&target).map_err(RestoreError::io(&target, "follow"))?;
             check_unused(&target)?;
             mode = 0o600;
+        } else {
+            target = behind_links(&target);
         }
         let made =
             if manner.resumes { open_partial(&partial_path(&target), mode) } else { make_partial(&target, mode) };
@@ -96,25 +100,25 @@ impl Incoming {
             }
             check_unused(&target)?;
             notes.extend(take_over_rights(&file, old, &target)?);
+        } else {
+            notes.extend(stranger_note(&file, &target));
         }
         // SQLite takes the WAL beside an empty file for a leftover and deletes it.
-        let kept = settle_old(&target, old.as_ref().is_some_and(|old| old.len() > 0))?;
-        if manner.keeps_old && old.is_some() {
-            notes.push(format!("what was there is kept as {}", keep_old(&target)?.display()));
+        let aside = settle_old(&target, old.as_ref().is_some_and(|old| old.len() > 0))?;
+        let kept = if manner.keeps_old && old.is_some() { keep_old(&target).map(Some) } else { Ok(None) };
+        let replaced = kept.and_then(|kept| {
+            notes.extend(kept.map(|kept| format!("what was there is kept as {}", kept.display())));
+            replace(file, &target, manner.forces || old.is_some())
+        });
+        if let Err(error) = replaced {
+            // The old database is still there, and it needs what stood beside it.
+            move_back(&aside)?;
+            return Err(error);
         }
-        let replaced = replace(file, &target, manner.forces || old.is_some());
-        if let Some(kept) = kept {
-            let wal = sidecar(&target, "-wal");
-            match &replaced {
-                Ok(()) => notes.push(format!(
-                    "the old database's WAL could not be brought into it and was kept as {}",
-                    kept.display()
-                )),
-                // The old database is still there, and it needs its WAL. That the attempt failed is the error to tell.
-                Err(_) => fs::rename(&kept, &wal).map_err(RestoreError::io(&kept, "move the WAL back from"))?,
-            }
-        }
-        replaced.map(|()| notes)
+        notes.extend(aside.iter().map(Aside::note));
+        // Only now: if this fails the new database is in its place, and what stood beside the old one must not come back.
+        sync_directory(&target)?;
+        Ok(notes)
     }
 }
 
@@ -138,9 +142,22 @@ fn is_taken(found: &Metadata) -> bool {
     found.len() > 0 || !found.is_file()
 }
 
-/// What a restore that can be resumed leaves behind.
+/// The path that a chain of links ends at, whether a file is there or not: a link that leads to nothing can't be canonicalized.
+fn behind_links(path: &Path) -> PathBuf {
+    let mut path = path.to_owned();
+    for _ in 0..MOST_LINKS {
+        match fs::read_link(&path) {
+            Ok(leads_to) => path = directory_of(&path).join(leads_to),
+            Err(_) => break,
+        }
+    }
+    path
+}
+
+/// What a restore that can be resumed leaves behind: beside the file that is restored, wherever links to it are.
 #[must_use]
 pub fn partial_path(target: &Path) -> PathBuf {
+    let target = behind_links(target);
     let name = target.file_name().unwrap_or_default().to_string_lossy();
     target.with_file_name(format!(".{name}.waltrail-restore-partial"))
 }
@@ -192,16 +209,53 @@ fn take_over_rights(file: &NamedTempFile, old: &Metadata, target: &Path) -> Resu
     }))
 }
 
+/// What to know of a database that is made in another user's directory, as `sudo` does it. A directory of root's is for many.
+fn stranger_note(file: &NamedTempFile, target: &Path) -> Option<String> {
+    let (made, around) = (file.as_file().metadata().ok()?, fs::metadata(directory_of(target)).ok()?);
+    let is_strange = around.uid() != made.uid() && around.uid() != 0;
+    is_strange.then(|| {
+        format!(
+            "{} belongs to user {} now, and the directory it is in to user {}: check that the application may write it",
+            target.display(),
+            made.uid(),
+            around.uid()
+        )
+    })
+}
+
 fn replace(file: NamedTempFile, target: &Path, force: bool) -> Result<(), RestoreError> {
+    if !force {
+        return take_free_name(file, target);
+    }
     // A WAL of the old database beside the new one would be taken for its own.
     for suffix in ["-wal", "-shm", "-journal"] {
         remove_if_there(&sidecar(target, suffix))?;
     }
-    let persisted = if force { file.persist(target) } else { file.persist_noclobber(target) };
-    persisted.map_err(|failed| match failed.error.kind() {
-        io::ErrorKind::AlreadyExists => RestoreError::TargetExists(target.to_owned()),
-        _ => RestoreError::io(target, "rename to")(failed.error),
+    file.persist(target).map(drop).map_err(|failed| RestoreError::io(target, "rename to")(failed.error))
+}
+
+/// Where no database is, what is beside it is left of one that was deleted. It must not stay: a process that still has that open would
+/// share it with those who open the new one. But until the name is taken it may as well belong to who makes a database in this moment,
+/// so it goes only then.
+fn take_free_name(file: NamedTempFile, target: &Path) -> Result<(), RestoreError> {
+    let left = [("WAL", "-wal"), ("index", "-shm"), ("journal", "-journal")];
+    let aside = move_aside(target, left.into_iter().filter(|(_, suffix)| sidecar(target, suffix).exists()))?;
+    let persisted = file.persist_noclobber(target).map(drop);
+    persisted.or_else(|failed| {
+        move_back(&aside)?;
+        Err(match failed.error.kind() {
+            io::ErrorKind::AlreadyExists => RestoreError::TargetExists(target.to_owned()),
+            _ => RestoreError::io(target, "rename to")(failed.error),
+        })
     })?;
+    for Aside { kept, .. } in aside {
+        // Under that name it harms nobody.
+        fs::remove_file(kept).ok();
+    }
+    Ok(())
+}
+
+fn sync_directory(target: &Path) -> Result<(), RestoreError> {
     let directory = directory_of(target);
     File::open(directory).and_then(|directory| directory.sync_all()).map_err(RestoreError::io(directory, "sync"))
 }
@@ -234,13 +288,35 @@ fn check_unused(target: &Path) -> Result<(), RestoreError> {
     if i32::from(lock.l_type) == libc::F_UNLCK { Ok(()) } else { Err(RestoreError::TargetInUse(target.to_owned())) }
 }
 
+/// A file that stood beside the old database and was given another name.
+struct Aside {
+    what: &'static str,
+    was: PathBuf,
+    kept: PathBuf,
+}
+
+impl Aside {
+    fn note(&self) -> String {
+        format!("the old database's {} could not be brought into it and was kept as {}", self.what, self.kept.display())
+    }
+}
+
+/// Each that can be; the first failure is told.
+fn move_back(aside: &[Aside]) -> Result<(), RestoreError> {
+    let back = |Aside { was, kept, .. }: &Aside| fs::rename(kept, was).map_err(RestoreError::io(kept, "move back"));
+    aside.iter().map(back).fold(Ok(()), Result::and)
+}
+
 /// Brings what stands in the old database's WAL or journal into its main file, so that it loses nothing if we fail from here on.
-/// If SQLite can't, or the main file holds nothing or is gone, the WAL is kept under another name, which is returned.
-fn settle_old(target: &Path, has_main: bool) -> Result<Option<PathBuf>, RestoreError> {
-    let has_content = |path: &Path| fs::metadata(path).is_ok_and(|found| found.len() > 0);
-    let (wal, journal) = (sidecar(target, "-wal"), sidecar(target, "-journal"));
-    if !has_content(&wal) && !has_content(&journal) {
-        return Ok(None);
+/// If SQLite can't, or the main file holds nothing or is gone, both are kept under other names.
+fn settle_old(target: &Path, has_main: bool) -> Result<Vec<Aside>, RestoreError> {
+    let left = || {
+        let has_content = |path: &Path| fs::metadata(path).is_ok_and(|found| found.is_file() && found.len() > 0);
+        let files = [("WAL", "-wal"), ("journal", "-journal")];
+        files.into_iter().filter(move |(_, suffix)| has_content(&sidecar(target, suffix)))
+    };
+    if left().next().is_none() {
+        return Ok(Vec::new());
     }
     let settle = || -> rusqlite::Result<bool> {
         let flags = OpenFlags::SQLITE_OPEN_READ_WRITE | OpenFlags::SQLITE_OPEN_NO_MUTEX;
@@ -252,12 +328,32 @@ fn settle_old(target: &Path, has_main: bool) -> Result<Option<PathBuf>, RestoreE
                 .query_row("PRAGMA wal_checkpoint(TRUNCATE)", [], |row| Ok((row.get(0)?, row.get(1)?, row.get(2)?)))?;
         Ok(is_busy == 0 && frames == copied)
     };
-    if (has_main && settle().unwrap_or(false)) || !has_content(&wal) {
-        return Ok(None);
+    if has_main && settle().unwrap_or(false) {
+        return Ok(Vec::new());
     }
-    let kept = free_name(target, "-wal")?;
-    fs::rename(&wal, &kept).map_err(RestoreError::io(&wal, "keep"))?;
-    Ok(Some(kept))
+    // SQLite may have worked one of them off before it failed.
+    move_aside(target, left())
+}
+
+/// Gives these of the files beside `target` other names: all, or none.
+fn move_aside(
+    target: &Path,
+    files: impl Iterator<Item = (&'static str, &'static str)>,
+) -> Result<Vec<Aside>, RestoreError> {
+    let mut aside = Vec::new();
+    for (what, suffix) in files {
+        let was = sidecar(target, suffix);
+        let moved = free_name(target, suffix)
+            .and_then(|kept| fs::rename(&was, &kept).map(|()| kept).map_err(RestoreError::io(&was, "keep")));
+        match moved {
+            Ok(kept) => aside.push(Aside { what, was, kept }),
+            Err(error) => {
+                move_back(&aside)?;
+                return Err(error);
+            }
+        }
+    }
+    Ok(aside)
 }
 
 /// What an earlier restore kept is not written over.

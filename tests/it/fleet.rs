@@ -1,10 +1,13 @@
 //! Many databases: found, followed, laid to rest, let go of; and a configuration that is read again.
 
+use std::fs::Permissions;
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use rusqlite::Connection;
 
+use crate::health::{address, get};
 use crate::support::scene::Scene;
 use crate::support::{Daemon, content, count_up, create_database, run, stderr, wait_for};
 
@@ -193,6 +196,60 @@ fn held_open(daemon: &Daemon, kind: &str) -> usize {
     };
     let distinct: std::collections::BTreeSet<PathBuf> = targets.filter(is_of_the_kind).collect();
     distinct.len()
+}
+
+/// A directory that can't be read is told of, and what is below it is followed on; what came there meanwhile is taken up when it can be read
+/// again, though no directory's time tells of it then.
+#[test]
+fn a_directory_that_can_not_be_read_lets_nothing_go() {
+    let (fleet, mut applications) =
+        Fleet::new(&["gone.db"], "[http]\nlisten = \"127.0.0.1:0\"\nhealthy-lag = \"1s\"\n");
+    fleet.scene.expect_error("while looking for databases");
+    std::fs::create_dir(fleet.path("eu")).unwrap();
+    let (known, late, gone) = (fleet.path("eu/known.db"), fleet.path("eu/late.db"), fleet.path("gone.db"));
+    let application = create_database(&known, 20, "");
+    let everywhere = std::fs::read_to_string(&fleet.configuration).unwrap().replace("/*.db", "/**/*.db");
+    fleet.configure(&everywhere);
+    let configuration = fleet.configuration.display().to_string();
+    let daemon = Daemon::start_bound_by_permissions(&["--config", &configuration], &fleet.scene.path("daemon.log"));
+    for path in [&known, &gone] {
+        fleet.wait_until_followed(path);
+        fleet.sync(path);
+    }
+    let address = address(&fleet.scene);
+    let set_mode = |mode| std::fs::set_permissions(fleet.path("eu"), Permissions::from_mode(mode)).unwrap();
+
+    set_mode(0o311);
+    // Something comes beside it, so that it is looked.
+    std::fs::write(fleet.path("notes.txt"), "").unwrap();
+    let told = wait_for("the trouble", || {
+        Some(get(&address, "/healthz")).filter(|(_, told)| told.contains("while looking for databases"))
+    });
+    assert!(told.0 == 503 && told.1.contains("tenants/eu") && told.1.contains("Permission denied"), "{told:?}");
+    count_up(&application);
+    fleet.sync(&known);
+    // What is known to be gone is let go of all the same.
+    applications.clear();
+    for suffix in ["", "-wal", "-shm"] {
+        std::fs::remove_file(format!("{}{suffix}", gone.display())).ok();
+    }
+    wait_for("the deleted one to be let go of", || fleet.is_let_go(&gone).then_some(()));
+    drop(create_database(&late, 5, ""));
+    std::thread::sleep(Duration::from_secs(1));
+    assert!(fleet.is_let_go(&late), "nobody can know of it yet: {}", fleet.scene.log());
+    count_up(&application);
+    fleet.sync(&known);
+
+    set_mode(0o755);
+    fleet.wait_until_followed(&late);
+    wait_for("all to be well", || (get(&address, "/healthz").0 == 200).then_some(()));
+    let log = fleet.scene.log();
+    let let_go: Vec<&str> = log.lines().filter(|line| line.contains("not to be followed any more")).collect();
+    assert!(let_go.len() == 1 && let_go[0].contains("gone.db"), "{log}");
+    let expected = content(&known);
+    assert_eq!(daemon.terminate(), Some(0), "{}", fleet.scene.log());
+    fleet.check_restored("eu/known.db", &expected);
+    assert_eq!(fleet.scene.objects("eu/known.db/epochs").len(), 1, "it went on undisturbed");
 }
 
 /// What was committed last waits in the spool when the database is deleted, and storage comes back only later.

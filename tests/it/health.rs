@@ -2,7 +2,8 @@
 
 use std::io::{Read, Write};
 use std::net::{TcpListener, TcpStream};
-use std::os::unix::net::UnixDatagram;
+use std::os::unix::fs::MetadataExt;
+use std::os::unix::net::{UnixDatagram, UnixStream};
 use std::process::Stdio;
 use std::time::Duration;
 
@@ -13,7 +14,7 @@ use crate::support::{count_up, create_database, run, stderr, wait_for, waltrail}
 const NOBODY: &str = "s3://nobody/app?endpoint=http://127.0.0.1:1&region=us-east-1";
 
 /// Where the daemon says that it serves.
-fn address(scene: &Scene) -> String {
+pub fn address(scene: &Scene) -> String {
     wait_for("the address", || {
         let log = std::fs::read_to_string(scene.path("daemon.log")).ok()?;
         let line = log.lines().find(|line| line.contains("serving /healthz"))?.to_owned();
@@ -22,7 +23,7 @@ fn address(scene: &Scene) -> String {
 }
 
 /// Status and body.
-fn get(address: &str, path: &str) -> (u16, String) {
+pub fn get(address: &str, path: &str) -> (u16, String) {
     let mut stream = TcpStream::connect(address).unwrap();
     stream.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
     write!(stream, "GET {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n").unwrap();
@@ -106,6 +107,50 @@ fn storage_that_is_away_is_unhealthy() {
     let sync = run(["sync", "--config", config, "--timeout", "1s"]);
     assert_eq!(sync.status.code(), Some(15), "{}", stderr(&sync));
     drop(daemon);
+}
+
+/// Asks a daemon's control socket for a sync, as the command does, without waiting for the answer.
+fn ask_for_sync(scene: &Scene) -> UnixStream {
+    let state_dir = scene.path(".app.db-waltrail");
+    let metadata = std::fs::metadata(&state_dir).unwrap();
+    let question = serde_json::json!({ "directory": [metadata.dev(), metadata.ino()], "request": "sync" });
+    let mut stream = UnixStream::connect(state_dir.join("control")).unwrap();
+    writeln!(stream, "{question}").unwrap();
+    stream
+}
+
+/// While storage is away a sync is not answered: those who ask again and again, and leave when they have waited long enough, must not
+/// keep others from asking. Nor must those who stay keep anybody from asking how it is.
+#[test]
+fn who_has_left_keeps_no_place_at_the_control_socket() {
+    let scene = Scene::new();
+    scene.expect_error("the replica's directory is not there");
+    let application = create_database(&scene.database(), 50, "");
+    let database = scene.database().display().to_string();
+    let daemon = scene.start();
+    wait_for("the snapshot", || (!scene.objects("snap").is_empty()).then_some(()));
+    assert!(run(["sync", &database]).status.success());
+    std::fs::rename(scene.path("replica"), scene.path("unmounted")).unwrap();
+    count_up(&application);
+    let answers = || String::from_utf8_lossy(&run(["status", &database]).stdout).contains("following");
+    let held_open = || std::fs::read_dir(format!("/proc/{}/fd", daemon.id())).unwrap().count();
+    let before = held_open();
+    for _ in 0..300 {
+        drop(ask_for_sync(&scene));
+    }
+    wait_for("status to be told", || answers().then_some(()));
+    wait_for("their descriptors to be closed", || (held_open() < before + 20).then_some(()));
+
+    let staying: Vec<UnixStream> = (0..270).map(|_| ask_for_sync(&scene)).collect();
+    wait_for("no more to be taken", || {
+        stderr(&run(["sync", &database, "--timeout", "1s"])).contains("others wait for an answer already").then_some(())
+    });
+    assert!(answers(), "{}", scene.log());
+    drop(staying);
+    wait_for("their descriptors to be closed", || (held_open() < before + 20).then_some(()));
+    std::fs::rename(scene.path("unmounted"), scene.path("replica")).unwrap();
+    assert!(run(["sync", &database, "--timeout", "60s"]).status.success(), "{}", scene.log());
+    assert_eq!(daemon.terminate(), Some(0), "{}", scene.log());
 }
 
 #[test]

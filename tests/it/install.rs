@@ -9,7 +9,7 @@ use bytes::Bytes;
 use waltrail::restore::RestoreError;
 use waltrail::restore::execute::execute;
 use waltrail::restore::history::History;
-use waltrail::restore::install::{Incoming, Manner};
+use waltrail::restore::install::{Incoming, Manner, partial_path};
 use waltrail::restore::plan::{Target, plan};
 use waltrail::store::PutMode;
 
@@ -18,7 +18,11 @@ use crate::support::{Daemon, create_database, decoded, encoded, insert, number, 
 
 /// Restores a newest state over `target`, as the command does.
 async fn restore_to(oracle: &Oracle, target: &Path, force: bool) -> Result<Vec<String>, RestoreError> {
-    let incoming = Incoming::create(target, Manner { forces: force, ..Manner::default() })?;
+    restore_in(oracle, target, Manner { forces: force, ..Manner::default() }).await
+}
+
+async fn restore_in(oracle: &Oracle, target: &Path, manner: Manner) -> Result<Vec<String>, RestoreError> {
+    let incoming = Incoming::create(target, manner)?;
     let history = History::load(&oracle.store).await?;
     let plan = plan(&oracle.store, &history, Target::Latest, None).await?;
     execute(&oracle.store, &plan, incoming.handle()?, incoming.path()).await?;
@@ -67,6 +71,36 @@ async fn a_target_is_made_and_replaced_only_when_told() {
     restore_to(&oracle, &link, true).await.unwrap();
     assert!(std::fs::read(&target).unwrap() == newest);
     assert!(std::fs::symlink_metadata(&link).unwrap().is_symlink());
+}
+
+/// As where a container's link to a volume outlived what was on the volume. SQLite would make the file behind the link, too.
+#[tokio::test]
+async fn behind_links_that_lead_to_nothing_the_file_is_made() {
+    let oracle = all_kinds(512, 24).await;
+    let directory = tempfile::tempdir().unwrap();
+    let volume = directory.path().join("volume");
+    std::fs::create_dir(&volume).unwrap();
+    let (link, further) = (directory.path().join("link.db"), directory.path().join("further.db"));
+    // One link is relative to the directory it is in, the other one is not.
+    std::os::unix::fs::symlink("volume/app.db", &link).unwrap();
+    std::os::unix::fs::symlink(&link, &further).unwrap();
+    let resuming = Manner { resumes: true, ..Manner::default() };
+    for manner in [Manner::default(), FORCED, resuming] {
+        restore_in(&oracle, &further, manner).await.unwrap();
+        assert_eq!(names(&volume), ["app.db"], "{manner:?}");
+        assert!(std::fs::read(volume.join("app.db")).unwrap() == oracle.states[&oracle.position()].bytes());
+        assert!([&link, &further].iter().all(|link| std::fs::symlink_metadata(link).unwrap().is_symlink()));
+        assert_eq!(names(directory.path()), ["further.db", "link.db", "volume"]);
+        std::fs::remove_file(volume.join("app.db")).unwrap();
+    }
+    // What a restore that was cut off leaves is beside the file, where the next one looks for it.
+    drop(Incoming::create(&further, resuming).unwrap());
+    assert_eq!(names(&volume), [".app.db.waltrail-restore-partial"]);
+    assert!(partial_path(&further).exists());
+    std::fs::remove_file(&further).unwrap();
+    std::os::unix::fs::symlink(&further, &further).unwrap();
+    let error = restore_in(&oracle, &further, FORCED).await.unwrap_err();
+    assert!(matches!(error, RestoreError::Io { .. }), "a link to itself: {error}");
 }
 
 /// A read lock on one byte of a file, held by a description of its own: it counts against this process, too.
@@ -185,19 +219,24 @@ async fn what_the_old_database_holds_in_its_wal_outlives_a_failure() {
     assert!(!names(directory.path()).iter().any(|name| name.contains("restore")), "{:?}", names(directory.path()));
 }
 
-#[tokio::test]
-async fn what_the_old_database_holds_in_its_journal_outlives_a_failure() {
-    let (scratch, directory) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
-    let path = scratch.path().join("app.db");
-    let connection = create_database(&path, 200, "");
+/// The files of a database of 200 rows whose application was killed in a transaction that changed all of them, without a WAL.
+fn crashed_with_journal(directory: &Path) -> PathBuf {
+    let scratch = tempfile::tempdir().unwrap();
+    let connection = create_database(&scratch.path().join("app.db"), 200, "");
     connection
         .execute_batch("PRAGMA journal_mode=DELETE; PRAGMA cache_size=1; BEGIN; UPDATE item SET body = 'lost'")
         .unwrap();
     for name in ["app.db", "app.db-journal"] {
-        std::fs::copy(scratch.path().join(name), directory.path().join(name)).unwrap();
+        std::fs::copy(scratch.path().join(name), directory.join(name)).unwrap();
     }
+    directory.join("app.db")
+}
+
+#[tokio::test]
+async fn what_the_old_database_holds_in_its_journal_outlives_a_failure() {
+    let directory = tempfile::tempdir().unwrap();
+    let target = crashed_with_journal(directory.path());
     std::fs::create_dir_all(directory.path().join("app.db-shm/in-the-way")).unwrap();
-    let target = directory.path().join("app.db");
     Incoming::create(&target, FORCED).unwrap().install().unwrap_err();
     std::fs::remove_dir_all(directory.path().join("app.db-shm")).unwrap();
     // No journal any more: what it held is in the main file.
@@ -229,6 +268,57 @@ async fn a_wal_that_can_not_be_settled_is_kept() {
     let target = crashed(directory.path(), 20);
     assert_eq!(restore_to(&oracle, &target, true).await.unwrap(), Vec::<String>::new());
     assert_eq!(names(directory.path()), expected);
+}
+
+#[tokio::test]
+async fn a_journal_that_can_not_be_settled_is_kept() {
+    let oracle = all_kinds(512, 25).await;
+    let directory = tempfile::tempdir().unwrap();
+    let journal = directory.path().join("app.db-journal");
+    // The main file holds nothing, and the restore fails: the journal is where it was.
+    let target = crashed_with_journal(directory.path());
+    std::fs::write(&target, "").unwrap();
+    let before = std::fs::read(&journal).unwrap();
+    std::fs::create_dir_all(directory.path().join("app.db-shm/in-the-way")).unwrap();
+    Incoming::create(&target, FORCED).unwrap().install().unwrap_err();
+    std::fs::remove_dir_all(directory.path().join("app.db-shm")).unwrap();
+    assert_eq!(names(directory.path()), ["app.db", "app.db-journal"]);
+    assert!(std::fs::read(&journal).unwrap() == before);
+    // It succeeds.
+    let notes = restore_to(&oracle, &target, true).await.unwrap();
+    let kept = directory.path().join("app.db-journal.before-restore");
+    let is_told = |note: &String| note.contains("journal") && note.ends_with("app.db-journal.before-restore");
+    assert!(notes.iter().any(is_told), "{notes:?}");
+    assert!(std::fs::read(&kept).unwrap() == before);
+    // The main file was deleted, its journal was not.
+    std::fs::remove_file(crashed_with_journal(directory.path())).unwrap();
+    restore_to(&oracle, &target, false).await.unwrap();
+    assert_eq!(names(directory.path()), ["app.db", "app.db-journal.before-restore", "app.db-journal.before-restore-1"]);
+    assert!(std::fs::read(&target).unwrap() == oracle.states[&oracle.position()].bytes(), "nothing is rolled back");
+    // One that can be settled is not kept, and leaves nothing.
+    crashed_with_journal(directory.path());
+    assert_eq!(restore_to(&oracle, &target, true).await.unwrap(), Vec::<String>::new());
+    assert_eq!(names(directory.path()).len(), 3);
+}
+
+/// Another process makes the database in the moment before the file gets its name: nothing of that is taken away.
+#[tokio::test]
+async fn a_database_that_is_made_meanwhile_keeps_what_is_beside_it() {
+    let directory = tempfile::tempdir().unwrap();
+    let target = directory.path().join("app.db");
+    let incoming = Incoming::create(&target, Manner::default()).unwrap();
+    // It is not seen before the name is taken: a link that leads to nothing is like that.
+    std::os::unix::fs::symlink(directory.path().join("nowhere"), &target).unwrap();
+    let beside = ["app.db-wal", "app.db-shm", "app.db-journal"];
+    for name in beside {
+        std::fs::write(directory.path().join(name), format!("the content of {name}")).unwrap();
+    }
+    let error = incoming.install().unwrap_err();
+    assert!(matches!(error, RestoreError::TargetExists(_)), "{error}");
+    for name in beside {
+        assert_eq!(std::fs::read_to_string(directory.path().join(name)).unwrap(), format!("the content of {name}"));
+    }
+    assert_eq!(names(directory.path()), ["app.db", "app.db-journal", "app.db-shm", "app.db-wal"]);
 }
 
 /// Every checksum of an object can be right and its pages wrong all the same, if its writer was.

@@ -1,6 +1,10 @@
 //! Restores onto a disk that holds much of it already, restores that are cut off, and what they tell.
 
+use std::fs::Permissions;
+use std::os::unix::fs::{MetadataExt, PermissionsExt, chown};
+use std::os::unix::process::CommandExt;
 use std::path::Path;
+use std::process::Command;
 
 use serde_json::Value;
 
@@ -150,4 +154,98 @@ fn all_databases_of_a_configuration() {
     let done = run(all);
     assert_eq!(done.status.code(), Some(12), "{}", stderr(&done));
     assert!(directory.join("two.db").exists() && !directory.join("one.db").exists());
+}
+
+/// Who runs the application, where root restores.
+const APPLICATION_UID: u32 = 12_345;
+
+fn give_to_the_application(path: &Path) {
+    chown(path, Some(APPLICATION_UID), Some(APPLICATION_UID)).unwrap();
+}
+
+/// Everything that a restore leaves in a state directory belongs to the application's user, who can use it.
+fn check_given(state_dir: &Path) {
+    for name in ["", "lock", "ledger", "state", "spool", "spool/kept"] {
+        let found = std::fs::metadata(state_dir.join(name)).unwrap_or_else(|error| panic!("{name}: {error}"));
+        assert_eq!((found.uid(), found.gid()), (APPLICATION_UID, APPLICATION_UID), "{name} in {}", state_dir.display());
+    }
+    let script =
+        "cat state ledger > spool/copy && rm spool/copy && test -w state -a -w ledger -a -w lock -a -w spool/kept";
+    let mut usable = Command::new("sh");
+    usable.args(["-c", script]).uid(APPLICATION_UID).gid(APPLICATION_UID).current_dir(state_dir);
+    assert!(usable.status().unwrap().success(), "{}", state_dir.display());
+}
+
+fn notes(events: &[Value]) -> Vec<&str> {
+    events.iter().filter(|event| event["event"] == "note").map(|event| event["text"].as_str().unwrap()).collect()
+}
+
+/// `sudo waltrail restore`: the daemon, which runs as the application's user, goes on from what is left.
+#[test]
+fn what_root_restores_is_the_applications() {
+    let scene = Scene::new();
+    let is_root = std::fs::metadata(scene.directory.path()).unwrap().uid() == 0;
+    // Root of a namespace of its own can't give files to just anybody, either.
+    if !is_root || chown(scene.directory.path(), Some(APPLICATION_UID), Some(APPLICATION_UID)).is_err() {
+        eprintln!("not shown: only root can give files to others");
+        return;
+    }
+    let application = create_database(&scene.database(), 50, "");
+    let daemon = scene.start();
+    count_up(&application);
+    scene.wait_for(1);
+    assert_eq!(daemon.terminate(), Some(0), "{}", scene.log());
+    std::fs::create_dir(scene.path("place")).unwrap();
+    give_to_the_application(&scene.path("place"));
+    // Where nothing was.
+    let (output, state_dir) = (scene.path("place/out.db"), scene.path("place/.out.db-waltrail"));
+    let (code, events, error) = restore(&scene, &output, &[]);
+    assert_eq!(code, Some(0), "{error}");
+    assert!(
+        notes(&events)
+            .iter()
+            .any(|note| note.contains("belongs to user 0 now, and the directory it is in to user 12345")),
+        "{events:?}"
+    );
+    check_given(&state_dir);
+    // Over a database of the application's, with a state directory that was there.
+    give_to_the_application(&output);
+    let (code, events, error) = restore(&scene, &output, &["--force"]);
+    assert_eq!(code, Some(0), "{error}");
+    assert!(!notes(&events).iter().any(|note| note.contains("check that")), "{events:?}");
+    assert_eq!(std::fs::metadata(&output).unwrap().uid(), APPLICATION_UID);
+    check_given(&state_dir);
+    // Its state directory was lost, and is to be in a place of root's.
+    let (config, state_dir) = (scene.path("waltrail.toml"), scene.path("root/below/state"));
+    std::fs::create_dir(scene.path("root")).unwrap();
+    std::fs::set_permissions(scene.path("root"), Permissions::from_mode(0o755)).unwrap();
+    let text = format!(
+        "[[database]]\npath = \"{}\"\nreplica = \"{}\"\nstate-dir = \"{}\"\n",
+        output.display(),
+        scene.replica(),
+        state_dir.display()
+    );
+    std::fs::write(&config, text).unwrap();
+    let done = run(["restore", "--config", config.to_str().unwrap(), output.to_str().unwrap(), "--force"]);
+    assert!(done.status.success(), "{}", stderr(&done));
+    assert_eq!(std::fs::metadata(scene.path("root/below")).unwrap().uid(), APPLICATION_UID);
+    check_given(&state_dir);
+    assert_eq!(content(&output), content(&scene.database()));
+    // A link in the application's directory does not give it other files.
+    let precious = scene.path("precious");
+    std::fs::write(&precious, "root's").unwrap();
+    std::fs::remove_file(state_dir.join("ledger")).unwrap();
+    std::os::unix::fs::symlink(&precious, state_dir.join("ledger")).unwrap();
+    std::fs::remove_file(state_dir.join("lock")).unwrap();
+    std::fs::hard_link(&precious, state_dir.join("lock")).unwrap();
+    let done = run(["restore", "--config", config.to_str().unwrap(), output.to_str().unwrap(), "--force"]);
+    assert!(done.status.success(), "{}", stderr(&done));
+    assert_eq!(std::fs::read_to_string(&precious).unwrap(), "root's");
+    assert_eq!(std::fs::metadata(&precious).unwrap().uid(), 0);
+    // In a directory of root's all is root's, and there is nothing to say of it.
+    let output = scene.path("root/out.db");
+    let (code, events, error) = restore(&scene, &output, &[]);
+    assert_eq!(code, Some(0), "{error}");
+    assert!(!notes(&events).iter().any(|note| note.contains("check that")), "{events:?}");
+    assert_eq!(std::fs::metadata(scene.path("root/.out.db-waltrail/state")).unwrap().uid(), 0);
 }

@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
 use tokio::net::{UnixListener, UnixStream};
-use tokio::sync::oneshot;
+use tokio::sync::{Semaphore, oneshot};
 use tokio::task::JoinSet;
 
 use super::{Answer, DirectoryId, LINE_LIMIT, NAME, Question, Request, address};
@@ -18,8 +18,10 @@ use crate::replicate::status::{Board, Link, Phase};
 use crate::replicate::wake::Event;
 use crate::replicate::{locked, spool};
 
-/// So many requests are answered at a time.
-const REQUESTS_AT_A_TIME: usize = 256;
+/// So many connections are open at a time.
+const CONNECTIONS: usize = 512;
+/// So many of them may wait for something. The others are for those who ask how things are, which is answered at once.
+const WAITING: usize = 256;
 
 /// For a database that is about to be followed it is looked so often, so long apart.
 const START_LOOKS: u32 = 600;
@@ -76,12 +78,12 @@ impl Drop for Place {
 }
 
 async fn listen(listener: UnixListener, served: Served) {
-    let mut answering = JoinSet::new();
+    let (mut answering, places) = (JoinSet::new(), Arc::new(Semaphore::new(WAITING)));
     loop {
         tokio::select! {
             accepted = listener.accept() => match accepted {
-                Ok((stream, _)) if answering.len() < REQUESTS_AT_A_TIME => {
-                    answering.spawn(answer(stream, served.clone()));
+                Ok((stream, _)) if answering.len() < CONNECTIONS => {
+                    answering.spawn(answer(stream, served.clone(), places.clone()));
                 }
                 Ok(_) => tracing::warn!("too many requests at the control socket; one was turned away"),
                 Err(error) => {
@@ -94,21 +96,18 @@ async fn listen(listener: UnixListener, served: Served) {
     }
 }
 
-async fn answer(stream: UnixStream, served: Served) {
+async fn answer(stream: UnixStream, served: Served, places: Arc<Semaphore>) {
     let mut stream = BufReader::new(stream);
     let mut line = String::new();
     if (&mut stream).take(LINE_LIMIT).read_line(&mut line).await.is_err() {
         return;
     }
-    let answer = match serde_json::from_str::<Question>(&line) {
-        Ok(Question { directory, request }) => {
-            let board = locked(&served).get(&directory).map(|(_, board)| board.clone());
-            match board {
-                Some(board) => carry_out(request, &board).await,
-                None => Answer::NotHere,
-            }
-        }
-        Err(error) => Answer::Failed(format!("the request can't be read: {error}")),
+    let answer = tokio::select! {
+        // What was asked for is passed on before it is looked whether somebody waits for it.
+        biased;
+        answer = answer_line(&line, &served, &places) => answer,
+        // The question goes with who asked: while storage is away it would keep its place for ever.
+        () = has_left(&mut stream) => return,
     };
     let mut line = serde_json::to_vec(&answer).unwrap_or_default();
     line.push(b'\n');
@@ -116,10 +115,30 @@ async fn answer(stream: UnixStream, served: Served) {
     stream.get_mut().write_all(&line).await.ok();
 }
 
-async fn carry_out(request: Request, board: &Board) -> Answer {
+/// Ends when the other side has closed the connection. Who waits for an answer has nothing more to say.
+async fn has_left(stream: &mut BufReader<UnixStream>) {
+    // An error, too, says that nobody is there any more.
+    tokio::io::copy(stream, &mut tokio::io::sink()).await.ok();
+}
+
+async fn answer_line(line: &str, served: &Served, places: &Semaphore) -> Answer {
+    let Question { directory, request } = match serde_json::from_str(line) {
+        Ok(question) => question,
+        Err(error) => return Answer::Failed(format!("the request can't be read: {error}")),
+    };
+    let board = locked(served).get(&directory).map(|(_, board)| board.clone());
+    let Some(board) = board else { return Answer::NotHere };
     if request == Request::Status {
         return Answer::Status(Box::new(board.status()));
     }
+    let Ok(_place) = places.try_acquire() else {
+        return Answer::Failed(format!("{WAITING} others wait for an answer already; ask again later"));
+    };
+    carry_out(request, &board).await
+}
+
+/// What is not answered at once.
+async fn carry_out(request: Request, board: &Board) -> Answer {
     let Some(Link { mailbox, mut confirmed }) = link(board).await else { return Answer::Failed(not_followed(board)) };
     let (reply, replied) = oneshot::channel();
     let is_snapshot = request == Request::Snapshot;
