@@ -80,6 +80,17 @@ impl Status {
         Duration::from_millis(self.unconfirmed_since_ms.map_or(0, |since_ms| now_ms.saturating_sub(since_ms)))
     }
 
+    /// Whether it can't be followed, or is not replicated any more. A start that storage refuses is tried again and again without an
+    /// end, and counts, too.
+    #[must_use]
+    pub fn is_failing(&self) -> bool {
+        match self.phase {
+            Phase::Failing | Phase::Stopped => true,
+            Phase::Starting => self.error.is_some(),
+            Phase::Waiting | Phase::Following => false,
+        }
+    }
+
     /// Why a person should look: a sentence; `None` when all is well or has not been otherwise for longer than `limit`.
     #[must_use]
     pub fn trouble(&self, now_ms: u64, limit: Duration) -> Option<String> {

@@ -6,6 +6,7 @@ use std::os::unix::net::UnixDatagram;
 use std::process::Stdio;
 use std::time::Duration;
 
+use crate::support::s3::S3Server;
 use crate::support::scene::Scene;
 use crate::support::{count_up, create_database, run, stderr, wait_for, waltrail};
 
@@ -101,10 +102,30 @@ fn storage_that_is_away_is_unhealthy() {
     let told =
         wait_for("the reason", || Some(get(&address, "/healthz").1).filter(|told| told.contains("s3://nobody/app")));
     assert!(told.lines().count() == 1, "{told}");
+    let metrics = get(&address, "/metrics").1;
+    assert_eq!((metric(&metrics, "waltrail_following"), metric(&metrics, "waltrail_failing")), (0.0, 1.0), "{metrics}");
     let status = run(["status", "--config", config, "--max-lag", "1s"]);
     assert_eq!(status.status.code(), Some(1), "{}", stderr(&status));
     let sync = run(["sync", "--config", config, "--timeout", "1s"]);
     assert_eq!(sync.status.code(), Some(15), "{}", stderr(&sync));
+    drop(daemon);
+}
+
+/// Nothing is captured before an epoch is claimed, so the lag stays 0: this metric alone tells.
+#[test]
+fn the_alert_fires_when_storage_refuses_at_the_start() {
+    let scene = Scene::new();
+    scene.expect_error("the store refuses");
+    let server = S3Server::start();
+    let _application = create_database(&scene.database(), 50, "");
+    let database = scene.database().display().to_string();
+    let no_bucket = server.url("app").replace("backups", "elsewhere");
+    let daemon = scene.start_with(&[&database, &no_bucket, "--listen", "127.0.0.1:0"]);
+    let address = address(&scene);
+    let fires = |line: &str| line.starts_with("waltrail_failing{") && line.ends_with(" 1");
+    let metrics =
+        wait_for("the alert", || Some(get(&address, "/metrics").1).filter(|metrics| metrics.lines().any(fires)));
+    assert_eq!((metric(&metrics, "waltrail_following"), metric(&metrics, "waltrail_lag_seconds")), (0.0, 0.0));
     drop(daemon);
 }
 
