@@ -33,8 +33,10 @@ Examples:
   waltrail status /data/app.db --format json
   waltrail status --config /etc/waltrail.toml --watch
 
-Exit code 1 when a database has no daemon, can't be followed, or has been waiting for its confirmation for longer than --max-lag; when
-there is no database to tell of, or a directory can't be searched for them.")]
+Exit code 1 when a database has no daemon or is not replicated any more; when for longer than --max-lag (5 minutes, unless told
+otherwise) it can't be followed, fails again and again, or waits for its confirmation or its first snapshot; when it could not be
+verified; when there is no database to tell of, or a directory can't be searched for them. Before that time is over, what is
+wrong is shown, with exit code 0: most of it mends itself.")]
 pub struct StatusArguments {
     /// Databases [default: all of the configuration, or the environment's]
     databases: Vec<std::path::PathBuf>,
@@ -44,7 +46,8 @@ pub struct StatusArguments {
     /// Show it again every second, until interrupted
     #[arg(long)]
     watch: bool,
-    /// What is confirmed later than this after its capture is trouble
+    /// What is confirmed later than this after its capture is trouble; so is a database that can't be followed for longer
+    /// [default: 5m]
     #[arg(long, value_name = "DURATION", value_parser = parse_duration)]
     max_lag: Option<Duration>,
     #[command(flatten)]
