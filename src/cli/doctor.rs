@@ -1,13 +1,15 @@
 //! `waltrail doctor`: what could go wrong, before it does.
 
+use std::fmt::Display;
+use std::io::{self, Write};
 use std::path::Path;
 
 use clap::Args;
 
 use super::exit_code::Failure;
 use super::interrupt::unless_interrupted;
-use super::tell::say;
-use super::{ConfigArgument, Source, open_patiently};
+use super::tell::shown;
+use super::{ConfigArgument, Source, for_each_replica, open_patiently};
 use crate::clock::SystemClock;
 use crate::run::place::loss_here;
 use crate::sqlite::header::{DatabaseHeader, HEADER_LEN};
@@ -38,7 +40,23 @@ pub async fn run(arguments: DoctorArguments) -> Result<(), Failure> {
 }
 
 async fn examine(arguments: DoctorArguments) -> Result<(), Failure> {
-    let source = arguments.config.resolve(arguments.source.as_deref()).await?;
+    let sources = arguments.config.resolve_replicas(arguments.source.as_deref()).await?;
+    let names_replica = sources.len() > 1;
+    for_each_replica(sources, async |source| {
+        if names_replica {
+            show(format_args!("in {}", source.replica))?;
+        }
+        examine_one(source).await
+    })
+    .await
+}
+
+/// Writes a line to standard output. Whoever has read enough still gets the exit code.
+fn show(line: impl Display) -> Result<(), Failure> {
+    shown(writeln!(io::stdout(), "{line}"))
+}
+
+async fn examine_one(source: &Source) -> Result<(), Failure> {
     let mut findings = Vec::new();
     if let Some(database) = &source.database {
         findings.push(place(&database.path));
@@ -46,11 +64,11 @@ async fn examine(arguments: DoctorArguments) -> Result<(), Failure> {
         findings.push(state_dir(&database.state_dir));
     }
     for finding in &findings {
-        say(finding)?;
+        show(finding)?;
     }
-    let found = probe_store(&source).await?;
+    let found = probe_store(source).await?;
     for finding in &found {
-        say(finding)?;
+        show(finding)?;
     }
     findings.extend(found);
     match findings.iter().filter(|finding| finding.weight == Weight::Bad).count() {

@@ -35,6 +35,7 @@ use tracing_subscriber::layer::SubscriberExt;
 use tracing_subscriber::util::SubscriberInitExt;
 
 use self::exit_code::Failure;
+use self::tell::tell;
 use crate::config::fleet::{FleetConfig, Found};
 use crate::config::replica_url::{Place, ReplicaUrl};
 use crate::config::units::parse_address;
@@ -200,7 +201,7 @@ impl ConfigArgument {
         Err(Failure::usage(format!("which one? The configuration has {}", paths.join(", "))))
     }
 
-    /// The replica that `source` names, the first one of a database that has several.
+    /// The replica that `source` names, the first one of a database that has several: for what can't be about all of them.
     async fn resolve(&self, source: Option<&str>) -> Result<Source, Failure> {
         Ok(self.resolve_replicas(source).await?.remove(0))
     }
@@ -275,6 +276,23 @@ impl ConfigArgument {
             None => Ok(Sources { found: vec![Source::of(environment_database()?)], ..all }),
         }
     }
+}
+
+/// Does `work` for each replica, whatever becomes of the others, and tells whose failure it was where there are several. The first
+/// failure is the one that is given.
+async fn for_each_replica(
+    sources: Vec<Source>,
+    work: impl AsyncFn(&Source) -> Result<(), Failure>,
+) -> Result<(), Failure> {
+    let mut first = None;
+    for source in &sources {
+        let Err(failure) = work(source).await else { continue };
+        if sources.len() > 1 {
+            tell(format_args!("failed     {}: {failure}", source.replica));
+        }
+        first.get_or_insert(failure);
+    }
+    first.map_or(Ok(()), Err)
 }
 
 /// Replicas that a command is about, and where some should be that could not be found.
