@@ -212,12 +212,7 @@ impl ConfigArgument {
         let of_all = |databases: Vec<DatabaseConfig>| Ok(databases.into_iter().map(Source::of).collect());
         let Some(source) = source else { return of_all(self.only_database()?) };
         if source.contains("://") {
-            let replica: ReplicaUrl = source.parse()?;
-            if let Some(known) = self.with_replica(&replica)? {
-                return of_all(vec![known]);
-            }
-            self.refuse(&format!("{replica} is the replica already, and is not in it"))?;
-            return Ok(vec![Source::at(replica)]);
+            return self.resolve_replica(source.parse()?);
         }
         let known = self.replicas_of(Path::new(source))?;
         if !known.is_empty() {
@@ -225,15 +220,25 @@ impl ConfigArgument {
         }
         let path = absolute(Path::new(source))?;
         if path.is_dir() {
-            return Ok(vec![Source::at(ReplicaUrl::Directory(path))]);
+            return self.resolve_replica(ReplicaUrl::Directory(path));
         }
         if let Some(source) = Source::of_daemon(path).await? {
             return Ok(vec![source]);
         }
         Err(Failure::usage(format!(
             "'{source}' is not a replica: it is no URL, no directory, and no database of the \
-             configuration or the environment, or that a daemon follows"
+             configuration or the environment, or that a daemon follows now. Of a database whose daemon was told by arguments and is \
+             stopped, name the replica (`restore` needs --output, too)"
         )))
+    }
+
+    /// The replica itself, with what the configuration says of it.
+    fn resolve_replica(&self, replica: ReplicaUrl) -> Result<Vec<Source>, Failure> {
+        if let Some(known) = self.with_replica(&replica)? {
+            return Ok(vec![Source::of(known)]);
+        }
+        self.refuse(&format!("{replica} is the replica already, and is not in it"))?;
+        Ok(vec![Source::at(replica)])
     }
 
     /// The database that goes to `replica`, if --config names a configuration that has it: options and keys are taken from there.

@@ -45,7 +45,8 @@ What is restored is checked against its recorded fingerprint before the file get
 pub struct RestoreArguments {
     /// A replica URL, or the path of a database that is configured or followed [default: the only configured one]
     source: Option<String>,
-    /// Where to write the database; - for standard output [default: the database's path, if that was given]
+    /// Where to write the database; - for standard output [default: the database's path, if it is configured, or followed by a daemon
+    /// (which has to be stopped to replace what is there)]
     #[arg(long, short, value_name = "FILE")]
     output: Option<PathBuf>,
     /// Restore the state at this time
@@ -117,7 +118,7 @@ async fn restore(arguments: RestoreArguments) -> Result<(), Failure> {
         return restore_all(&arguments, directory).await;
     }
     let source = arguments.config.resolve(arguments.source.as_deref()).await?;
-    let known_path = source.database.as_ref().map(|database| database.path.clone());
+    let known_path = source.live().map(|(path, _)| path.to_owned());
     // A plan needs no target; all else does.
     let output = match arguments.output.clone().or(known_path).map(Output::of) {
         None if arguments.dry_run => None,

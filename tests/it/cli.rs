@@ -53,6 +53,9 @@ fn usage_and_configuration() {
     fails(&["restore", "s3://b/a"], 10, "--output");
     fails(&["replicate", "/a.db", "/b", "--config", config_name], 10, "--config has nothing to do here");
     fails(&["restore", "s3://b/other", "-o", "x", "--config", config_name], 10, "--config has nothing to do here");
+    // A directory's path is a replica as its URL is.
+    let plain = directory.path().to_str().unwrap();
+    fails(&["log", plain, "--config", config_name], 10, "--config has nothing to do here");
     fails(&["restore", "s3://b/a", "-o", "-", "--force"], 10, "not standard output");
     fails(&["restore", "s3://b/a", "-o", "-", "--if-missing"], 10, "not standard output");
     fails(&["restore", "s3://b/a", "-o", "x", "--at", "yesterdayish"], 10, "is not a time");
@@ -268,6 +271,48 @@ fn by_the_path_of_a_configured_database() {
     assert!(done.status.success(), "{}", stderr(&done));
     assert_eq!(content(&database), expected);
     assert!(run(arguments).status.success(), "the second time there is nothing to do");
+}
+
+/// A daemon that was told by arguments knows where its database goes for as long as it runs.
+#[test]
+fn a_mistake_is_undone_without_a_configuration() {
+    let directory = tempfile::tempdir().unwrap();
+    let (database, replica) = (directory.path().join("app.db"), directory.path().join("replica"));
+    let (name, replica) = (database.to_str().unwrap(), replica.to_str().unwrap());
+    let application = create_database(&database, 20, "");
+    let daemon = Daemon::start(&[name, replica], &directory.path().join("daemon.log"));
+    wait_for_restored(replica, directory.path(), "SELECT n FROM counter", 0);
+    let marked = run(["mark", "before-2.0", name]);
+    assert!(marked.status.success(), "{}", stderr(&marked));
+    count_up(&application);
+    assert!(run(["sync", name]).status.success());
+    drop(application);
+    let undo = ["restore", name, "--mark", "before-2.0", "--force"];
+    // Its own path is the target; it is in use, and that tells what to do.
+    fails(&undo[..4], 14, "is there already");
+    fails(&undo, 14, "stop what uses it");
+    assert_eq!(daemon.terminate(), Some(0));
+    fails(&undo, 10, "that a daemon follows now");
+    fails(&undo, 10, "name the replica (`restore` needs --output, too)");
+    let undone = run(["restore", replica, "--output", name, "--mark", "before-2.0", "--force"]);
+    assert!(undone.status.success(), "{}", stderr(&undone));
+    assert_eq!(crate::support::number(&open(&database), "SELECT n FROM counter"), 0);
+}
+
+/// What the configuration keeps of a directory holds for its path as for its URL.
+#[test]
+fn the_path_of_a_configured_directory_is_its_url() {
+    let directory = tempfile::tempdir().unwrap();
+    let replica = directory.path().join("replica").display().to_string();
+    make_replica(directory.path(), &replica);
+    let config = directory.path().join("waltrail.toml");
+    let text = format!("[[database]]\npath = \"{}/app.db\"\nreplica = \"{replica}\"\n", directory.path().display());
+    std::fs::write(&config, text + "retention = \"7d\"\n").unwrap();
+    for named in [replica.clone(), format!("file://{replica}")] {
+        let pruned = run(["prune", "--config", config.to_str().unwrap(), &named, "--dry-run"]);
+        assert!(pruned.status.success(), "{named}: {}", stderr(&pruned));
+    }
+    fails(&["prune", &replica, "--dry-run"], 10, "Say so with --retention");
 }
 
 #[test]
