@@ -104,6 +104,9 @@ impl Reporter {
     /// # Errors
     /// When standard output can't be written.
     pub fn planned(self, plan: &Plan, asked_ms: Option<u64>) -> Result<(), Failure> {
+        if self.is_quiet {
+            return Ok(());
+        }
         if self.output == RestoreOutput::Json {
             return self.event(&Event::Planned {
                 replica: &plan.location,
@@ -117,13 +120,11 @@ impl Reporter {
                 fingerprint: format!("{:016x}", plan.fingerprint),
             });
         }
-        if !self.is_quiet {
-            tell(plan);
-            if let Some(asked_ms) = asked_ms {
-                tell(format_args!("asked      {}", format_time(asked_ms)));
-            }
-            tell(format_args!("time       {}", format_time(plan.time_ms)));
+        tell(plan);
+        if let Some(asked_ms) = asked_ms {
+            tell(format_args!("asked      {}", format_time(asked_ms)));
         }
+        tell(format_args!("time       {}", format_time(plan.time_ms)));
         Ok(())
     }
 
@@ -133,8 +134,8 @@ impl Reporter {
     /// When standard output can't be written.
     pub fn note(self, text: &str) -> Result<(), Failure> {
         match self.output {
+            _ if self.is_quiet => Ok(()),
             RestoreOutput::Json => self.event(&Event::Note { text }),
-            RestoreOutput::Text if self.is_quiet => Ok(()),
             RestoreOutput::Text => {
                 tell(format_args!("note: {text}"));
                 Ok(())
@@ -147,11 +148,14 @@ impl Reporter {
     pub fn watch(self, progress: &Arc<Progress>, total_bytes: u64) -> JoinSet<()> {
         let mut watching = JoinSet::new();
         let progress = progress.clone();
+        if self.is_quiet {
+            return watching;
+        }
         if self.output == RestoreOutput::Json {
             watching.spawn(async move { self.write_events(&progress, total_bytes).await });
-        } else if !self.is_quiet && io::stderr().is_terminal() {
+        } else if io::stderr().is_terminal() {
             watching.spawn(async move { draw(&progress, total_bytes).await });
-        } else if !self.is_quiet {
+        } else {
             watching.spawn(async move { write_lines(&progress, total_bytes).await });
         }
         watching

@@ -91,7 +91,7 @@ pub struct RestoreArguments {
     /// With --all: where the databases go, under their own names
     #[arg(long, value_name = "DIRECTORY", requires = "all")]
     output_dir: Option<PathBuf>,
-    /// Tell nothing but errors, and of success one line
+    /// Tell nothing but errors, and of success one line, or one event
     #[arg(long, short)]
     quiet: bool,
     /// How to tell: text on standard error, or JSON events on standard output
@@ -147,8 +147,10 @@ async fn restore_all(arguments: &RestoreArguments, directory: &Path) -> Result<(
         let source = Source::at(database.replica.clone());
         let output = directory.join(name);
         let parent = output.parent().unwrap_or(directory);
-        std::fs::create_dir_all(parent)
-            .map_err(|error| Failure::other(format!("{} can't be made: {error}", parent.display())))?;
+        if !arguments.dry_run {
+            std::fs::create_dir_all(parent)
+                .map_err(|error| Failure::other(format!("{} can't be made: {error}", parent.display())))?;
+        }
         if let Err(failure) = restore_one(arguments, &source, Some(Output::File(output))).await {
             tell(format_args!("{}: {failure}", database.path.display()));
             failures.push(failure);

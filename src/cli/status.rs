@@ -68,16 +68,17 @@ struct Row {
 /// # Errors
 /// When one of them is in trouble.
 pub async fn run(arguments: StatusArguments) -> Result<(), Failure> {
-    let Found { databases, troubles, .. } = match arguments.databases.as_slice() {
-        [] => arguments.config.find()?,
-        paths => Found { databases: arguments.config.databases(paths)?, ..Found::default() },
-    };
-    if databases.is_empty() && troubles.is_empty() {
-        let why =
-            "there is nothing to tell of: nothing is here of what the configuration names by patterns and directories";
-        return Err(Failure::other(why.into()));
-    }
     loop {
+        // Databases come and go while it is watched.
+        let Found { databases, troubles, .. } = match arguments.databases.as_slice() {
+            [] => arguments.config.find()?,
+            paths => Found { databases: arguments.config.databases(paths)?, ..Found::default() },
+        };
+        if databases.is_empty() && troubles.is_empty() && !arguments.watch {
+            let why = "there is nothing to tell of: nothing is here of what the configuration names by patterns and \
+                       directories";
+            return Err(Failure::other(why.into()));
+        }
         let rows = rows(&databases, arguments.max_lag.unwrap_or(DEFAULT_HEALTHY_LAG)).await;
         if let Err(error) = show(&rows, &arguments) {
             return shown(Err(error));

@@ -50,6 +50,10 @@ fn usage_and_configuration() {
     fails(&["restore", "--config", config_name, "/b.db"], 10, "no database of the configuration");
     fails(&["replicate", "/a.db"], 10, "REPLICA");
     fails(&["replicate", "/a.db", "ftp://x"], 10, "unknown scheme 'ftp'");
+    // A file of that name would be waited for, for ever.
+    fails(&["replicate", "/data/*.db", "/b"], 10, "the path of a [[database]]");
+    fails(&["run", "/data/", "/b", "--", "true"], 10, "the path of a [[database]]");
+    fails(&["prune", "s3://b/a", "--retention", "0d"], 10, "would keep nothing");
     fails(&["restore", "s3://b/a"], 10, "--output");
     fails(&["replicate", "/a.db", "/b", "--config", config_name], 10, "--config has nothing to do here");
     fails(&["restore", "s3://b/other", "-o", "x", "--config", config_name], 10, "--config has nothing to do here");
@@ -66,6 +70,8 @@ fn usage_and_configuration() {
     assert!(!stderr(&by_variable("")).contains("can't be read"), "set to nothing is not set");
     std::fs::write(&config, "[[database]]\npath = \"/a.db\"\nreplica = \"s3://b/a\"\nspool-limit = \"0B\"\n").unwrap();
     fails(&["config", "check", config_name], 10, "spool-limit must not be 0");
+    std::fs::write(&config, "[[database]]\npath = \"/a.db\"\nreplica = \"s3://b/a\"\nretention = \"0d\"\n").unwrap();
+    fails(&["config", "check", config_name], 10, "would keep nothing");
     let version = run(["--version"]);
     assert!(version.status.success());
     assert!(String::from_utf8(version.stdout).unwrap().contains("SQLite 3."));

@@ -1,6 +1,6 @@
 //! What others are told: status, health, metrics, systemd, heartbeats.
 
-use std::io::{Read, Write};
+use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{TcpListener, TcpStream};
 use std::os::unix::net::UnixDatagram;
 use std::process::Stdio;
@@ -227,6 +227,30 @@ fn the_daemon_drills_by_itself() {
     std::fs::write(&snapshot, whole).unwrap();
     wait_for("the next drill", || (get(&address, "/healthz").0 == 200).then_some(()));
     assert_eq!(daemon.terminate(), Some(0), "{}", scene.log());
+}
+
+#[test]
+fn a_watched_status_shows_what_appears_later() {
+    let scene = Scene::new();
+    let tenants = scene.path("tenants");
+    std::fs::create_dir(&tenants).unwrap();
+    let config = scene.path("waltrail.toml");
+    let text = format!("[[database]]\npath = \"{}/*.db\"\nreplica = \"{}\"\n", tenants.display(), scene.replica());
+    std::fs::write(&config, text).unwrap();
+    let mut watching = waltrail()
+        .args(["status", "--watch", "--config", config.to_str().unwrap()])
+        .stdout(Stdio::piped())
+        .stderr(Stdio::null())
+        .spawn()
+        .unwrap();
+    let mut lines = BufReader::new(watching.stdout.take().unwrap()).lines();
+    assert!(lines.next().unwrap().unwrap().starts_with("DATABASE"), "nothing is there yet");
+    drop(create_database(&tenants.join("acme.db"), 5, ""));
+    // A few lines a second.
+    let is_shown = lines.take(60).any(|line| line.unwrap().contains("acme.db"));
+    watching.kill().unwrap();
+    watching.wait().unwrap();
+    assert!(is_shown);
 }
 
 /// That is how container files leave a variable out.
