@@ -36,13 +36,14 @@ use tracing_subscriber::util::SubscriberInitExt;
 
 use self::exit_code::Failure;
 use self::tell::tell;
+use crate::clock::SystemClock;
 use crate::config::fleet::{FleetConfig, Found};
 use crate::config::replica_url::{Place, ReplicaUrl};
 use crate::config::units::parse_address;
 use crate::config::{Config, DatabaseConfig, LogConfig, LogFormat, LogLevel, default_state_dir, environment, file};
 use crate::replicate::control::{ControlError, ask_status};
 use crate::store::SharedStore;
-use crate::store::retry::{RetryPolicy, Retrying};
+use crate::store::retry::Retrying;
 
 const SYSTEM_CONFIG: &str = "/etc/waltrail.toml";
 /// A daemon answers how it is within this time.
@@ -410,7 +411,7 @@ impl Source {
 
 /// Opens a replica for a command that a person or a job waits for.
 async fn open_patiently(replica: &ReplicaUrl) -> SharedStore {
-    Arc::new(Retrying::new(replica.open().await, RetryPolicy::PATIENT))
+    Arc::new(Retrying::patient(replica.open().await, SystemClock::shared()))
 }
 
 /// The databases that are stored for a fleet. A place that is not there yet holds none.

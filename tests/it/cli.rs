@@ -113,7 +113,10 @@ fn storage_that_is_not_reached() {
     let directory = tempfile::tempdir().unwrap();
     let output = directory.path().join("out.db");
     let closed = "s3://b/a?endpoint=http://127.0.0.1:1&region=x";
-    fails(&["restore", closed, "-o", output.to_str().unwrap(), "--if-replica-exists"], 11, "refused");
+    let done = run(["restore", closed, "-o", output.to_str().unwrap(), "--if-replica-exists"]);
+    let told = stderr(&done);
+    assert_eq!(done.status.code(), Some(11), "{told}");
+    assert!(told.contains("refused") && told.contains("the store fails; asking it again"), "{told}");
     assert!(!output.exists());
 }
 
