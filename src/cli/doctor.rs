@@ -1,6 +1,7 @@
 //! `waltrail doctor`: what could go wrong, before it does.
 
 use std::fmt::Display;
+use std::fs::File;
 use std::io::{self, Write};
 use std::path::Path;
 
@@ -22,8 +23,8 @@ Examples:
   waltrail doctor s3://my-bucket/app
   waltrail doctor --config /etc/waltrail.toml /data/app.db
 
-Puts a few small objects (and one of 5 MiB) under doctor/ in the replica's place, and removes them. Exit code 1 when something is
-bad.")]
+Puts a few small objects (and one of 5 MiB) under doctor/ in the replica's place, and removes them. A replica's directory that is not
+there yet is made, as the first start would, and stays. Exit code 1 when something is bad.")]
 pub struct DoctorArguments {
     /// A replica URL, or the path of a database that is configured or followed [default: the only configured one]
     source: Option<String>,
@@ -94,12 +95,17 @@ fn place(database: &Path) -> Finding {
 fn file(database: &Path) -> Finding {
     const WHAT: &str = "database";
     let mut header = [0; HEADER_LEN];
-    let read = std::fs::File::open(database).and_then(|mut file| std::io::Read::read_exact(&mut file, &mut header));
+    let read = File::open(database).and_then(|mut file| io::Read::read_exact(&mut file, &mut header));
     match read {
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
             Finding::new(WHAT, Weight::Note, "it is not there yet: it is waited for")
         }
         Err(error) => Finding::new(WHAT, Weight::Bad, format!("it can't be read: {error}")),
+        Ok(()) if let Err(error) = File::options().append(true).open(database) => Finding::new(
+            WHAT,
+            Weight::Bad,
+            format!("it can't be written, which SQLite needs even to follow it: {error}"),
+        ),
         Ok(()) => match DatabaseHeader::parse(&header) {
             Err(error) => Finding::new(WHAT, Weight::Bad, error.to_string()),
             Ok(header) if header.is_wal => {

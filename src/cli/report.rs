@@ -1,6 +1,6 @@
 //! What a restore tells while it runs and when it is done: to a person at a terminal, to a log, or to a program.
 
-use std::io::{self, IsTerminal};
+use std::io::{self, IsTerminal, Write};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -10,7 +10,7 @@ use serde::Serialize;
 use tokio::task::JoinSet;
 
 use super::exit_code::Failure;
-use super::tell::{say, tell};
+use super::tell::{shown, tell};
 use crate::clock::format_time;
 use crate::restore::plan::Plan;
 use crate::restore::progress::Progress;
@@ -94,7 +94,8 @@ impl Reporter {
 
     fn event(self, event: &Event<'_>) -> Result<(), Failure> {
         match serde_json::to_string(event) {
-            Ok(line) => say(line),
+            // That nobody reads any more is no failure; the restore goes on.
+            Ok(line) => shown(writeln!(io::stdout(), "{line}")),
             Err(error) => Err(Failure::other(error.to_string())),
         }
     }
@@ -166,7 +167,7 @@ impl Reporter {
             tokio::time::sleep(Duration::from_secs(1)).await;
             let (phase, done_bytes) = (progress.phase().word(), progress.done_bytes());
             if self.event(&Event::Progress { phase, done_bytes, total_bytes }).is_err() {
-                // Nobody reads any more; the restore goes on.
+                // The next event that matters says so.
                 return;
             }
         }

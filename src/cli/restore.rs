@@ -279,6 +279,9 @@ async fn restore_one(arguments: &RestoreArguments, source: &Source, output: Opti
     };
     let asked_ms = if let Target::Time(asked_ms) = target { Some(asked_ms) } else { None };
     reporter.planned(&plan, asked_ms)?;
+    if asked_ms.is_some_and(|asked_ms| asked_ms > clock.now_ms()) {
+        reporter.note("the time asked for is in the future: this is the newest state that there is now")?;
+    }
     for note in &plan.notes {
         reporter.note(note)?;
     }

@@ -10,7 +10,7 @@ use futures_util::StreamExt;
 use serde::Serialize;
 
 use super::ConfigArgument;
-use super::exit_code::Failure;
+use super::exit_code::{Failure, is_of_another_user};
 use super::tell::{TextOrJson, shown};
 use crate::clock::{Clock, SystemClock, format_time};
 use crate::config::DatabaseConfig;
@@ -61,6 +61,9 @@ struct Row {
     status: Status,
     /// Why a person should look.
     trouble: Option<String>,
+    /// Nobody here may ask its daemon, if there is one.
+    #[serde(skip)]
+    is_unknown: bool,
 }
 
 /// Shows how replication is.
@@ -101,10 +104,12 @@ async fn rows(databases: &[DatabaseConfig], max_lag: Duration) -> Vec<Row> {
         let replica = database.replica.to_string();
         async move {
             match ask_status(&path, &state_dir, PATIENCE).await {
-                Ok(status) => Row { trouble: status.trouble(now_ms, max_lag), status },
+                Ok(status) => Row { trouble: status.trouble(now_ms, max_lag), status, is_unknown: false },
                 Err(error) => {
+                    let is_of_another = is_of_another_user(&error);
+                    let hint = if is_of_another { "; run it as the daemon's user" } else { "" };
                     let status = Status { database: path, replica, phase: Phase::Stopped, ..Status::default() };
-                    Row { status, trouble: Some(error.to_string()) }
+                    Row { status, trouble: Some(format!("{error}{hint}")), is_unknown: is_of_another }
                 }
             }
         }
@@ -132,7 +137,7 @@ fn table(rows: &[Row], now_ms: u64) -> String {
             .map(str::to_owned)
             .to_vec(),
     ];
-    lines.extend(rows.iter().map(|row| cells(&row.status, now_ms).to_vec()));
+    lines.extend(rows.iter().map(|row| cells(row, now_ms).to_vec()));
     let databases: HashSet<&Path> = rows.iter().map(|row| row.status.database.as_path()).collect();
     if databases.len() < rows.len() {
         lines[0].push("REPLICA".into());
@@ -159,9 +164,10 @@ fn table(rows: &[Row], now_ms: u64) -> String {
     text
 }
 
-fn cells(status: &Status, now_ms: u64) -> [String; 8] {
-    let none = || "-".to_owned();
+fn cells(row: &Row, now_ms: u64) -> [String; 8] {
+    let (none, status) = (|| "-".to_owned(), &row.status);
     let phase = match status.phase {
+        _ if row.is_unknown => "not known",
         Phase::Starting => "starting",
         Phase::Waiting => "not there yet",
         Phase::Following => "following",
@@ -178,4 +184,18 @@ fn cells(status: &Status, now_ms: u64) -> [String; 8] {
         status.verified_ms.map_or_else(none, format_time),
         format!("{} bytes", status.waiting_bytes),
     ]
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_daemon_that_may_not_be_asked_is_not_called_stopped() {
+        let status = Status { database: "/app.db".into(), phase: Phase::Stopped, ..Status::default() };
+        let table_of = |is_unknown| table(&[Row { status: status.clone(), trouble: None, is_unknown }], 0);
+        let (unknown, stopped) = (table_of(true), table_of(false));
+        assert!(unknown.contains("not known") && !unknown.contains("not running"), "{unknown}");
+        assert!(stopped.contains("not running"), "{stopped}");
+    }
 }

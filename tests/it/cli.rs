@@ -407,6 +407,23 @@ fn nobody_reads_the_log_any_more() {
     }
 }
 
+/// `waltrail … | head`: who has read enough is no failure.
+#[test]
+fn nobody_reads_standard_output_any_more() {
+    let directory = tempfile::tempdir().unwrap();
+    let replica = directory.path().join("replica").display().to_string();
+    make_replica(directory.path(), &replica);
+    let output = directory.path().join("out.db");
+    let restore = ["restore", &replica, "-o", output.to_str().unwrap(), "--format", "json"];
+    for arguments in [&restore[..], &["doctor", &replica], &["completions", "bash"], &["log", &replica]] {
+        let (reader, writer) = std::io::pipe().unwrap();
+        drop(reader);
+        let done = waltrail().args(arguments).stdout(writer).stderr(Stdio::piped()).output().unwrap();
+        assert_eq!(done.status.code(), Some(0), "{arguments:?}: {}", stderr(&done));
+    }
+    assert_eq!(content(&output), content(&directory.path().join("app.db")));
+}
+
 /// The processes whose parent is `pid`.
 fn children_of(pid: u32) -> Vec<String> {
     let processes = std::fs::read_dir("/proc").unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap());

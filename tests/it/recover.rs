@@ -41,6 +41,10 @@ fn what_is_right_already_is_not_fetched() {
     let (planned, first) = (last(&events, "planned").clone(), last(&events, "restored").clone());
     assert_eq!((&first["reused_bytes"], &first["txid"]), (&0.into(), &planned["txid"]));
     assert_eq!(first["fingerprint"], planned["fingerprint"]);
+    let (code, events, error) = restore(&scene, &scene.path("late.db"), &["--at", "2999-01-01T00:00:00Z", "--dry-run"]);
+    let notes: Vec<&str> = events.iter().filter_map(|event| event["text"].as_str()).collect();
+    let is_noted = |words: &str| notes.iter().any(|note| note.contains(words));
+    assert!(code == Some(0) && is_noted("is in the future") && is_noted(" d before it"), "{notes:?} {error}");
     let (code, events, error) = restore(&scene, &scene.path("quiet.db"), &["--quiet"]);
     assert_eq!((code, events.len(), &events[0]["event"]), (Some(0), 1, &"restored".into()), "{error}");
     // A migration gone wrong: some pages changed, more at the end.
