@@ -40,11 +40,11 @@ Exit codes:
   0   ok: everything that was checked is as it should be
   1   degraded: what should be restorable is, but somebody should look; or the verification was interrupted
   2   failed: the newest state, or another one that should be restorable, is not
-  10  wrong usage or configuration
+  10  wrong usage or configuration; the scratch directory is not there
   11  storage is not reached, or refuses; that is no verdict
   12  there is no such backup, or nothing in it yet, or nothing at all that a pattern or a directory stands for
   13  an object has an unknown format
-  14  the scratch directory can't be written
+  14  the scratch directory is there and can't be written
 Of several replicas the gravest counts: 2, then 11, then the others from 10 on, then 1.")]
 pub struct VerifyArguments {
     /// Replica URLs, or paths of databases of the configuration [default: all of the configuration, of patterns and directories what is
@@ -194,7 +194,10 @@ impl VerifyArguments {
     fn settings(&self, source: &Source) -> Result<Settings, Failure> {
         let scratch = self.scratch.clone().unwrap_or_else(std::env::temp_dir);
         if !scratch.is_dir() {
-            return Err(Failure::usage(format!("--scratch: '{}' is no directory", scratch.display())));
+            let shown = scratch.display();
+            return Err(Failure::usage(format!(
+                "'{shown}' is no directory: --scratch, or TMPDIR, names where to restore"
+            )));
         }
         let no_randomness = |error| Failure::other(format!("the operating system has no random numbers: {error}"));
         let seed = match self.seed {
