@@ -77,6 +77,9 @@ impl AskArguments {
             let State { position, time_ms } = match answer {
                 Ok(state) => state,
                 Err(error) => {
+                    if databases.len() > 1 {
+                        tell(format_args!("failed     {}: {error}", database.replica));
+                    }
                     failure.get_or_insert(error);
                     continue;
                 }

@@ -1,13 +1,16 @@
 //! `waltrail doctor`: what could go wrong, before it does.
 
+use std::fmt::Display;
+use std::fs::File;
+use std::io::{self, Write};
 use std::path::Path;
 
 use clap::Args;
 
 use super::exit_code::Failure;
 use super::interrupt::unless_interrupted;
-use super::tell::say;
-use super::{ConfigArgument, Source, open_patiently};
+use super::tell::shown;
+use super::{ConfigArgument, Source, for_each_replica, open_patiently};
 use crate::clock::SystemClock;
 use crate::run::place::loss_here;
 use crate::sqlite::header::{DatabaseHeader, HEADER_LEN};
@@ -20,8 +23,8 @@ Examples:
   waltrail doctor s3://my-bucket/app
   waltrail doctor --config /etc/waltrail.toml /data/app.db
 
-Puts a few small objects (and one of 5 MiB) under doctor/ in the replica's place, and removes them. Exit code 1 when something is
-bad.")]
+Puts a few small objects (and one of 5 MiB) under doctor/ in the replica's place, and removes them. A replica's directory that is not
+there yet is made, as the first start would, and stays. Exit code 1 when something is bad.")]
 pub struct DoctorArguments {
     /// A replica URL, or the path of a database that is configured or followed [default: the only configured one]
     source: Option<String>,
@@ -38,7 +41,23 @@ pub async fn run(arguments: DoctorArguments) -> Result<(), Failure> {
 }
 
 async fn examine(arguments: DoctorArguments) -> Result<(), Failure> {
-    let source = arguments.config.resolve(arguments.source.as_deref()).await?;
+    let sources = arguments.config.resolve_replicas(arguments.source.as_deref()).await?;
+    let names_replica = sources.len() > 1;
+    for_each_replica(sources, async |source| {
+        if names_replica {
+            show(format_args!("in {}", source.replica))?;
+        }
+        examine_one(source).await
+    })
+    .await
+}
+
+/// Writes a line to standard output. Whoever has read enough still gets the exit code.
+fn show(line: impl Display) -> Result<(), Failure> {
+    shown(writeln!(io::stdout(), "{line}"))
+}
+
+async fn examine_one(source: &Source) -> Result<(), Failure> {
     let mut findings = Vec::new();
     if let Some(database) = &source.database {
         findings.push(place(&database.path));
@@ -46,11 +65,11 @@ async fn examine(arguments: DoctorArguments) -> Result<(), Failure> {
         findings.push(state_dir(&database.state_dir));
     }
     for finding in &findings {
-        say(finding)?;
+        show(finding)?;
     }
-    let found = probe_store(&source).await?;
+    let found = probe_store(source).await?;
     for finding in &found {
-        say(finding)?;
+        show(finding)?;
     }
     findings.extend(found);
     match findings.iter().filter(|finding| finding.weight == Weight::Bad).count() {
@@ -76,12 +95,17 @@ fn place(database: &Path) -> Finding {
 fn file(database: &Path) -> Finding {
     const WHAT: &str = "database";
     let mut header = [0; HEADER_LEN];
-    let read = std::fs::File::open(database).and_then(|mut file| std::io::Read::read_exact(&mut file, &mut header));
+    let read = File::open(database).and_then(|mut file| io::Read::read_exact(&mut file, &mut header));
     match read {
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
             Finding::new(WHAT, Weight::Note, "it is not there yet: it is waited for")
         }
         Err(error) => Finding::new(WHAT, Weight::Bad, format!("it can't be read: {error}")),
+        Ok(()) if let Err(error) = File::options().append(true).open(database) => Finding::new(
+            WHAT,
+            Weight::Bad,
+            format!("it can't be written, which SQLite needs even to follow it: {error}"),
+        ),
         Ok(()) => match DatabaseHeader::parse(&header) {
             Err(error) => Finding::new(WHAT, Weight::Bad, error.to_string()),
             Ok(header) if header.is_wal => {

@@ -1,6 +1,7 @@
 //! The one place that turns errors into text, a hint and an exit code.
 
 use std::fmt;
+use std::io;
 use std::process::ExitCode;
 
 use super::tell::tell;
@@ -159,21 +160,33 @@ impl From<ReplicaUrlError> for Failure {
     }
 }
 
+/// What can be done about an error of a directory: there are no keys, no endpoint and no region.
+fn hint_of_directory(kind: StoreErrorKind) -> &'static str {
+    match kind {
+        StoreErrorKind::Denied => {
+            "check the permissions of the directory and what is in it, and as which user this runs"
+        }
+        StoreErrorKind::NoSuchBucket => "check the directory's path, and whether its disk is mounted",
+        StoreErrorKind::Unavailable => "check the disk, and whether it is full; the same command can be tried again",
+        _ => "check the directory's path, and its disk",
+    }
+}
+
 impl From<StoreError> for Failure {
     fn from(error: StoreError) -> Self {
+        let is_of_directory = error.location.starts_with("file://");
         let (code, hint) = match error.kind {
+            StoreErrorKind::NotFound | StoreErrorKind::WrongSize | StoreErrorKind::AlreadyExists => {
+                (DAMAGED, "the object changed or went while it was used; try again")
+            }
+            kind if is_of_directory => (STORAGE, hint_of_directory(kind)),
             StoreErrorKind::Denied => (
                 STORAGE,
                 "check AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (or the profile), and what the key may do in the bucket",
             ),
-            StoreErrorKind::NoSuchBucket => {
-                (STORAGE, "check the bucket's or directory's name, the endpoint and the region")
-            }
+            StoreErrorKind::NoSuchBucket => (STORAGE, "check the bucket's name, the endpoint and the region"),
             StoreErrorKind::Unavailable => {
                 (STORAGE, "check the endpoint and the network; the same command can be tried again")
-            }
-            StoreErrorKind::NotFound | StoreErrorKind::WrongSize | StoreErrorKind::AlreadyExists => {
-                (DAMAGED, "the object changed or went while it was used; try again")
             }
             StoreErrorKind::Other | StoreErrorKind::NotSupported => {
                 (STORAGE, "check the endpoint, the region and path-style")
@@ -228,6 +241,12 @@ impl From<RetainError> for Failure {
     }
 }
 
+/// Whether the state directory is another user's: only the daemon's own may ask it.
+#[must_use]
+pub fn is_of_another_user(error: &ControlError) -> bool {
+    matches!(error, ControlError::Broken { source, .. } if source.kind() == io::ErrorKind::PermissionDenied)
+}
+
 impl From<ControlError> for Failure {
     fn from(error: ControlError) -> Self {
         let (code, hint) = match &error {
@@ -240,6 +259,7 @@ impl From<ControlError> for Failure {
             ControlError::TimedOut { .. } => {
                 (NOT_CONFIRMED, Some("its log says what holds it up; --timeout waits longer"))
             }
+            _ if is_of_another_user(&error) => (FAILED, Some("run it as the daemon's user")),
             ControlError::Failed { .. } | ControlError::Broken { .. } => (FAILED, None),
         };
         Self::new(code, error, hint)
@@ -278,5 +298,32 @@ impl From<ReplicateError> for Failure {
             _ => (FAILED, None),
         };
         Self::new(code, error, hint)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_error_of_a_directory_gets_a_hint_that_fits() {
+        let hint_of = |kind, location: &str| {
+            let (location, key, message) = (location.to_owned(), "epochs/00000001".into(), "refused".into());
+            Failure::from(StoreError { kind, operation: "get", location, key, message }).hint.unwrap()
+        };
+        for kind in [StoreErrorKind::Denied, StoreErrorKind::NoSuchBucket, StoreErrorKind::Unavailable] {
+            let hint = hint_of(kind, "file:///backup/app");
+            assert!(!["AWS", "endpoint", "bucket"].iter().any(|word| hint.contains(word)), "{hint}");
+        }
+        assert!(hint_of(StoreErrorKind::Denied, "file:///backup/app").contains("permissions"));
+        assert!(hint_of(StoreErrorKind::Denied, "s3://bucket/app").contains("AWS_ACCESS_KEY_ID"));
+    }
+
+    #[test]
+    fn who_may_not_ask_a_daemon_is_told_who_may() {
+        let refused = |kind: io::ErrorKind| ControlError::Broken { database: "/app.db".into(), source: kind.into() };
+        let hint = Failure::from(refused(io::ErrorKind::PermissionDenied)).hint;
+        assert_eq!(hint.as_deref(), Some("run it as the daemon's user"));
+        assert_eq!(Failure::from(refused(io::ErrorKind::UnexpectedEof)).hint, None);
     }
 }

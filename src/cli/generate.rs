@@ -7,6 +7,7 @@ use clap::{Args, CommandFactory};
 use clap_complete::Shell;
 
 use super::exit_code::Failure;
+use super::tell::shown;
 
 /// Arguments of `completions`.
 #[derive(Debug, Args)]
@@ -39,7 +40,7 @@ fn failed(error: &io::Error) -> Failure {
 pub fn completions(arguments: &CompletionsArguments) -> Result<(), Failure> {
     let mut script = Vec::new();
     clap_complete::generate(arguments.shell, &mut super::Arguments::command(), "waltrail", &mut script);
-    io::Write::write_all(&mut io::stdout().lock(), &script).map_err(|error| failed(&error))
+    shown(io::Write::write_all(&mut io::stdout().lock(), &script))
 }
 
 /// Writes a manual page for each command.

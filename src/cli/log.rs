@@ -7,7 +7,7 @@ use serde::Serialize;
 
 use super::exit_code::Failure;
 use super::tell::{TextOrJson, shown, tell};
-use super::{ConfigArgument, open_patiently};
+use super::{ConfigArgument, for_each_replica, open_patiently};
 use crate::clock::format_time;
 use crate::format::Position;
 use crate::format::key::SegmentKey;
@@ -39,6 +39,10 @@ pub struct LogArguments {
 #[derive(Debug, Serialize)]
 #[serde(tag = "kind", rename_all = "kebab-case")]
 enum Line {
+    /// Whose lines follow, where a database has several.
+    Replica {
+        replica: String,
+    },
     Epoch {
         epoch: u32,
         claimed_ms: u64,
@@ -77,6 +81,7 @@ enum Line {
 impl Line {
     fn text(&self) -> String {
         match self {
+            Self::Replica { replica } => format!("in {replica}"),
             Self::Epoch { epoch, claimed_ms, first_txid, continues, parent, writer, host, program } => {
                 let from = match (parent, continues) {
                     (None, _) => "begins".to_owned(),
@@ -114,16 +119,24 @@ impl Line {
 /// # Errors
 /// See [`crate::restore::RestoreError`].
 pub async fn run(arguments: LogArguments) -> Result<(), Failure> {
-    let source = arguments.config.resolve(arguments.source.as_deref()).await?;
-    let store = open_patiently(&source.replica).await;
-    let history = History::load(&store).await?;
-    let mut out = io::BufWriter::new(io::stdout().lock());
-    let written = show(&store, &history, &arguments, &mut out).await?.and_then(|()| out.flush());
-    shown(written)?;
-    for stranger in &history.strangers {
-        tell(format_args!("note: {stranger} belongs to no epoch and is not used"));
-    }
-    Ok(())
+    let sources = arguments.config.resolve_replicas(arguments.source.as_deref()).await?;
+    let names_replica = sources.len() > 1;
+    for_each_replica(sources, async |source| {
+        let store = open_patiently(&source.replica).await;
+        let history = History::load(&store).await?;
+        let mut out = io::BufWriter::new(io::stdout().lock());
+        let heading: &[Line] = &[Line::Replica { replica: source.replica.to_string() }];
+        let written = match write(&mut out, arguments.format, if names_replica { heading } else { &[] }) {
+            Ok(()) => show(&store, &history, &arguments, &mut out).await?,
+            unwritten => unwritten,
+        };
+        shown(written.and_then(|()| out.flush()))?;
+        for stranger in &history.strangers {
+            tell(format_args!("note: {stranger} belongs to no epoch and is not used"));
+        }
+        Ok(())
+    })
+    .await
 }
 
 async fn show(

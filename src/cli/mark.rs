@@ -5,11 +5,12 @@ use std::time::Duration;
 
 use clap::Args;
 use jiff::tz::TimeZone;
+use serde::Serialize;
 
 use super::exit_code::Failure;
 use super::moment::{parse_moment, parse_txid};
 use super::tell::{TextOrJson, shown, tell};
-use super::{ConfigArgument, Source, open_patiently};
+use super::{ConfigArgument, Source, for_each_replica, open_patiently};
 use crate::clock::{Clock, SystemClock, format_time};
 use crate::config::units::parse_duration;
 use crate::format::key::MarkKey;
@@ -18,7 +19,8 @@ use crate::replicate::control::{Request, State, ask};
 use crate::restore::history::History;
 use crate::restore::plan::Target;
 use crate::retain::RetainError;
-use crate::retain::marks::{load_marks, remove_mark, set_mark};
+use crate::retain::marks::{find_mark, load_marks, remove_mark, set_mark};
+use crate::store::SharedStore;
 
 /// Arguments of `mark`.
 #[derive(Debug, Args)]
@@ -31,7 +33,10 @@ Examples:
 
 With the path of a database the daemon that follows it is asked first to ship everything that was committed: the mark holds
 that. With a replica URL it holds the newest state that is in storage already. When the command returns, the mark is in
-storage. It keeps its state for as long as it is there, whatever the retention.")]
+storage, in every replica of the database: one that fails does not keep the others from theirs. It keeps its state for as long
+as it is there, whatever the retention.
+
+In a container's start command, which runs again at each restart, --if-missing leaves the mark where the first run set it.")]
 pub struct MarkArguments {
     /// 1 to 100 of A-Z, a-z, 0-9, '.', '_' and '-'
     #[arg(value_parser = parse_name)]
@@ -50,6 +55,9 @@ pub struct MarkArguments {
     /// Give up after this long if the daemon does not confirm what was committed
     #[arg(long, value_name = "DURATION", default_value = "30s", value_parser = parse_duration)]
     timeout: Duration,
+    /// Do nothing, successfully, in a replica that has a mark of this name, whatever it names
+    #[arg(long)]
+    if_missing: bool,
     #[command(flatten)]
     config: ConfigArgument,
 }
@@ -106,16 +114,40 @@ fn parse_name(name: &str) -> Result<String, RetainError> {
 pub async fn mark(arguments: MarkArguments) -> Result<(), Failure> {
     let now_ms = SystemClock::new().now_ms();
     // Each replica numbers transactions by itself.
-    for source in arguments.config.resolve_replicas(arguments.source.as_deref()).await? {
+    let sources = arguments.config.resolve_replicas(arguments.source.as_deref()).await?;
+    let names_replica = sources.len() > 1;
+    for_each_replica(sources, async |source| {
         let store = open_patiently(&source.replica).await;
-        let (target, epoch) = arguments.target(&source, now_ms).await?;
+        if arguments.if_missing
+            && let Some(mark) = mark_of(&store, &arguments.name).await?
+        {
+            let what = format!("{}, {}", mark.position(), format_time(mark.time_ms));
+            tell(format_args!("note: {} is there: {what}{}", mark.name, in_replica(source, names_replica)));
+            return Ok(());
+        }
+        let (target, epoch) = arguments.target(source, now_ms).await?;
         let (mark, plan) = set_mark(&store, &arguments.name, target, epoch, now_ms).await?;
-        tell(format_args!("marked     {}: {}, {}", mark.name, mark.position(), format_time(mark.time_ms)));
+        let what = format!("{}, {}", mark.position(), format_time(mark.time_ms));
+        tell(format_args!("marked     {}: {what}{}", mark.name, in_replica(source, names_replica)));
         for note in plan.notes {
             tell(format_args!("note: {note}"));
         }
+        Ok(())
+    })
+    .await
+}
+
+/// The end of a line that is about one of several replicas.
+fn in_replica(source: &Source, names_replica: bool) -> String {
+    if names_replica { format!(", in {}", source.replica) } else { String::new() }
+}
+
+/// The mark of that name; `None` where there is none.
+async fn mark_of(store: &SharedStore, name: &str) -> Result<Option<MarkRecord>, RetainError> {
+    match find_mark(store, name).await {
+        Err(RetainError::NoSuchMark { .. }) => Ok(None),
+        other => other.map(Some),
     }
-    Ok(())
 }
 
 /// Shows all marks.
@@ -123,23 +155,41 @@ pub async fn mark(arguments: MarkArguments) -> Result<(), Failure> {
 /// # Errors
 /// See [`crate::retain::RetainError`].
 pub async fn marks(arguments: MarksArguments) -> Result<(), Failure> {
-    let source = arguments.config.resolve(arguments.source.as_deref()).await?;
-    let store = open_patiently(&source.replica).await;
-    // That there is no replica is not the same as that it has no marks.
-    History::load(&store).await?;
-    let marks = load_marks(&store).await?;
-    shown(show(&marks, arguments.format))
+    let sources = arguments.config.resolve_replicas(arguments.source.as_deref()).await?;
+    let names_replica = sources.len() > 1;
+    for_each_replica(sources, async |source| {
+        let store = open_patiently(&source.replica).await;
+        // That there is no replica is not the same as that it has no marks.
+        History::load(&store).await?;
+        let marks = load_marks(&store).await?;
+        let heading = Some(source.replica.to_string()).filter(|_| names_replica);
+        shown(show(&marks, heading, arguments.format))
+    })
+    .await
 }
 
-fn show(marks: &[MarkRecord], format: TextOrJson) -> io::Result<()> {
-    let mut out = io::stdout().lock();
+/// A mark, and the replica that it is in.
+#[derive(Serialize)]
+struct MarkIn<'a> {
+    #[serde(flatten)]
+    mark: &'a MarkRecord,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    replica: Option<&'a str>,
+}
+
+/// The marks of a replica, which is named if there are several.
+fn show(marks: &[MarkRecord], replica: Option<String>, format: TextOrJson) -> io::Result<()> {
+    let (mut out, replica) = (io::stdout().lock(), replica.as_deref());
+    if let (Some(replica), TextOrJson::Text) = (replica, format) {
+        writeln!(out, "in {replica}")?;
+    }
     for mark in marks {
         match format {
             TextOrJson::Text => {
                 let (time, created) = (format_time(mark.time_ms), format_time(mark.created_ms));
                 writeln!(out, "{:<32}  {time}  {}  (set {created})", mark.name, mark.position())?;
             }
-            TextOrJson::Json => writeln!(out, "{}", serde_json::to_string(mark)?)?,
+            TextOrJson::Json => writeln!(out, "{}", serde_json::to_string(&MarkIn { mark, replica })?)?,
         }
     }
     out.flush()
@@ -150,13 +200,16 @@ fn show(marks: &[MarkRecord], format: TextOrJson) -> io::Result<()> {
 /// # Errors
 /// See [`crate::retain::RetainError`].
 pub async fn unmark(arguments: UnmarkArguments) -> Result<(), Failure> {
-    for source in arguments.config.resolve_replicas(arguments.source.as_deref()).await? {
+    let sources = arguments.config.resolve_replicas(arguments.source.as_deref()).await?;
+    let names_replica = sources.len() > 1;
+    for_each_replica(sources, async |source| {
         let store = open_patiently(&source.replica).await;
         let what = match remove_mark(&store, &arguments.name).await? {
             Some(mark) => format!("{}, {}", mark.position(), format_time(mark.time_ms)),
             None => "it could not be read".into(),
         };
-        tell(format_args!("unmarked   {}: {what}", arguments.name));
-    }
-    Ok(())
+        tell(format_args!("unmarked   {}: {what}{}", arguments.name, in_replica(source, names_replica)));
+        Ok(())
+    })
+    .await
 }

@@ -35,13 +35,15 @@ use tracing_subscriber::layer::SubscriberExt;
 use tracing_subscriber::util::SubscriberInitExt;
 
 use self::exit_code::Failure;
+use self::tell::tell;
+use crate::clock::SystemClock;
 use crate::config::fleet::{FleetConfig, Found};
 use crate::config::replica_url::{Place, ReplicaUrl};
 use crate::config::units::parse_address;
 use crate::config::{Config, DatabaseConfig, LogConfig, LogFormat, LogLevel, default_state_dir, environment, file};
 use crate::replicate::control::{ControlError, ask_status};
 use crate::store::SharedStore;
-use crate::store::retry::{RetryPolicy, Retrying};
+use crate::store::retry::Retrying;
 
 const SYSTEM_CONFIG: &str = "/etc/waltrail.toml";
 /// A daemon answers how it is within this time.
@@ -200,7 +202,7 @@ impl ConfigArgument {
         Err(Failure::usage(format!("which one? The configuration has {}", paths.join(", "))))
     }
 
-    /// The replica that `source` names, the first one of a database that has several.
+    /// The replica that `source` names, the first one of a database that has several: for what can't be about all of them.
     async fn resolve(&self, source: Option<&str>) -> Result<Source, Failure> {
         Ok(self.resolve_replicas(source).await?.remove(0))
     }
@@ -211,12 +213,7 @@ impl ConfigArgument {
         let of_all = |databases: Vec<DatabaseConfig>| Ok(databases.into_iter().map(Source::of).collect());
         let Some(source) = source else { return of_all(self.only_database()?) };
         if source.contains("://") {
-            let replica: ReplicaUrl = source.parse()?;
-            if let Some(known) = self.with_replica(&replica)? {
-                return of_all(vec![known]);
-            }
-            self.refuse(&format!("{replica} is the replica already, and is not in it"))?;
-            return Ok(vec![Source::at(replica)]);
+            return self.resolve_replica(source.parse()?);
         }
         let known = self.replicas_of(Path::new(source))?;
         if !known.is_empty() {
@@ -224,15 +221,25 @@ impl ConfigArgument {
         }
         let path = absolute(Path::new(source))?;
         if path.is_dir() {
-            return Ok(vec![Source::at(ReplicaUrl::Directory(path))]);
+            return self.resolve_replica(ReplicaUrl::Directory(path));
         }
         if let Some(source) = Source::of_daemon(path).await? {
             return Ok(vec![source]);
         }
         Err(Failure::usage(format!(
             "'{source}' is not a replica: it is no URL, no directory, and no database of the \
-             configuration or the environment, or that a daemon follows"
+             configuration or the environment, or that a daemon follows now. Of a database whose daemon was told by arguments and is \
+             stopped, name the replica (`restore` needs --output, too)"
         )))
+    }
+
+    /// The replica itself, with what the configuration says of it.
+    fn resolve_replica(&self, replica: ReplicaUrl) -> Result<Vec<Source>, Failure> {
+        if let Some(known) = self.with_replica(&replica)? {
+            return Ok(vec![Source::of(known)]);
+        }
+        self.refuse(&format!("{replica} is the replica already, and is not in it"))?;
+        Ok(vec![Source::at(replica)])
     }
 
     /// The database that goes to `replica`, if --config names a configuration that has it: options and keys are taken from there.
@@ -275,6 +282,23 @@ impl ConfigArgument {
             None => Ok(Sources { found: vec![Source::of(environment_database()?)], ..all }),
         }
     }
+}
+
+/// Does `work` for each replica, whatever becomes of the others, and tells whose failure it was where there are several. The first
+/// failure is the one that is given.
+async fn for_each_replica(
+    sources: Vec<Source>,
+    work: impl AsyncFn(&Source) -> Result<(), Failure>,
+) -> Result<(), Failure> {
+    let mut first = None;
+    for source in &sources {
+        let Err(failure) = work(source).await else { continue };
+        if sources.len() > 1 {
+            tell(format_args!("failed     {}: {failure}", source.replica));
+        }
+        first.get_or_insert(failure);
+    }
+    first.map_or(Ok(()), Err)
 }
 
 /// Replicas that a command is about, and where some should be that could not be found.
@@ -387,7 +411,7 @@ impl Source {
 
 /// Opens a replica for a command that a person or a job waits for.
 async fn open_patiently(replica: &ReplicaUrl) -> SharedStore {
-    Arc::new(Retrying::new(replica.open().await, RetryPolicy::PATIENT))
+    Arc::new(Retrying::patient(replica.open().await, SystemClock::shared()))
 }
 
 /// The databases that are stored for a fleet. A place that is not there yet holds none.

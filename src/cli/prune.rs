@@ -8,7 +8,7 @@ use clap::Args;
 use super::exit_code::Failure;
 use super::interrupt::unless_interrupted;
 use super::tell::{shown, tell};
-use super::{ConfigArgument, open_patiently};
+use super::{ConfigArgument, Source, for_each_replica, open_patiently};
 use crate::clock::{Clock, SystemClock};
 use crate::config::units::parse_retention;
 use crate::replicate::pruner::complaint_of;
@@ -90,8 +90,19 @@ pub async fn run(arguments: PruneArguments) -> Result<(), Failure> {
 }
 
 async fn work(arguments: PruneArguments) -> Result<(), Failure> {
-    let source = arguments.config.resolve(arguments.source.as_deref()).await?;
-    let settings = arguments.settings(source.database.map(|database| database.retention))?;
+    let sources = arguments.config.resolve_replicas(arguments.source.as_deref()).await?;
+    let names_replica = sources.len() > 1;
+    for_each_replica(sources, async |source| {
+        if names_replica {
+            shown(writeln!(io::stdout().lock(), "in {}", source.replica))?;
+        }
+        prune_one(&arguments, source).await
+    })
+    .await
+}
+
+async fn prune_one(arguments: &PruneArguments, source: &Source) -> Result<(), Failure> {
+    let settings = arguments.settings(source.database.as_ref().map(|database| database.retention))?;
     let store = open_patiently(&source.replica).await;
     let now = Now::Told(SystemClock::new().now_ms());
     let outcome = prune(&store, &settings, now, &mut TailCache::default(), arguments.dry_run).await?;

@@ -9,6 +9,7 @@ use tokio_util::sync::CancellationToken;
 use super::exit_code::{Failure, NOT_CONFIRMED};
 use super::tell::tell;
 use super::{CONFIG_VARIABLE, ConfigArgument, SYSTEM_CONFIG, absolute, listen_variable};
+use crate::config::fleet::FleetConfig;
 use crate::config::units::parse_address;
 use crate::config::{Config, DatabaseConfig};
 use crate::daemon::{self, Reload};
@@ -52,13 +53,26 @@ impl WhatArguments {
         let mut config = match (&self.database, &self.replica) {
             (Some(database), Some(replica)) => {
                 self.config.refuse("a DATABASE and a REPLICA are all there is to replicate")?;
-                Config::new(vec![DatabaseConfig::new(absolute(database)?, replica.parse()?)])
+                let database = DatabaseConfig::new(absolute(database)?, replica.parse()?);
+                refuse_many(&database)?;
+                Config::new(vec![database])
             }
             _ => self.config.load()?.map_or_else(otherwise, Ok)?,
         };
         let listen = self.listen.map_or_else(listen_variable, |address| Ok(Some(address)))?;
         config.listen = listen.or(config.listen);
         Ok(config)
+    }
+}
+
+/// A file of that name would be waited for, for ever.
+fn refuse_many(database: &DatabaseConfig) -> Result<(), Failure> {
+    match FleetConfig::of(database, false, false) {
+        Ok(None) => Ok(()),
+        Ok(Some(_)) | Err(_) => Err(Failure::usage(format!(
+            "'{}' stands for many databases: patterns and directories go into a configuration, as the path of a [[database]]",
+            database.path.display()
+        ))),
     }
 }
 

@@ -1,6 +1,6 @@
 //! What a restore tells while it runs and when it is done: to a person at a terminal, to a log, or to a program.
 
-use std::io::{self, IsTerminal};
+use std::io::{self, IsTerminal, Write};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -10,7 +10,7 @@ use serde::Serialize;
 use tokio::task::JoinSet;
 
 use super::exit_code::Failure;
-use super::tell::{say, tell};
+use super::tell::{shown, tell};
 use crate::clock::format_time;
 use crate::restore::plan::Plan;
 use crate::restore::progress::Progress;
@@ -94,7 +94,8 @@ impl Reporter {
 
     fn event(self, event: &Event<'_>) -> Result<(), Failure> {
         match serde_json::to_string(event) {
-            Ok(line) => say(line),
+            // That nobody reads any more is no failure; the restore goes on.
+            Ok(line) => shown(writeln!(io::stdout(), "{line}")),
             Err(error) => Err(Failure::other(error.to_string())),
         }
     }
@@ -104,6 +105,9 @@ impl Reporter {
     /// # Errors
     /// When standard output can't be written.
     pub fn planned(self, plan: &Plan, asked_ms: Option<u64>) -> Result<(), Failure> {
+        if self.is_quiet {
+            return Ok(());
+        }
         if self.output == RestoreOutput::Json {
             return self.event(&Event::Planned {
                 replica: &plan.location,
@@ -117,13 +121,11 @@ impl Reporter {
                 fingerprint: format!("{:016x}", plan.fingerprint),
             });
         }
-        if !self.is_quiet {
-            tell(plan);
-            if let Some(asked_ms) = asked_ms {
-                tell(format_args!("asked      {}", format_time(asked_ms)));
-            }
-            tell(format_args!("time       {}", format_time(plan.time_ms)));
+        tell(plan);
+        if let Some(asked_ms) = asked_ms {
+            tell(format_args!("asked      {}", format_time(asked_ms)));
         }
+        tell(format_args!("time       {}", format_time(plan.time_ms)));
         Ok(())
     }
 
@@ -133,8 +135,8 @@ impl Reporter {
     /// When standard output can't be written.
     pub fn note(self, text: &str) -> Result<(), Failure> {
         match self.output {
+            _ if self.is_quiet => Ok(()),
             RestoreOutput::Json => self.event(&Event::Note { text }),
-            RestoreOutput::Text if self.is_quiet => Ok(()),
             RestoreOutput::Text => {
                 tell(format_args!("note: {text}"));
                 Ok(())
@@ -147,11 +149,14 @@ impl Reporter {
     pub fn watch(self, progress: &Arc<Progress>, total_bytes: u64) -> JoinSet<()> {
         let mut watching = JoinSet::new();
         let progress = progress.clone();
+        if self.is_quiet {
+            return watching;
+        }
         if self.output == RestoreOutput::Json {
             watching.spawn(async move { self.write_events(&progress, total_bytes).await });
-        } else if !self.is_quiet && io::stderr().is_terminal() {
+        } else if io::stderr().is_terminal() {
             watching.spawn(async move { draw(&progress, total_bytes).await });
-        } else if !self.is_quiet {
+        } else {
             watching.spawn(async move { write_lines(&progress, total_bytes).await });
         }
         watching
@@ -162,7 +167,7 @@ impl Reporter {
             tokio::time::sleep(Duration::from_secs(1)).await;
             let (phase, done_bytes) = (progress.phase().word(), progress.done_bytes());
             if self.event(&Event::Progress { phase, done_bytes, total_bytes }).is_err() {
-                // Nobody reads any more; the restore goes on.
+                // The next event that matters says so.
                 return;
             }
         }

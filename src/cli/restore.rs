@@ -45,7 +45,8 @@ What is restored is checked against its recorded fingerprint before the file get
 pub struct RestoreArguments {
     /// A replica URL, or the path of a database that is configured or followed [default: the only configured one]
     source: Option<String>,
-    /// Where to write the database; - for standard output [default: the database's path, if that was given]
+    /// Where to write the database; - for standard output [default: the database's path, if it is configured, or followed by a daemon
+    /// (which has to be stopped to replace what is there)]
     #[arg(long, short, value_name = "FILE")]
     output: Option<PathBuf>,
     /// Restore the state at this time
@@ -90,7 +91,7 @@ pub struct RestoreArguments {
     /// With --all: where the databases go, under their own names
     #[arg(long, value_name = "DIRECTORY", requires = "all")]
     output_dir: Option<PathBuf>,
-    /// Tell nothing but errors, and of success one line
+    /// Tell nothing but errors, and of success one line, or one event
     #[arg(long, short)]
     quiet: bool,
     /// How to tell: text on standard error, or JSON events on standard output
@@ -117,7 +118,7 @@ async fn restore(arguments: RestoreArguments) -> Result<(), Failure> {
         return restore_all(&arguments, directory).await;
     }
     let source = arguments.config.resolve(arguments.source.as_deref()).await?;
-    let known_path = source.database.as_ref().map(|database| database.path.clone());
+    let known_path = source.live().map(|(path, _)| path.to_owned());
     // A plan needs no target; all else does.
     let output = match arguments.output.clone().or(known_path).map(Output::of) {
         None if arguments.dry_run => None,
@@ -146,8 +147,10 @@ async fn restore_all(arguments: &RestoreArguments, directory: &Path) -> Result<(
         let source = Source::at(database.replica.clone());
         let output = directory.join(name);
         let parent = output.parent().unwrap_or(directory);
-        std::fs::create_dir_all(parent)
-            .map_err(|error| Failure::other(format!("{} can't be made: {error}", parent.display())))?;
+        if !arguments.dry_run {
+            std::fs::create_dir_all(parent)
+                .map_err(|error| Failure::other(format!("{} can't be made: {error}", parent.display())))?;
+        }
         if let Err(failure) = restore_one(arguments, &source, Some(Output::File(output))).await {
             tell(format_args!("{}: {failure}", database.path.display()));
             failures.push(failure);
@@ -276,6 +279,9 @@ async fn restore_one(arguments: &RestoreArguments, source: &Source, output: Opti
     };
     let asked_ms = if let Target::Time(asked_ms) = target { Some(asked_ms) } else { None };
     reporter.planned(&plan, asked_ms)?;
+    if asked_ms.is_some_and(|asked_ms| asked_ms > clock.now_ms()) {
+        reporter.note("the time asked for is in the future: this is the newest state that there is now")?;
+    }
     for note in &plan.notes {
         reporter.note(note)?;
     }

@@ -10,7 +10,7 @@ use futures_util::StreamExt;
 use serde::Serialize;
 
 use super::ConfigArgument;
-use super::exit_code::Failure;
+use super::exit_code::{Failure, is_of_another_user};
 use super::tell::{TextOrJson, shown};
 use crate::clock::{Clock, SystemClock, format_time};
 use crate::config::DatabaseConfig;
@@ -33,8 +33,10 @@ Examples:
   waltrail status /data/app.db --format json
   waltrail status --config /etc/waltrail.toml --watch
 
-Exit code 1 when a database has no daemon, can't be followed, or has been waiting for its confirmation for longer than --max-lag; when
-there is no database to tell of, or a directory can't be searched for them.")]
+Exit code 1 when a database has no daemon or is not replicated any more; when for longer than --max-lag (5 minutes, unless told
+otherwise) it can't be followed, fails again and again, or waits for its confirmation or its first snapshot; when it could not be
+verified; when there is no database to tell of, or a directory can't be searched for them. Before that time is over, what is
+wrong is shown, with exit code 0: most of it mends itself.")]
 pub struct StatusArguments {
     /// Databases [default: all of the configuration, or the environment's]
     databases: Vec<std::path::PathBuf>,
@@ -44,7 +46,8 @@ pub struct StatusArguments {
     /// Show it again every second, until interrupted
     #[arg(long)]
     watch: bool,
-    /// What is confirmed later than this after its capture is trouble
+    /// What is confirmed later than this after its capture is trouble; so is a database that can't be followed for longer
+    /// [default: 5m]
     #[arg(long, value_name = "DURATION", value_parser = parse_duration)]
     max_lag: Option<Duration>,
     #[command(flatten)]
@@ -58,6 +61,9 @@ struct Row {
     status: Status,
     /// Why a person should look.
     trouble: Option<String>,
+    /// Nobody here may ask its daemon, if there is one.
+    #[serde(skip)]
+    is_unknown: bool,
 }
 
 /// Shows how replication is.
@@ -65,16 +71,17 @@ struct Row {
 /// # Errors
 /// When one of them is in trouble.
 pub async fn run(arguments: StatusArguments) -> Result<(), Failure> {
-    let Found { databases, troubles, .. } = match arguments.databases.as_slice() {
-        [] => arguments.config.find()?,
-        paths => Found { databases: arguments.config.databases(paths)?, ..Found::default() },
-    };
-    if databases.is_empty() && troubles.is_empty() {
-        let why =
-            "there is nothing to tell of: nothing is here of what the configuration names by patterns and directories";
-        return Err(Failure::other(why.into()));
-    }
     loop {
+        // Databases come and go while it is watched.
+        let Found { databases, troubles, .. } = match arguments.databases.as_slice() {
+            [] => arguments.config.find()?,
+            paths => Found { databases: arguments.config.databases(paths)?, ..Found::default() },
+        };
+        if databases.is_empty() && troubles.is_empty() && !arguments.watch {
+            let why = "there is nothing to tell of: nothing is here of what the configuration names by patterns and \
+                       directories";
+            return Err(Failure::other(why.into()));
+        }
         let rows = rows(&databases, arguments.max_lag.unwrap_or(DEFAULT_HEALTHY_LAG)).await;
         if let Err(error) = show(&rows, &arguments) {
             return shown(Err(error));
@@ -97,10 +104,12 @@ async fn rows(databases: &[DatabaseConfig], max_lag: Duration) -> Vec<Row> {
         let replica = database.replica.to_string();
         async move {
             match ask_status(&path, &state_dir, PATIENCE).await {
-                Ok(status) => Row { trouble: status.trouble(now_ms, max_lag), status },
+                Ok(status) => Row { trouble: status.trouble(now_ms, max_lag), status, is_unknown: false },
                 Err(error) => {
+                    let is_of_another = is_of_another_user(&error);
+                    let hint = if is_of_another { "; run it as the daemon's user" } else { "" };
                     let status = Status { database: path, replica, phase: Phase::Stopped, ..Status::default() };
-                    Row { status, trouble: Some(error.to_string()) }
+                    Row { status, trouble: Some(format!("{error}{hint}")), is_unknown: is_of_another }
                 }
             }
         }
@@ -128,7 +137,7 @@ fn table(rows: &[Row], now_ms: u64) -> String {
             .map(str::to_owned)
             .to_vec(),
     ];
-    lines.extend(rows.iter().map(|row| cells(&row.status, now_ms).to_vec()));
+    lines.extend(rows.iter().map(|row| cells(row, now_ms).to_vec()));
     let databases: HashSet<&Path> = rows.iter().map(|row| row.status.database.as_path()).collect();
     if databases.len() < rows.len() {
         lines[0].push("REPLICA".into());
@@ -155,9 +164,10 @@ fn table(rows: &[Row], now_ms: u64) -> String {
     text
 }
 
-fn cells(status: &Status, now_ms: u64) -> [String; 8] {
-    let none = || "-".to_owned();
+fn cells(row: &Row, now_ms: u64) -> [String; 8] {
+    let (none, status) = (|| "-".to_owned(), &row.status);
     let phase = match status.phase {
+        _ if row.is_unknown => "not known",
         Phase::Starting => "starting",
         Phase::Waiting => "not there yet",
         Phase::Following => "following",
@@ -174,4 +184,18 @@ fn cells(status: &Status, now_ms: u64) -> [String; 8] {
         status.verified_ms.map_or_else(none, format_time),
         format!("{} bytes", status.waiting_bytes),
     ]
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_daemon_that_may_not_be_asked_is_not_called_stopped() {
+        let status = Status { database: "/app.db".into(), phase: Phase::Stopped, ..Status::default() };
+        let table_of = |is_unknown| table(&[Row { status: status.clone(), trouble: None, is_unknown }], 0);
+        let (unknown, stopped) = (table_of(true), table_of(false));
+        assert!(unknown.contains("not known") && !unknown.contains("not running"), "{unknown}");
+        assert!(stopped.contains("not running"), "{stopped}");
+    }
 }

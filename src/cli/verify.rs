@@ -21,6 +21,8 @@ use crate::config::units::parse_duration;
 use crate::verify::against::Live;
 use crate::verify::{Depth, Settings, verify};
 
+/// So many states are restored unless told otherwise.
+const DEFAULT_POINTS: u32 = 3;
 /// GitHub's place for what a step has to say, in Markdown.
 const SUMMARY_VARIABLE: &str = "GITHUB_STEP_SUMMARY";
 
@@ -38,11 +40,11 @@ Exit codes:
   0   ok: everything that was checked is as it should be
   1   degraded: what should be restorable is, but somebody should look; or the verification was interrupted
   2   failed: the newest state, or another one that should be restorable, is not
-  10  wrong usage or configuration
+  10  wrong usage or configuration; the scratch directory is not there
   11  storage is not reached, or refuses; that is no verdict
   12  there is no such backup, or nothing in it yet, or nothing at all that a pattern or a directory stands for
   13  an object has an unknown format
-  14  the scratch directory can't be written
+  14  the scratch directory is there and can't be written
 Of several replicas the gravest counts: 2, then 11, then the others from 10 on, then 1.")]
 pub struct VerifyArguments {
     /// Replica URLs, or paths of databases of the configuration [default: all of the configuration, of patterns and directories what is
@@ -52,12 +54,12 @@ pub struct VerifyArguments {
     /// How deep to go
     #[arg(long, value_enum, default_value_t = Depth::Drill)]
     depth: Depth,
-    /// Restore so many states: the newest one, the oldest one, and others at random
-    #[arg(long, value_name = "COUNT", default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..))]
-    points: u32,
-    /// With --depth data, read this share of all segments and extents, chosen at random
-    #[arg(long, value_name = "PERCENT", default_value = "100%", value_parser = parse_share)]
-    sample: f64,
+    /// With --depth drill, restore so many states: the newest one, the oldest one, and others at random [default: 3]
+    #[arg(long, value_name = "COUNT", value_parser = clap::value_parser!(u32).range(1..))]
+    points: Option<u32>,
+    /// With --depth data, read this share of all segments and extents, chosen at random [default: 100%]
+    #[arg(long, value_name = "PERCENT", value_parser = parse_share)]
+    sample: Option<f64>,
     /// Make the same random choices again
     #[arg(long, value_name = "NUMBER")]
     seed: Option<u64>,
@@ -67,7 +69,7 @@ pub struct VerifyArguments {
     /// Restore into this directory; nothing stays there [default: the directory for temporary files]
     #[arg(long, value_name = "DIRECTORY")]
     scratch: Option<PathBuf>,
-    /// Do not have SQLite check what is restored: for databases that it can't read, because they are encrypted
+    /// With --depth drill, do not have SQLite check what is restored: for databases that it can't read, because they are encrypted
     #[arg(long)]
     no_integrity_check: bool,
     /// Compare the newest state with this live database, which goes on being used
@@ -99,8 +101,8 @@ enum Output {
 /// A share of all: `5%`.
 fn parse_share(text: &str) -> Result<f64, String> {
     let number = text.trim().strip_suffix('%').and_then(|number| number.trim().parse::<f64>().ok());
-    let share = number.filter(|percent| (0.0..=100.0).contains(percent)).map(|percent| percent / 100.0);
-    share.ok_or_else(|| format!("'{text}' is no share; write 5%, at most 100%"))
+    let share = number.filter(|percent| *percent > 0.0 && *percent <= 100.0).map(|percent| percent / 100.0);
+    share.ok_or_else(|| format!("'{text}' is no share; write 5%, more than 0% and at most 100%"))
 }
 
 /// Verifies replicas, one after another; gives the exit code.
@@ -116,6 +118,7 @@ pub async fn run(arguments: VerifyArguments) -> Result<u8, Failure> {
 }
 
 async fn work(arguments: VerifyArguments) -> Result<u8, Failure> {
+    arguments.check_depth()?;
     let Sources { found, failures } = arguments.sources().await?;
     let mut outcomes = Vec::new();
     for (location, failure) in failures {
@@ -159,6 +162,17 @@ async fn verify_one(arguments: &VerifyArguments, source: Source) -> Result<Outco
 }
 
 impl VerifyArguments {
+    /// Refuses what would have no effect at the depth that was chosen: a verdict must not be taken for one of more than was looked at.
+    fn check_depth(&self) -> Result<(), Failure> {
+        let goes_with = |is_given: bool, option: &str, depth: Depth, name: &str| match is_given && self.depth != depth {
+            true => Err(Failure::usage(format!("{option} goes with --depth {name}: it says nothing otherwise"))),
+            false => Ok(()),
+        };
+        goes_with(self.sample.is_some(), "--sample", Depth::Data, "data")?;
+        goes_with(self.points.is_some(), "--points", Depth::Drill, "drill")?;
+        goes_with(self.no_integrity_check, "--no-integrity-check", Depth::Drill, "drill")
+    }
+
     /// What is verified. With --against alone it is the replica of that database.
     async fn sources(&self) -> Result<Sources, Failure> {
         let Some(database) = &self.against else { return self.config.resolve_all(&self.sources).await };
@@ -180,7 +194,10 @@ impl VerifyArguments {
     fn settings(&self, source: &Source) -> Result<Settings, Failure> {
         let scratch = self.scratch.clone().unwrap_or_else(std::env::temp_dir);
         if !scratch.is_dir() {
-            return Err(Failure::usage(format!("--scratch: '{}' is no directory", scratch.display())));
+            let shown = scratch.display();
+            return Err(Failure::usage(format!(
+                "'{shown}' is no directory: --scratch, or TMPDIR, names where to restore"
+            )));
         }
         let no_randomness = |error| Failure::other(format!("the operating system has no random numbers: {error}"));
         let seed = match self.seed {
@@ -190,8 +207,8 @@ impl VerifyArguments {
         };
         Ok(Settings {
             depth: self.depth,
-            points: self.points,
-            share: self.sample,
+            points: self.points.unwrap_or(DEFAULT_POINTS),
+            share: self.sample.unwrap_or(1.0),
             seed,
             max_duration: self.max_duration,
             scratch,
@@ -235,7 +252,7 @@ mod tests {
     fn shares() {
         assert_eq!(parse_share("5%"), Ok(0.05));
         assert_eq!(parse_share(" 100 % "), Ok(1.0));
-        for wrong in ["", "5", "-1%", "101%", "NaN%", "x%"] {
+        for wrong in ["", "5", "-1%", "0%", "101%", "NaN%", "x%"] {
             assert!(parse_share(wrong).is_err(), "{wrong}");
         }
     }

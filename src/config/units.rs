@@ -56,7 +56,12 @@ pub fn parse_retention(text: &str) -> Result<Option<Duration>, String> {
     match text.trim() {
         "forever" => Ok(None),
         "0" | "off" => Err(format!("'{text}' could mean two things; write forever, or a duration: 30d")),
-        other => parse_duration(other).map(Some).map_err(|why| format!("{why}; or forever")),
+        other => match parse_duration(other) {
+            Ok(Duration::ZERO) => {
+                Err(format!("'{text}' would keep nothing but the newest state; write a duration: 30d"))
+            }
+            parsed => parsed.map(Some).map_err(|why| format!("{why}; or forever")),
+        },
     }
 }
 
@@ -101,6 +106,8 @@ mod tests {
         assert!(parse_address("localhost").is_err());
         assert_eq!(parse_retention("forever"), Ok(None));
         assert_eq!(parse_retention("30d"), Ok(Some(Duration::from_secs(30 * 86_400))));
-        assert!(parse_retention("off").is_err() && parse_retention("0").is_err() && parse_retention("30").is_err());
+        for wrong in ["off", "0", "30", "0d", "0ms"] {
+            assert!(parse_retention(wrong).is_err(), "{wrong}");
+        }
     }
 }

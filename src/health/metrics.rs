@@ -25,8 +25,8 @@ const METRICS: [Metric; 16] = [
     Metric {
         name: "waltrail_failing",
         kind: "gauge",
-        help: "1 if the database can't be followed, or is not replicated any more.",
-        value: |status, _| Some(f64::from(u8::from(matches!(status.phase, Phase::Failing | Phase::Stopped)))),
+        help: "1 if the database can't be followed, storage that refuses at the start included, or is not replicated any more.",
+        value: |status, _| Some(f64::from(u8::from(status.is_failing()))),
     },
     Metric {
         name: "waltrail_lag_seconds",

@@ -32,9 +32,11 @@ pub fn summary(statuses: &[Status], now_ms: u64) -> String {
     let count = |phase| statuses.iter().filter(|status| status.phase == phase).count();
     let lag = statuses.iter().map(|status| status.lag(now_ms)).max().unwrap_or_default();
     let mut text = format!("{} of {} databases followed", count(Phase::Following), statuses.len());
-    for (phase, word) in [(Phase::Waiting, "not there yet"), (Phase::Failing, "failing"), (Phase::Stopped, "stopped")] {
-        if count(phase) > 0 {
-            text.push_str(&format!(", {} {word}", count(phase)));
+    let stopped = count(Phase::Stopped);
+    let failing = statuses.iter().filter(|status| status.is_failing()).count() - stopped;
+    for (count, word) in [(count(Phase::Waiting), "not there yet"), (failing, "failing"), (stopped, "stopped")] {
+        if count > 0 {
+            text.push_str(&format!(", {count} {word}"));
         }
     }
     match lag.as_secs() {

@@ -13,6 +13,9 @@ use super::locked;
 use super::wake::Mailbox;
 use crate::store::probe::{Finding, Weight};
 
+/// A database that failed has recovered when it has been followed for so long without a break.
+const STEADY: Duration = Duration::from_secs(60);
+
 /// How far a database's replication is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
@@ -43,6 +46,9 @@ pub struct Status {
     pub phase: Phase,
     /// When the phase was entered, in milliseconds since 1970.
     pub phase_since_ms: u64,
+    /// Since when it has failed, again and again, in milliseconds since 1970. A try that follows it for a moment does not end this: see
+    /// [`Status::failing_for`].
+    pub failing_since_ms: Option<u64>,
     /// The last state that was captured.
     pub captured: Option<State>,
     /// The last state that is confirmed in storage.
@@ -80,15 +86,41 @@ impl Status {
         Duration::from_millis(self.unconfirmed_since_ms.map_or(0, |since_ms| now_ms.saturating_sub(since_ms)))
     }
 
+    /// Whether it can't be followed, or is not replicated any more. A start that storage refuses is tried again and again without an
+    /// end, and counts, too.
+    #[must_use]
+    pub fn is_failing(&self) -> bool {
+        match self.phase {
+            Phase::Failing | Phase::Stopped => true,
+            Phase::Starting => self.error.is_some(),
+            Phase::Waiting | Phase::Following => false,
+        }
+    }
+
+    /// For how long it has failed, again and again; `None` when it has not, or has been followed for a minute since.
+    #[must_use]
+    pub fn failing_for(&self, now_ms: u64) -> Option<Duration> {
+        let has_recovered = self.phase == Phase::Following && self.in_phase(now_ms) > STEADY;
+        let since_ms = self.failing_since_ms.filter(|_| !has_recovered)?;
+        Some(Duration::from_millis(now_ms.saturating_sub(since_ms)))
+    }
+
+    fn in_phase(&self, now_ms: u64) -> Duration {
+        Duration::from_millis(now_ms.saturating_sub(self.phase_since_ms))
+    }
+
     /// Why a person should look: a sentence; `None` when all is well or has not been otherwise for longer than `limit`.
     #[must_use]
     pub fn trouble(&self, now_ms: u64, limit: Duration) -> Option<String> {
         let because = || self.error.as_ref().map_or(String::new(), |error| format!(": {error}"));
-        let in_phase = Duration::from_millis(now_ms.saturating_sub(self.phase_since_ms));
+        let (in_phase, failing) = (self.in_phase(now_ms), self.failing_for(now_ms).unwrap_or_default());
         match self.phase {
             Phase::Stopped => Some(format!("it is not replicated any more{}", because())),
             Phase::Failing | Phase::Starting if in_phase > limit => {
                 Some(format!("it has not been followed for {} s{}", in_phase.as_secs(), because()))
+            }
+            Phase::Failing | Phase::Following if failing > limit => {
+                Some(format!("it has failed again and again for {} s{}", failing.as_secs(), because()))
             }
             Phase::Following if self.lag(now_ms) > limit => {
                 Some(format!("what was committed {} s ago is not confirmed{}", self.lag(now_ms).as_secs(), because()))
@@ -190,6 +222,12 @@ impl Board {
     /// Another phase, and what is wrong, if anything.
     pub fn enter(&self, phase: Phase, error: Option<String>, now_ms: u64) {
         let mut status = locked(&self.status);
+        status.failing_since_ms = match phase {
+            // Each try claims an epoch, and is followed for a moment: that is no recovery.
+            Phase::Failing if status.failing_for(now_ms).is_none() => Some(now_ms),
+            Phase::Waiting => None,
+            _ => status.failing_since_ms,
+        };
         if status.phase != phase {
             (status.phase, status.phase_since_ms) = (phase, now_ms);
         }
@@ -311,6 +349,34 @@ mod tests {
         board.note_confirmed(state(9, 930_000), 10);
         assert_eq!(board.status().lag(990_000), Duration::ZERO);
         assert_eq!((board.status().transactions, board.status().segments), (4, 2));
+    }
+
+    /// A try that succeeds claims an epoch, and begins a phase anew.
+    #[test]
+    fn what_fails_again_and_again_is_trouble() {
+        let board = following();
+        let mut now_ms = 100_000;
+        let mut fail_and_claim = |board: &Board| {
+            board.enter(Phase::Failing, Some("the disk fails".into()), now_ms);
+            let failed = board.status().trouble(now_ms, LIMIT);
+            board.note_claimed(state(5, 1000), Some(500), now_ms + 30_000);
+            let claimed = board.status().trouble(now_ms + 30_000, LIMIT);
+            now_ms += 40_000;
+            (failed, claimed)
+        };
+        assert_eq!(fail_and_claim(&board), (None, None));
+        let (failed, claimed) = fail_and_claim(&board);
+        assert_eq!((failed, claimed.as_deref()), (None, Some("it has failed again and again for 70 s")));
+        let (failed, _) = fail_and_claim(&board);
+        assert_eq!(failed.as_deref(), Some("it has failed again and again for 80 s: the disk fails"));
+        // Followed since 210,000: after a minute that counts as recovered, and the next failure begins to count anew.
+        assert!(board.status().trouble(270_000, LIMIT).unwrap().contains("for 170 s"));
+        assert_eq!(board.status().trouble(270_001, LIMIT), None);
+        board.enter(Phase::Failing, Some("the disk fails".into()), 280_000);
+        assert_eq!(board.status().failing_for(281_000), Some(Duration::from_secs(1)));
+        assert_eq!(board.status().trouble(281_000, LIMIT), None);
+        board.enter(Phase::Waiting, None, 282_000);
+        assert_eq!(board.status().failing_for(900_000), None, "nothing is there that could fail");
     }
 
     #[test]

@@ -128,7 +128,15 @@ pub async fn plan(
 
 fn distance(asked_ms: u64, time_ms: u64) -> String {
     let before_ms = asked_ms.saturating_sub(time_ms);
-    format!("the chosen transaction is the last one not later than the time asked for, {before_ms} ms before it")
+    let in_units = |unit_ms: u64, unit: &str| format!("{:.1} {unit}", before_ms as f64 / unit_ms as f64);
+    let shown = match before_ms {
+        0..1000 => format!("{before_ms} ms"),
+        1000..60_000 => in_units(1000, "s"),
+        60_000..3_600_000 => in_units(60_000, "min"),
+        3_600_000..86_400_000 => in_units(3_600_000, "h"),
+        _ => in_units(86_400_000, "d"),
+    };
+    format!("the chosen transaction is the last one not later than the time asked for, {shown} before it")
 }
 
 struct Planner<'a> {

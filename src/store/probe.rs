@@ -144,9 +144,11 @@ impl Probe<'_> {
         const WHAT: &str = "conditional put";
         self.put("once", b"one", PutMode::Overwrite).await?;
         match self.put("once", b"two", PutMode::IfAbsent).await {
-            Err(error) if error.kind == StoreErrorKind::AlreadyExists => {
-                Ok(Finding::new(WHAT, Weight::Good, "honoured: of two daemons one gives way at once"))
-            }
+            Err(error) if error.kind == StoreErrorKind::AlreadyExists => Ok(Finding::new(
+                WHAT,
+                Weight::Good,
+                "honoured: of two daemons that start in the same moment one gives way at once; one that is replaced later notices within the hour",
+            )),
             Err(error) if error.kind == StoreErrorKind::NotSupported => {
                 Ok(Finding::new(WHAT, Weight::Note, CONDITIONS_IGNORED.replace("accepted and ignored", "not known")))
             }

@@ -1,12 +1,17 @@
 //! Retry: the one place that asks again. Bounded attempts, exponential waits with full jitter.
 
+use std::fmt;
+use std::sync::Arc;
 use std::time::Duration;
 
 use async_trait::async_trait;
 use bytes::Bytes;
 
 use super::{DeleteFailure, ObjectInfo, ObjectStore, PartTag, PutMode, SharedStore, StoreError, StoreErrorKind};
-use crate::clock::jitter_below;
+use crate::clock::{Clock, jitter_below};
+
+/// A patient client begins no further attempt when so much time has gone by. Each attempt may hang for a minute.
+const PATIENCE: Duration = Duration::from_secs(120);
 
 /// How often to ask, and how long to wait in between.
 #[derive(Debug, Clone, Copy)]
@@ -20,7 +25,8 @@ pub struct RetryPolicy {
 }
 
 impl RetryPolicy {
-    /// For a person or a job that waits: rides out about half a minute.
+    /// For a person or a job that waits: asks a store that fails at once for some ten seconds, 23 at most. One that hangs is given up
+    /// after two or three minutes: see [`Retrying::patient`].
     pub const PATIENT: Self = Self { attempts: 8, base_ms: 200, max_ms: 10_000 };
 
     /// For the parts and the completion of an upload: to give one up means to send all of it again, which may be hours. Rides out about a
@@ -35,27 +41,40 @@ impl RetryPolicy {
         Duration::from_millis(jitter_below(bound) + 1)
     }
 
-    /// Waits for as long as [`RetryPolicy::wait`] says. With a `base_ms` of 0 nobody waits: a simulation's course must not depend
+    /// Waits for as long as [`RetryPolicy::wait`] has said. With a `base_ms` of 0 nobody waits: a simulation's course must not depend
     /// on timers.
-    async fn pause(&self, attempt: u32) {
+    async fn pause(&self, wait: Duration) {
         if self.base_ms > 0 {
-            tokio::time::sleep(self.wait(attempt)).await;
+            tokio::time::sleep(wait).await;
         }
     }
 }
 
 /// Asks again when a request failed in a way that asking again can mend.
-#[derive(Debug)]
 pub struct Retrying {
     inner: SharedStore,
     policy: RetryPolicy,
+    /// Measures the patience of somebody who waits and wants to know for what.
+    patience: Option<Arc<dyn Clock>>,
+}
+
+impl fmt::Debug for Retrying {
+    fn fmt(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
+        out.debug_struct("Retrying").field("inner", &self.inner).field("policy", &self.policy).finish_non_exhaustive()
+    }
 }
 
 impl Retrying {
     /// Stacks retry on `inner`.
     #[must_use]
     pub fn new(inner: SharedStore, policy: RetryPolicy) -> Self {
-        Self { inner, policy }
+        Self { inner, policy, patience: None }
+    }
+
+    /// The same for a person or a job that waits: each failure is told in the log, and after two minutes there is no further attempt.
+    #[must_use]
+    pub fn patient(inner: SharedStore, clock: Arc<dyn Clock>) -> Self {
+        Self { inner, policy: RetryPolicy::PATIENT, patience: Some(clock) }
     }
 
     /// For an upload that has begun. Where nobody waits, in a simulation, all requests are asked alike.
@@ -76,12 +95,22 @@ impl Retrying {
         policy: RetryPolicy,
         mut request: impl FnMut(bool) -> F,
     ) -> Result<T, StoreError> {
+        let now = || self.patience.as_ref().map(|clock| clock.monotonic());
+        let begun = now();
         let mut attempt = 0;
         loop {
             match request(attempt > 0).await {
                 Err(error) if error.is_retryable() && attempt + 1 < policy.attempts => {
-                    tracing::debug!(%error, attempt, "asking the store again");
-                    policy.pause(attempt).await;
+                    let wait = policy.wait(attempt);
+                    match now().zip(begun) {
+                        Some((now, begun)) if now.saturating_sub(begun) + wait >= PATIENCE => return Err(error),
+                        Some(_) => {
+                            let wait_ms = wait.as_millis() as u64;
+                            tracing::warn!(%error, attempt, wait_ms, "the store fails; asking it again");
+                        }
+                        None => tracing::debug!(%error, attempt, "asking the store again"),
+                    }
+                    policy.pause(wait).await;
                     attempt += 1;
                 }
                 answer => return answer,
@@ -157,7 +186,7 @@ impl ObjectStore for Retrying {
                 break;
             }
             left = again.into_iter().map(|(key, _)| key).collect();
-            self.policy.pause(attempt).await;
+            self.policy.pause(self.policy.wait(attempt)).await;
         }
         Ok(failures)
     }

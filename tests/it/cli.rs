@@ -50,9 +50,16 @@ fn usage_and_configuration() {
     fails(&["restore", "--config", config_name, "/b.db"], 10, "no database of the configuration");
     fails(&["replicate", "/a.db"], 10, "REPLICA");
     fails(&["replicate", "/a.db", "ftp://x"], 10, "unknown scheme 'ftp'");
+    // A file of that name would be waited for, for ever.
+    fails(&["replicate", "/data/*.db", "/b"], 10, "the path of a [[database]]");
+    fails(&["run", "/data/", "/b", "--", "true"], 10, "the path of a [[database]]");
+    fails(&["prune", "s3://b/a", "--retention", "0d"], 10, "would keep nothing");
     fails(&["restore", "s3://b/a"], 10, "--output");
     fails(&["replicate", "/a.db", "/b", "--config", config_name], 10, "--config has nothing to do here");
     fails(&["restore", "s3://b/other", "-o", "x", "--config", config_name], 10, "--config has nothing to do here");
+    // A directory's path is a replica as its URL is.
+    let plain = directory.path().to_str().unwrap();
+    fails(&["log", plain, "--config", config_name], 10, "--config has nothing to do here");
     fails(&["restore", "s3://b/a", "-o", "-", "--force"], 10, "not standard output");
     fails(&["restore", "s3://b/a", "-o", "-", "--if-missing"], 10, "not standard output");
     fails(&["restore", "s3://b/a", "-o", "x", "--at", "yesterdayish"], 10, "is not a time");
@@ -63,6 +70,8 @@ fn usage_and_configuration() {
     assert!(!stderr(&by_variable("")).contains("can't be read"), "set to nothing is not set");
     std::fs::write(&config, "[[database]]\npath = \"/a.db\"\nreplica = \"s3://b/a\"\nspool-limit = \"0B\"\n").unwrap();
     fails(&["config", "check", config_name], 10, "spool-limit must not be 0");
+    std::fs::write(&config, "[[database]]\npath = \"/a.db\"\nreplica = \"s3://b/a\"\nretention = \"0d\"\n").unwrap();
+    fails(&["config", "check", config_name], 10, "would keep nothing");
     let version = run(["--version"]);
     assert!(version.status.success());
     assert!(String::from_utf8(version.stdout).unwrap().contains("SQLite 3."));
@@ -104,7 +113,10 @@ fn storage_that_is_not_reached() {
     let directory = tempfile::tempdir().unwrap();
     let output = directory.path().join("out.db");
     let closed = "s3://b/a?endpoint=http://127.0.0.1:1&region=x";
-    fails(&["restore", closed, "-o", output.to_str().unwrap(), "--if-replica-exists"], 11, "refused");
+    let done = run(["restore", closed, "-o", output.to_str().unwrap(), "--if-replica-exists"]);
+    let told = stderr(&done);
+    assert_eq!(done.status.code(), Some(11), "{told}");
+    assert!(told.contains("refused") && told.contains("the store fails; asking it again"), "{told}");
     assert!(!output.exists());
 }
 
@@ -270,6 +282,48 @@ fn by_the_path_of_a_configured_database() {
     assert!(run(arguments).status.success(), "the second time there is nothing to do");
 }
 
+/// A daemon that was told by arguments knows where its database goes for as long as it runs.
+#[test]
+fn a_mistake_is_undone_without_a_configuration() {
+    let directory = tempfile::tempdir().unwrap();
+    let (database, replica) = (directory.path().join("app.db"), directory.path().join("replica"));
+    let (name, replica) = (database.to_str().unwrap(), replica.to_str().unwrap());
+    let application = create_database(&database, 20, "");
+    let daemon = Daemon::start(&[name, replica], &directory.path().join("daemon.log"));
+    wait_for_restored(replica, directory.path(), "SELECT n FROM counter", 0);
+    let marked = run(["mark", "before-2.0", name]);
+    assert!(marked.status.success(), "{}", stderr(&marked));
+    count_up(&application);
+    assert!(run(["sync", name]).status.success());
+    drop(application);
+    let undo = ["restore", name, "--mark", "before-2.0", "--force"];
+    // Its own path is the target; it is in use, and that tells what to do.
+    fails(&undo[..4], 14, "is there already");
+    fails(&undo, 14, "stop what uses it");
+    assert_eq!(daemon.terminate(), Some(0));
+    fails(&undo, 10, "that a daemon follows now");
+    fails(&undo, 10, "name the replica (`restore` needs --output, too)");
+    let undone = run(["restore", replica, "--output", name, "--mark", "before-2.0", "--force"]);
+    assert!(undone.status.success(), "{}", stderr(&undone));
+    assert_eq!(crate::support::number(&open(&database), "SELECT n FROM counter"), 0);
+}
+
+/// What the configuration keeps of a directory holds for its path as for its URL.
+#[test]
+fn the_path_of_a_configured_directory_is_its_url() {
+    let directory = tempfile::tempdir().unwrap();
+    let replica = directory.path().join("replica").display().to_string();
+    make_replica(directory.path(), &replica);
+    let config = directory.path().join("waltrail.toml");
+    let text = format!("[[database]]\npath = \"{}/app.db\"\nreplica = \"{replica}\"\n", directory.path().display());
+    std::fs::write(&config, text + "retention = \"7d\"\n").unwrap();
+    for named in [replica.clone(), format!("file://{replica}")] {
+        let pruned = run(["prune", "--config", config.to_str().unwrap(), &named, "--dry-run"]);
+        assert!(pruned.status.success(), "{named}: {}", stderr(&pruned));
+    }
+    fails(&["prune", &replica, "--dry-run"], 10, "Say so with --retention");
+}
+
 #[test]
 fn the_demo_shows_the_main_job() {
     let done = run(["demo"]);
@@ -351,6 +405,23 @@ fn nobody_reads_the_log_any_more() {
         assert_eq!(done.unwrap().code(), Some(0), "{format}");
         assert_eq!(content(&output), content(&database));
     }
+}
+
+/// `waltrail … | head`: who has read enough is no failure.
+#[test]
+fn nobody_reads_standard_output_any_more() {
+    let directory = tempfile::tempdir().unwrap();
+    let replica = directory.path().join("replica").display().to_string();
+    make_replica(directory.path(), &replica);
+    let output = directory.path().join("out.db");
+    let restore = ["restore", &replica, "-o", output.to_str().unwrap(), "--format", "json"];
+    for arguments in [&restore[..], &["doctor", &replica], &["completions", "bash"], &["log", &replica]] {
+        let (reader, writer) = std::io::pipe().unwrap();
+        drop(reader);
+        let done = waltrail().args(arguments).stdout(writer).stderr(Stdio::piped()).output().unwrap();
+        assert_eq!(done.status.code(), Some(0), "{arguments:?}: {}", stderr(&done));
+    }
+    assert_eq!(content(&output), content(&directory.path().join("app.db")));
 }
 
 /// The processes whose parent is `pid`.

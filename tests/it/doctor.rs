@@ -1,5 +1,8 @@
 //! What `doctor` finds, on stores that keep their promises and on those that do not.
 
+use std::os::unix::fs::PermissionsExt;
+use std::os::unix::process::CommandExt;
+use std::process::Command;
 use std::sync::Arc;
 
 use waltrail::clock::SystemClock;
@@ -16,6 +19,18 @@ use crate::support::{create_database, run, stderr, waltrail};
 
 fn finding<'a>(findings: &'a [Finding], what: &str) -> &'a Finding {
     findings.iter().find(|finding| finding.what == what).unwrap()
+}
+
+/// Also where root runs the tests, who passes over permissions: CAP_DAC_OVERRIDE of capabilities(7).
+fn bound_by_permissions(command: &mut Command) -> &mut Command {
+    const CAP_DAC_OVERRIDE: libc::c_ulong = 1;
+    let drop_capability = || {
+        // SAFETY: takes numbers only. Who is not root can't drop it, and does not have it.
+        unsafe { libc::prctl(libc::PR_CAPBSET_DROP, CAP_DAC_OVERRIDE, 0, 0, 0) };
+        Ok(())
+    };
+    // SAFETY: only a system call after the fork.
+    unsafe { command.pre_exec(drop_capability) }
 }
 
 #[test]
@@ -52,6 +67,23 @@ fn a_good_store_and_a_good_place() {
     let told = String::from_utf8(done.stdout.clone()).unwrap();
     assert_eq!(done.status.code(), Some(1));
     assert!(told.starts_with("BAD   place") && told.contains("/elsewhere/app.db"), "{told}");
+}
+
+/// The directory can be written, the file in it can not.
+#[test]
+fn a_database_that_can_not_be_written() {
+    let scene = Scene::new();
+    drop(create_database(&scene.database(), 5, ""));
+    std::fs::set_permissions(scene.database(), std::fs::Permissions::from_mode(0o444)).unwrap();
+    let config = scene.path("waltrail.toml");
+    let (database, replica) = (scene.database(), scene.replica());
+    std::fs::write(&config, format!("[[database]]\npath = \"{}\"\nreplica = \"{replica}\"\n", database.display()))
+        .unwrap();
+    let done =
+        bound_by_permissions(waltrail().args(["doctor", "--config", config.to_str().unwrap()])).output().unwrap();
+    let told = String::from_utf8(done.stdout.clone()).unwrap();
+    assert_eq!(done.status.code(), Some(1), "{told}{}", stderr(&done));
+    assert!(told.contains("BAD   database           it can't be written"), "{told}");
 }
 
 #[test]

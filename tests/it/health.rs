@@ -1,12 +1,13 @@
 //! What others are told: status, health, metrics, systemd, heartbeats.
 
-use std::io::{Read, Write};
+use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{TcpListener, TcpStream};
 use std::os::unix::fs::MetadataExt;
 use std::os::unix::net::{UnixDatagram, UnixStream};
 use std::process::Stdio;
 use std::time::Duration;
 
+use crate::support::s3::S3Server;
 use crate::support::scene::Scene;
 use crate::support::{count_up, create_database, run, stderr, wait_for, waltrail};
 
@@ -102,6 +103,8 @@ fn storage_that_is_away_is_unhealthy() {
     let told =
         wait_for("the reason", || Some(get(&address, "/healthz").1).filter(|told| told.contains("s3://nobody/app")));
     assert!(told.lines().count() == 1, "{told}");
+    let metrics = get(&address, "/metrics").1;
+    assert_eq!((metric(&metrics, "waltrail_following"), metric(&metrics, "waltrail_failing")), (0.0, 1.0), "{metrics}");
     let status = run(["status", "--config", config, "--max-lag", "1s"]);
     assert_eq!(status.status.code(), Some(1), "{}", stderr(&status));
     let sync = run(["sync", "--config", config, "--timeout", "1s"]);
@@ -151,6 +154,24 @@ fn who_has_left_keeps_no_place_at_the_control_socket() {
     std::fs::rename(scene.path("unmounted"), scene.path("replica")).unwrap();
     assert!(run(["sync", &database, "--timeout", "60s"]).status.success(), "{}", scene.log());
     assert_eq!(daemon.terminate(), Some(0), "{}", scene.log());
+}
+
+/// Nothing is captured before an epoch is claimed, so the lag stays 0: this metric alone tells.
+#[test]
+fn the_alert_fires_when_storage_refuses_at_the_start() {
+    let scene = Scene::new();
+    scene.expect_error("the store refuses");
+    let server = S3Server::start();
+    let _application = create_database(&scene.database(), 50, "");
+    let database = scene.database().display().to_string();
+    let no_bucket = server.url("app").replace("backups", "elsewhere");
+    let daemon = scene.start_with(&[&database, &no_bucket, "--listen", "127.0.0.1:0"]);
+    let address = address(&scene);
+    let fires = |line: &str| line.starts_with("waltrail_failing{") && line.ends_with(" 1");
+    let metrics =
+        wait_for("the alert", || Some(get(&address, "/metrics").1).filter(|metrics| metrics.lines().any(fires)));
+    assert_eq!((metric(&metrics, "waltrail_following"), metric(&metrics, "waltrail_lag_seconds")), (0.0, 0.0));
+    drop(daemon);
 }
 
 #[test]
@@ -251,6 +272,30 @@ fn the_daemon_drills_by_itself() {
     std::fs::write(&snapshot, whole).unwrap();
     wait_for("the next drill", || (get(&address, "/healthz").0 == 200).then_some(()));
     assert_eq!(daemon.terminate(), Some(0), "{}", scene.log());
+}
+
+#[test]
+fn a_watched_status_shows_what_appears_later() {
+    let scene = Scene::new();
+    let tenants = scene.path("tenants");
+    std::fs::create_dir(&tenants).unwrap();
+    let config = scene.path("waltrail.toml");
+    let text = format!("[[database]]\npath = \"{}/*.db\"\nreplica = \"{}\"\n", tenants.display(), scene.replica());
+    std::fs::write(&config, text).unwrap();
+    let mut watching = waltrail()
+        .args(["status", "--watch", "--config", config.to_str().unwrap()])
+        .stdout(Stdio::piped())
+        .stderr(Stdio::null())
+        .spawn()
+        .unwrap();
+    let mut lines = BufReader::new(watching.stdout.take().unwrap()).lines();
+    assert!(lines.next().unwrap().unwrap().starts_with("DATABASE"), "nothing is there yet");
+    drop(create_database(&tenants.join("acme.db"), 5, ""));
+    // A few lines a second.
+    let is_shown = lines.take(60).any(|line| line.unwrap().contains("acme.db"));
+    watching.kill().unwrap();
+    watching.wait().unwrap();
+    assert!(is_shown);
 }
 
 /// That is how container files leave a variable out.

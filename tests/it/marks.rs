@@ -1,5 +1,7 @@
 //! Marks and pruning from the command line, beside a daemon.
 
+use std::path::Path;
+
 use crate::support::scene::Scene;
 use crate::support::{count_up, create_database, number, open, run, stderr, wait_for, waltrail};
 
@@ -131,4 +133,59 @@ fn what_is_pruned_is_told_first() {
     assert!(stderr(&pruned).contains("deleted    0 objects"), "by its own times: {}", stderr(&pruned));
     assert_eq!(scene.objects(""), before);
     assert_eq!(counted(&scene, &[]), 1);
+}
+
+/// What fails in one replica can be done in the others, and afterwards in that one.
+#[test]
+fn a_mark_is_set_in_each_replica_that_can_have_it() {
+    let scene = Scene::new();
+    let application = create_database(&scene.database(), 50, "");
+    let (first, second) = (scene.replica(), scene.path("second").display().to_string());
+    let more = format!("[[database]]\npath = \"{}\"\nreplica = \"{second}\"", scene.database().display());
+    let config = config(&scene, &more);
+    let daemon = scene.start_with(&["--config", &config]);
+    let has_snapshot = |replica: &str| {
+        let folder = std::fs::read_dir(Path::new(replica).join("snap/00000001"));
+        folder.is_ok_and(|mut entries| entries.next().is_some())
+    };
+    wait_for("both snapshots", || (has_snapshot(&first) && has_snapshot(&second)).then_some(()));
+    count_up(&application);
+    let with_config = |code: i32, arguments: &[&str]| {
+        let done = run(arguments.iter().copied().chain(["--config", config.as_str()]));
+        assert_eq!(done.status.code(), Some(code), "{arguments:?}: {}", stderr(&done));
+        (String::from_utf8(done.stdout.clone()).unwrap(), stderr(&done))
+    };
+    assert!(run(["mark", "one", &first]).status.success());
+    let (_, told) = with_config(1, &["mark", "one"]);
+    assert!(told.contains(&format!("failed     file://{first}: ")) && told.contains("there is a mark 'one'"), "{told}");
+    assert!(told.contains("marked     one: ") && told.contains(&format!(", in file://{second}")), "{told}");
+    // As in a start command that runs again at each restart.
+    let (_, told) = with_config(0, &["mark", "one", "--if-missing"]);
+    assert_eq!((told.matches("note: one is there").count(), told.contains("marked")), (2, false), "{told}");
+    assert!(run(["unmark", "one", &first]).status.success());
+    let (_, told) = with_config(0, &["mark", "one", "--if-missing"]);
+    assert_eq!((told.matches("note: one is there").count(), told.matches("marked     one").count()), (1, 1), "{told}");
+
+    let (listed, _) = with_config(0, &["marks"]);
+    for replica in [&first, &second] {
+        assert!(listed.contains(&format!("in file://{replica}\none ")), "{listed}");
+    }
+    let (listed, _) = with_config(0, &["marks", "--format", "json"]);
+    let replica_of = |line: &str| serde_json::from_str::<serde_json::Value>(line).unwrap()["replica"].clone();
+    let replicas: Vec<serde_json::Value> = listed.lines().map(replica_of).collect();
+    assert_eq!(replicas, [format!("file://{first}"), format!("file://{second}")]);
+    for command in [&["log"][..], &["prune", "--dry-run"]] {
+        let (shown, told) = with_config(0, command);
+        for replica in [&first, &second] {
+            assert!(shown.contains(&format!("in file://{replica}\n")), "{command:?}: {shown}{told}");
+        }
+    }
+
+    assert!(run(["unmark", "one", &first]).status.success());
+    let (_, told) = with_config(12, &["unmark", "one"]);
+    assert!(told.contains(&format!("failed     file://{first}: ")), "{told}");
+    assert!(told.contains("unmarked   one: ") && told.contains(&format!(", in file://{second}")), "{told}");
+    assert_eq!(daemon.terminate(), Some(0), "{}", scene.log());
+    let (_, told) = with_config(1, &["mark", "later", "--if-missing"]);
+    assert_eq!(told.matches("failed     file://").count(), 2, "nobody can say what was committed: {told}");
 }

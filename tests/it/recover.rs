@@ -45,6 +45,12 @@ fn what_is_right_already_is_not_fetched() {
     let (planned, first) = (last(&events, "planned").clone(), last(&events, "restored").clone());
     assert_eq!((&first["reused_bytes"], &first["txid"]), (&0.into(), &planned["txid"]));
     assert_eq!(first["fingerprint"], planned["fingerprint"]);
+    let (code, events, error) = restore(&scene, &scene.path("late.db"), &["--at", "2999-01-01T00:00:00Z", "--dry-run"]);
+    let notes: Vec<&str> = events.iter().filter_map(|event| event["text"].as_str()).collect();
+    let is_noted = |words: &str| notes.iter().any(|note| note.contains(words));
+    assert!(code == Some(0) && is_noted("is in the future") && is_noted(" d before it"), "{notes:?} {error}");
+    let (code, events, error) = restore(&scene, &scene.path("quiet.db"), &["--quiet"]);
+    assert_eq!((code, events.len(), &events[0]["event"]), (Some(0), 1, &"restored".into()), "{error}");
     // A migration gone wrong: some pages changed, more at the end.
     let database = open(&output);
     database.execute_batch("PRAGMA journal_mode=DELETE; UPDATE counter SET n = -1; CREATE TABLE t(x)").unwrap();
@@ -142,6 +148,8 @@ fn all_databases_of_a_configuration() {
     assert_eq!(daemon.terminate(), Some(0), "{}", scene.log());
     let directory = scene.path("check");
     let all = ["restore", "--config", config, "--all", "--output-dir", directory.to_str().unwrap(), "--quiet"];
+    let planned = run([&all[..], &["--dry-run"]].concat());
+    assert!(planned.status.success() && !directory.exists(), "{}", stderr(&planned));
     let done = run(all);
     assert!(done.status.success(), "{}", stderr(&done));
     assert_eq!(stderr(&done).lines().count(), 2, "one line each: {}", stderr(&done));

@@ -4,10 +4,15 @@ use std::io::{Read, Write};
 use std::net::TcpListener;
 use std::path::Path;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, SystemTime};
 
 use bytes::Bytes;
+use waltrail::clock::Clock;
 use waltrail::store::directory::DirectoryStore;
+use waltrail::store::faults::{Fault, Faulty, Request};
+use waltrail::store::memory::MemoryStore;
+use waltrail::store::retry::{RetryPolicy, Retrying};
 use waltrail::store::s3::{S3Options, S3Store};
 use waltrail::store::upload::Upload;
 use waltrail::store::{ObjectStore, PutMode, SharedStore, StoreError, StoreErrorKind};
@@ -195,4 +200,35 @@ async fn leftovers_of_killed_processes_go_after_a_day() {
     }
     store.put("a", Bytes::new(), PutMode::Overwrite).await.unwrap();
     assert_eq!(incoming_files(directory.path()), ["young"]);
+}
+
+/// Each attempt takes a minute by this clock.
+#[derive(Clone, Default)]
+struct MinuteAnAttempt(Arc<AtomicU64>);
+
+impl Clock for MinuteAnAttempt {
+    fn now_ms(&self) -> u64 {
+        self.monotonic().as_millis() as u64
+    }
+
+    fn monotonic(&self) -> Duration {
+        Duration::from_secs(60 * self.0.load(Ordering::SeqCst))
+    }
+}
+
+#[tokio::test]
+async fn a_store_that_hangs_is_given_up_after_two_minutes() {
+    let clock = MinuteAnAttempt::default();
+    let attempts = clock.0.clone();
+    let hangs: SharedStore = Arc::new(Faulty::new(Arc::new(MemoryStore::new()), move |_: Request<'_>| {
+        attempts.fetch_add(1, Ordering::SeqCst);
+        Fault::Before(StoreErrorKind::Unavailable)
+    }));
+    let patient = Retrying::patient(hangs.clone(), Arc::new(clock.clone()));
+    assert!(patient.get("k", 100).await.unwrap_err().is_retryable());
+    assert_eq!(clock.0.load(Ordering::SeqCst), 2);
+    // A daemon has its own patience.
+    let policy = RetryPolicy { attempts: 5, base_ms: 1, max_ms: 2 };
+    assert!(Retrying::new(hangs, policy).get("k", 100).await.unwrap_err().is_retryable());
+    assert_eq!(clock.0.load(Ordering::SeqCst), 2 + 5);
 }

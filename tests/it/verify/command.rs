@@ -126,6 +126,21 @@ fn verdicts_and_formats_of_the_command() {
     verified(10, &["no-such-replica"]);
 }
 
+/// A verdict must not be taken for one of more than was looked at.
+#[test]
+fn what_says_nothing_at_a_depth_is_refused() {
+    for (arguments, says) in [
+        (&["--sample", "1%"][..], "--sample goes with --depth data"),
+        (&["--depth", "structure", "--points", "20"], "--points goes with --depth drill"),
+        (&["--depth", "data", "--points", "20"], "--points goes with --depth drill"),
+        (&["--depth", "structure", "--no-integrity-check"], "--no-integrity-check goes with --depth drill"),
+        (&["--depth", "data", "--sample", "0%"], "more than 0%"),
+    ] {
+        let done = verified(10, &[&["s3://b/a"], arguments].concat());
+        assert!(stderr(&done).contains(says), "{arguments:?}: {}", stderr(&done));
+    }
+}
+
 #[test]
 fn a_replica_in_s3() {
     let server = S3Server::start();
