@@ -13,6 +13,7 @@ use crate::config::units::parse_address;
 use crate::config::{Config, DatabaseConfig};
 use crate::daemon::{self, Reload};
 use crate::health::systemd;
+use crate::run::open_files;
 
 /// Arguments of `replicate`.
 #[derive(Debug, Args)]
@@ -91,7 +92,7 @@ pub async fn run(config: Config, reload: Option<Reload>) -> Result<(), Failure> 
     let stop = CancellationToken::new();
     watch_signals(stop.clone())?;
     let hangup = signal(SignalKind::hangup()).map_err(cant_listen)?;
-    allow_many_files();
+    open_files::allow_many();
     let daemon = daemon::start(config, stop, Some((hangup, reload))).await?;
     let mut failed = daemon.replicating.await.map_err(|error| Failure::other(error.to_string()))?;
     match failed.is_empty() {
@@ -100,19 +101,6 @@ pub async fn run(config: Config, reload: Option<Reload>) -> Result<(), Failure> 
             Ok(())
         }
         false => Err(failed.swap_remove(0).into()),
-    }
-}
-
-/// Shells and service managers allow 1,024 open files at first, for the sake of programs of another age (systemd.exec(5), "Process
-/// properties"); a process may allow itself more.
-fn allow_many_files() {
-    let mut limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
-    // SAFETY: the pointer is to a value of the right type, which lives for the call.
-    let is_known = unsafe { libc::getrlimit(libc::RLIMIT_NOFILE, &raw mut limit) } == 0;
-    limit.rlim_cur = limit.rlim_max;
-    // SAFETY: as above.
-    if !is_known || unsafe { libc::setrlimit(libc::RLIMIT_NOFILE, &raw const limit) } != 0 {
-        tracing::warn!("the number of open files stays limited: {}", std::io::Error::last_os_error());
     }
 }
 

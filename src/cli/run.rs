@@ -28,6 +28,7 @@ use crate::restore::install::{Manner, is_there};
 use crate::restore::plan::{Plan, Target, plan};
 use crate::restore::progress::Progress;
 use crate::run::child::{Child, Signals, exit_code};
+use crate::run::open_files;
 use crate::run::place::loss_here;
 use crate::store::SharedStore;
 
@@ -86,6 +87,7 @@ pub async fn run(arguments: RunArguments, config: Config) -> Result<u8, Failure>
         take_away(ready_file);
     }
     warn_of_loss(&config);
+    let files = open_files::allow_many();
     tokio::select! {
         restored = restore_missing(&config, arguments.restore_timeout) => restored?,
         number = signals.asked_to_end() => return Ok(128 + number as u8),
@@ -110,7 +112,7 @@ pub async fn run(arguments: RunArguments, config: Config) -> Result<u8, Failure>
             return Err(failures.into_iter().next().map_or_else(|| Failure::other("replication ended".into()), Failure::from));
         }
     }
-    let child = match Child::start(&arguments.command) {
+    let child = match Child::start(&arguments.command, files) {
         Ok(child) => child,
         Err(error) => {
             stop.cancel();

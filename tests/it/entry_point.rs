@@ -157,3 +157,22 @@ fn a_ready_file_that_was_left_is_removed() {
     assert_eq!(run.output().unwrap().status.code(), Some(127));
     assert!(!ready.exists());
 }
+
+/// Programs that use select(2) break with descriptors of 1,024 and more; we need many.
+#[test]
+fn the_command_may_open_as_many_files_as_before() {
+    let (scene, _) = lost();
+    let program = waltrail().get_program().to_str().unwrap().to_owned();
+    let (database, replica) = (scene.database(), scene.replica());
+    let script = "ulimit -Sn; grep 'Max open files' /proc/$PPID/limits";
+    let few = ["-c", "ulimit -Sn 512 && exec \"$0\" \"$@\"", &program];
+    let run = ["run", database.to_str().unwrap(), &replica, "--", "sh", "-c", script];
+    let done = Command::new("sh").args(few).args(run).output().unwrap();
+    assert_eq!(done.status.code(), Some(0), "{}", stderr(&done));
+    let told = String::from_utf8(done.stdout).unwrap();
+    let (commands, daemons) = told.split_once('\n').unwrap();
+    assert_eq!(commands, "512", "{told}");
+    // Max open files, the soft limit, the hard one, files.
+    let daemons: Vec<&str> = daemons.split_whitespace().skip(3).collect();
+    assert!(daemons[0] == daemons[1] && daemons[0] != "512", "{told}");
+}
