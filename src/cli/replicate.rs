@@ -1,6 +1,7 @@
 //! `waltrail replicate`
 
 use std::net::SocketAddr;
+use std::time::Duration;
 
 use clap::Args;
 use tokio::signal::unix::{SignalKind, signal};
@@ -9,11 +10,16 @@ use tokio_util::sync::CancellationToken;
 use super::exit_code::{Failure, NOT_CONFIRMED};
 use super::tell::tell;
 use super::{CONFIG_VARIABLE, ConfigArgument, SYSTEM_CONFIG, absolute, listen_variable};
+use crate::clock::{Clock, SystemClock};
 use crate::config::units::parse_address;
 use crate::config::{Config, DatabaseConfig};
 use crate::daemon::{self, Reload};
 use crate::health::systemd;
 use crate::run::open_files;
+
+/// Signals to stop that come within this time are one request: process managers and coreutils' `timeout` signal the process and its
+/// group.
+const ONE_REQUEST: Duration = Duration::from_millis(500);
 
 /// Arguments of `replicate`.
 #[derive(Debug, Args)]
@@ -108,23 +114,33 @@ fn cant_listen(error: std::io::Error) -> Failure {
     Failure::other(format!("can't listen for signals: {error}"))
 }
 
-/// The first SIGTERM or SIGINT asks for a stop, the second one makes it happen at once.
+/// The first SIGTERM or SIGINT asks for a stop, a second one makes it happen at once: not one that comes with the first, as when the
+/// process and its group are signalled.
 fn watch_signals(stop: CancellationToken) -> Result<(), Failure> {
     let mut terminate = signal(SignalKind::terminate()).map_err(cant_listen)?;
     let mut interrupt = signal(SignalKind::interrupt()).map_err(cant_listen)?;
+    let clock = SystemClock::new();
     tokio::spawn(async move {
+        let mut asked_at: Option<Duration> = None;
         loop {
             tokio::select! {
                 _ = terminate.recv() => {}
                 _ = interrupt.recv() => {}
             }
-            if stop.is_cancelled() {
-                tell("stopped at once; what was not confirmed is shipped by the next start");
-                std::process::exit(i32::from(NOT_CONFIRMED));
+            let now = clock.monotonic();
+            match asked_at {
+                None => {
+                    asked_at = Some(now);
+                    systemd::stopping();
+                    tracing::info!("stopping: capturing and shipping what is left");
+                    stop.cancel();
+                }
+                Some(at) if now.saturating_sub(at) < ONE_REQUEST => {}
+                Some(_) => {
+                    tell("stopped at once; what was not confirmed is shipped by the next start");
+                    std::process::exit(i32::from(NOT_CONFIRMED));
+                }
             }
-            systemd::stopping();
-            tracing::info!("stopping: capturing and shipping what is left");
-            stop.cancel();
         }
     });
     Ok(())
