@@ -43,7 +43,7 @@ pub struct WhatArguments {
     database: Option<std::path::PathBuf>,
     /// Where it goes: s3://bucket/prefix, file:///directory or a directory's path
     replica: Option<String>,
-    /// Serve /healthz, /readyz and /metrics there: 127.0.0.1:9180, or 0.0.0.0:9180 for every network [default: what WALTRAIL_LISTEN says]
+    /// Serve /healthz, /readyz and /metrics there: 127.0.0.1:9180, or 0.0.0.0:9180 for every network [default: what [http] listen of the configuration says, or WALTRAIL_LISTEN]
     #[arg(long, value_name = "ADDRESS", value_parser = parse_address)]
     listen: Option<SocketAddr>,
     #[command(flatten)]
@@ -63,8 +63,10 @@ impl WhatArguments {
             }
             _ => self.config.load()?.map_or_else(otherwise, Ok)?,
         };
-        let listen = self.listen.map_or_else(listen_variable, |address| Ok(Some(address)))?;
-        config.listen = listen.or(config.listen);
+        config.listen = self.listen.or(config.listen);
+        if config.listen.is_none() {
+            config.listen = listen_variable()?;
+        }
         Ok(config)
     }
 }
@@ -74,7 +76,12 @@ impl ReplicateArguments {
     #[must_use]
     pub fn reload(self) -> Option<Reload> {
         let path = self.what.config.path().filter(|_| self.what.database.is_none())?;
-        Some(Box::new(move || crate::config::file::load(&path)))
+        // As at the start, so that only what differs then is told.
+        let (told, otherwise) = (self.what.listen, listen_variable().ok().flatten());
+        Some(Box::new(move || {
+            let config = crate::config::file::load(&path)?;
+            Ok(Config { listen: told.or(config.listen).or(otherwise), ..config })
+        }))
     }
 
     /// The configuration that the arguments mean.
