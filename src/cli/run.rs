@@ -17,11 +17,12 @@ use super::recover::Recovery;
 use super::replicate::WhatArguments;
 use super::report::{Reporter, RestoreOutput};
 use super::tell::tell;
-use super::{environment_database, open_patiently, stored};
+use super::{PATHS_SHOWN, environment_database, open_patiently, stored};
 use crate::clock::format_time;
 use crate::config::units::parse_duration;
 use crate::config::{Config, DatabaseConfig};
 use crate::daemon;
+use crate::replicate::status::{Phase, Status};
 use crate::restore::RestoreError;
 use crate::restore::history::History;
 use crate::restore::install::{Manner, is_there};
@@ -45,7 +46,8 @@ Examples:
       (DATABASE_URL names the database, WALTRAIL_REPLICA the replica, or AWS_S3_BUCKET_NAME the bucket)
 
 A database that is not there is restored, if there is a backup; if there is none, the application begins with nothing. If the
-restore fails, the application is not started.
+restore fails, the application is not started. If a database is there and can't be followed, it is started after --start-timeout, and
+the log and `waltrail status` say that it is not backed up.
 
 The exit code is the command's own (128 and the signal's number, if one ended it); 15 if the command ended with 0 and not
 everything is confirmed; 127 or 126 if it can't be started; of waltrail's own codes, if it did not come to that.")]
@@ -55,7 +57,8 @@ pub struct RunArguments {
     /// Fail if a restore takes longer than this [default: no limit]
     #[arg(long, value_name = "DURATION", value_parser = parse_duration)]
     restore_timeout: Option<Duration>,
-    /// Start the command after this long, even if storage can't be reached; what it writes waits on the local disk
+    /// Start the command after this long, even if storage can't be reached (what it writes waits on the local disk) or a database can't
+    /// be followed (then it is not backed up); the log says so
     #[arg(long, value_name = "DURATION", default_value = "30s", value_parser = parse_duration)]
     start_timeout: Duration,
     /// Make this file when the command is started: when replication stands, or after --start-timeout; remove it before and at the end
@@ -98,9 +101,7 @@ pub async fn run(arguments: RunArguments, config: Config) -> Result<u8, Failure>
     let replicating = &mut daemon.replicating;
     tokio::select! {
         () = all_stand(&mut daemon.standing, daemon.databases) => {}
-        () = tokio::time::sleep(arguments.start_timeout) => {
-            tracing::error!("storage is not reached; the command is started all the same, and what it writes waits here");
-        }
+        () = tokio::time::sleep(arguments.start_timeout) => tell_what_does_not_stand(&daemon.boards.statuses()),
         number = signals.asked_to_end() => {
             stop.cancel();
             replicating.await.ok();
@@ -155,6 +156,38 @@ fn warn_of_loss(config: &Config) {
     let places: BTreeSet<&PathBuf> = named.chain(config.fleets.iter().map(|fleet| &fleet.root)).collect();
     for why in places.into_iter().filter_map(|place| loss_here(place)) {
         tracing::error!("DANGER: {why}");
+    }
+}
+
+/// The command is started without being backed up as it should be: says of which database, and why.
+fn tell_what_does_not_stand(statuses: &[Status]) {
+    let mut troubles: Vec<String> = statuses.iter().filter_map(why_it_does_not_stand).collect();
+    if troubles.len() > PATHS_SHOWN {
+        let more = troubles.len() - PATHS_SHOWN;
+        troubles.truncate(PATHS_SHOWN);
+        troubles.push(format!("and {more} more"));
+    }
+    for trouble in troubles {
+        tracing::error!("{trouble}");
+    }
+    tracing::error!("not everything is replicated; the command is started all the same");
+}
+
+/// A sentence; `None` for a database that is followed, or that the command may make.
+fn why_it_does_not_stand(status: &Status) -> Option<String> {
+    let (database, replica) = (status.database.display(), &status.replica);
+    match (status.phase, &status.error) {
+        (Phase::Following | Phase::Waiting, _) => None,
+        (Phase::Failing | Phase::Stopped, error) => {
+            let error = error.as_deref().unwrap_or("for a reason that is not known");
+            Some(format!("{database} is not replicated: {error}; what the command writes to it is not backed up"))
+        }
+        (Phase::Starting, Some(error)) => Some(format!(
+            "{replica} is not reached, or refuses: {error}; what the command writes to {database} waits here"
+        )),
+        (Phase::Starting, None) => Some(format!(
+            "{database} is not followed yet: it is still looked at, or {replica} does not answer; what the command writes waits here"
+        )),
     }
 }
 
@@ -275,4 +308,29 @@ async fn restore(replicas: &[DatabaseConfig]) -> Result<(), Failure> {
     }
     tracing::info!(database = shown, state = %plan.position, time = format_time(plan.time_ms), "restored");
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn why_a_database_does_not_stand() {
+        let of = |phase, error: Option<&str>| {
+            let error = error.map(str::to_owned);
+            let (database, replica) = ("/data/app.db".into(), "s3://b/app".into());
+            why_it_does_not_stand(&Status { database, replica, phase, error, ..Status::default() })
+        };
+        assert_eq!((of(Phase::Following, Some("x")), of(Phase::Waiting, None)), (None, None));
+        for (phase, error, begins, waits) in [
+            (Phase::Failing, Some("it is locked"), "/data/app.db is not replicated: it is locked;", false),
+            (Phase::Stopped, None, "/data/app.db is not replicated:", false),
+            (Phase::Starting, Some("AccessDenied"), "s3://b/app is not reached, or refuses: AccessDenied;", true),
+            (Phase::Starting, None, "/data/app.db is not followed yet:", true),
+        ] {
+            let told = of(phase, error).unwrap();
+            assert!(told.starts_with(begins), "{told}");
+            assert_eq!((told.contains("waits here"), told.contains("not backed up")), (waits, !waits), "{told}");
+        }
+    }
 }

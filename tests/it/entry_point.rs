@@ -3,6 +3,7 @@
 use std::path::Path;
 use std::process::{Command, Output, Stdio};
 
+use crate::support::s3::S3Server;
 use crate::support::scene::{COUNTER, Scene};
 use crate::support::{content, count_up, create_database, number, open, stderr, wait_for, waltrail};
 
@@ -175,4 +176,37 @@ fn the_command_may_open_as_many_files_as_before() {
     // Max open files, the soft limit, the hard one, files.
     let daemons: Vec<&str> = daemons.split_whitespace().skip(3).collect();
     assert!(daemons[0] == daemons[1] && daemons[0] != "512", "{told}");
+}
+
+/// Nothing of it waits anywhere, so nobody may be told that it does.
+#[test]
+fn a_database_that_can_not_be_followed_is_named() {
+    let scene = Scene::new();
+    std::fs::write(scene.database(), vec![7; 5000]).unwrap();
+    let (started, database) = (scene.path("started"), scene.database().display().to_string());
+    let mut run = waltrail();
+    run.args(["run", "--start-timeout", "2s", &database, &scene.replica(), "--", "touch", started.to_str().unwrap()]);
+    let done = run.output().unwrap();
+    let told = stderr(&done);
+    assert!(told.contains("app.db can't be followed: it is not a SQLite database"), "{told}");
+    assert!(told.contains("is not backed up") && told.contains("started all the same"), "{told}");
+    assert!(!told.contains("waits here") && !told.contains("not reached"), "{told}");
+    assert!(started.exists(), "the application comes first");
+    assert_eq!(done.status.code(), Some(15), "{told}");
+}
+
+#[test]
+fn storage_that_refuses_is_named() {
+    let (scene, server) = (Scene::new(), S3Server::start());
+    drop(create_database(&scene.database(), 20, ""));
+    server.refuse(403);
+    let (started, database) = (scene.path("started"), scene.database().display().to_string());
+    let mut run = waltrail();
+    run.args(["run", "--start-timeout", "3s", &database, &server.url("app"), "--"]).arg("touch").arg(&started);
+    let done = run.output().unwrap();
+    let told = stderr(&done);
+    assert!(told.contains("s3://backups/app is not reached, or refuses:"), "{told}");
+    assert!(told.contains("app.db waits here") && !told.contains("can't be followed"), "{told}");
+    assert!(started.exists());
+    assert_eq!(done.status.code(), Some(15), "{told}");
 }
