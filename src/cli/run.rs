@@ -54,7 +54,7 @@ everything is confirmed; 127 or 126 if it can't be started; of waltrail's own co
 pub struct RunArguments {
     #[command(flatten)]
     what: WhatArguments,
-    /// Fail if a restore takes longer than this [default: no limit]
+    /// Fail if looking for a backup and restoring it takes longer than this [default: no limit]
     #[arg(long, value_name = "DURATION", value_parser = parse_duration)]
     restore_timeout: Option<Duration>,
     /// Start the command after this long, even if storage can't be reached (what it writes waits on the local disk) or a database can't
@@ -131,6 +131,12 @@ pub async fn run(arguments: RunArguments, config: Config) -> Result<u8, Failure>
     let status =
         child.wait(&mut signals).await.map_err(|error| Failure::other(format!("can't wait for it: {error}")))?;
     tracing::info!(%status, "the command has ended; shipping what is left");
+    for database in never_there(&daemon.boards.statuses()) {
+        tracing::warn!(
+            "{} was never there, so nothing of it is backed up: does the command write elsewhere?",
+            database.display()
+        );
+    }
     stop.cancel();
     let failures = replicating.await.map_err(|error| Failure::other(error.to_string()))?;
     if let Some(ready_file) = &arguments.ready_file {
@@ -191,6 +197,16 @@ fn why_it_does_not_stand(status: &Status) -> Option<String> {
     }
 }
 
+/// Databases that the command was expected to make, and has not.
+fn never_there(statuses: &[Status]) -> BTreeSet<&Path> {
+    let is_meant = |status: &&Status| {
+        status.phase == Phase::Waiting
+            && status.captured.is_none()
+            && is_there(&status.database).is_ok_and(|there| !there)
+    };
+    statuses.iter().filter(is_meant).map(|status| status.database.as_path()).collect()
+}
+
 async fn all_stand(stands: &mut mpsc::UnboundedReceiver<PathBuf>, databases: usize) {
     let mut standing = HashSet::new();
     while standing.len() < databases {
@@ -202,26 +218,33 @@ async fn all_stand(stands: &mut mpsc::UnboundedReceiver<PathBuf>, databases: usi
     }
 }
 
+/// Restores what is missing, and takes no longer than `limit` for that and for looking for it.
 async fn restore_missing(config: &Config, limit: Option<Duration>) -> Result<(), Failure> {
+    let all = restore_all(config);
+    let Some(limit) = limit else { return all.await };
+    tokio::time::timeout(limit, all).await.map_err(|_| {
+        let names = names_of_missing(config);
+        Failure::other(format!("{names} could not be restored within {limit:?}; the command is not started"))
+    })?
+}
+
+async fn restore_all(config: &Config) -> Result<(), Failure> {
     let missing = missing(config).await?;
     let mut restoring =
         stream::iter(missing.values().map(|replicas| restore(replicas))).buffer_unordered(RESTORES_AT_A_TIME);
-    let all = async {
-        while let Some(restored) = restoring.next().await {
-            restored?;
-        }
-        Ok(())
-    };
-    match limit {
-        None => all.await,
-        Some(limit) => tokio::time::timeout(limit, all).await.map_err(|_| {
-            let paths: Vec<String> = missing.keys().map(|path| path.display().to_string()).collect();
-            Failure::other(format!(
-                "{} could not be restored within {limit:?}; the command is not started",
-                paths.join(", ")
-            ))
-        })?,
+    while let Some(restored) = restoring.next().await {
+        restored?;
     }
+    Ok(())
+}
+
+/// What is not there, as the configuration calls it. Of a fleet a part may have been restored.
+fn names_of_missing(config: &Config) -> String {
+    let named = config.databases.iter().map(|database| &database.path);
+    let missing: BTreeSet<&PathBuf> = named.filter(|path| is_there(path).is_ok_and(|there| !there)).collect();
+    let fleets = config.fleets.iter().map(|fleet| &fleet.template().path);
+    let names: Vec<String> = missing.into_iter().chain(fleets).map(|path| path.display().to_string()).collect();
+    names.join(", ")
 }
 
 /// The databases to restore before the command begins: those that have a name and are not there; and all of a fleet of which nothing
@@ -235,6 +258,7 @@ async fn missing(config: &Config) -> Result<BTreeMap<PathBuf, Vec<DatabaseConfig
     }
     for fleet in &config.fleets {
         if fleet.find(&HashSet::new()).databases.is_empty() {
+            tracing::info!("looking for backups in {}", fleet.template().replica);
             for database in stored(fleet).await? {
                 missing.entry(database.path.clone()).or_default().push(database);
             }
@@ -253,6 +277,7 @@ struct Backup<'a> {
 
 /// What a replica holds; `None` where there is nothing yet.
 async fn look(database: &DatabaseConfig) -> Result<Option<Backup<'_>>, Failure> {
+    tracing::info!("looking for a backup in {}", database.replica);
     let store = open_patiently(&database.replica).await;
     let history = match History::load(&store).await {
         Err(RestoreError::NoReplica { .. }) => return Ok(None),

@@ -1,11 +1,12 @@
 //! `waltrail run`: the entry point of a container.
 
+use std::net::TcpListener;
 use std::path::Path;
 use std::process::{Command, Output, Stdio};
 
 use crate::support::s3::S3Server;
-use crate::support::scene::{COUNTER, Scene};
-use crate::support::{content, count_up, create_database, number, open, stderr, wait_for, waltrail};
+use crate::support::scene::{COUNTER, Scene, now_ms};
+use crate::support::{content, count_up, create_database, number, open, run, stderr, wait_for, waltrail};
 
 /// A scene whose database is in the replica alone.
 fn lost() -> (Scene, Vec<String>) {
@@ -53,6 +54,7 @@ fn begins_empty_where_there_is_no_backup() {
         sql(&scene.database(), "PRAGMA journal_mode=WAL; CREATE TABLE counter(n); INSERT INTO counter VALUES(5)");
     let done = run_in(&scene, &["sh", "-c", &script]);
     assert_eq!(done.status.code(), Some(0), "{}", stderr(&done));
+    assert!(!stderr(&done).contains("was never there"), "{}", stderr(&done));
     assert_eq!(number(&open(&scene.restored(&scene.replica(), &[])), COUNTER), 5);
 }
 
@@ -209,4 +211,36 @@ fn storage_that_refuses_is_named() {
     assert!(told.contains("app.db waits here") && !told.contains("can't be followed"), "{told}");
     assert!(started.exists());
     assert_eq!(done.status.code(), Some(15), "{told}");
+}
+
+/// The commonest reason for a backup of nothing.
+#[test]
+fn a_database_that_the_command_never_made_is_named() {
+    let scene = Scene::new();
+    let done = run_in(&scene, &["true"]);
+    assert_eq!(done.status.code(), Some(0), "{}", stderr(&done));
+    let says = format!("{} was never there", scene.database().display());
+    assert!(stderr(&done).contains(&says), "{}", stderr(&done));
+}
+
+/// Where a server accepts a connection and says nothing: what is waited for is told, and the limit holds for the first request, too.
+#[test]
+fn storage_that_says_nothing_is_waited_for_no_longer_than_told() {
+    let scene = Scene::new();
+    let silent = TcpListener::bind("127.0.0.1:0").unwrap();
+    let config = scene.path("waltrail.toml");
+    let parameters = format!("endpoint=http://{}&region=us-east-1", silent.local_addr().unwrap());
+    for (name, says) in
+        [("app.db", "looking for a backup in s3://b/app"), ("*.db", "looking for backups in s3://b/app")]
+    {
+        let path = scene.path(name).display().to_string();
+        std::fs::write(&config, format!("[[database]]\npath = \"{path}\"\nreplica = \"s3://b/app?{parameters}\"\n"))
+            .unwrap();
+        let begun_ms = now_ms();
+        let done = run(["run", "--restore-timeout", "1s", "--config", config.to_str().unwrap(), "--", "true"]);
+        assert!(now_ms() - begun_ms < 10_000, "{}", stderr(&done));
+        assert_eq!(done.status.code(), Some(1), "{}", stderr(&done));
+        assert!(stderr(&done).contains(says), "{}", stderr(&done));
+        assert!(stderr(&done).contains(&format!("{path} could not be restored within 1s")), "{}", stderr(&done));
+    }
 }
