@@ -1,5 +1,5 @@
 # docker build -t waltrail .
-# docker run -v /data:/data --user "$(stat -c %u:%g /data)" -e AWS_ACCESS_KEY_ID -e AWS_SECRET_ACCESS_KEY \
+# docker run -v /data:/data --user "$(stat -c %u:%g /data)" -e AWS_ACCESS_KEY_ID -e AWS_SECRET_ACCESS_KEY -e AWS_REGION \
 #   waltrail replicate /data/app.db s3://bucket/app
 
 FROM rust:1.95-slim-bookworm AS build
