@@ -1,6 +1,7 @@
 //! `waltrail replicate`
 
 use std::net::SocketAddr;
+use std::time::Duration;
 
 use clap::Args;
 use tokio::signal::unix::{SignalKind, signal};
@@ -9,11 +10,17 @@ use tokio_util::sync::CancellationToken;
 use super::exit_code::{Failure, NOT_CONFIRMED};
 use super::tell::tell;
 use super::{CONFIG_VARIABLE, ConfigArgument, SYSTEM_CONFIG, absolute, listen_variable};
+use crate::clock::{Clock, SystemClock};
 use crate::config::fleet::FleetConfig;
 use crate::config::units::parse_address;
 use crate::config::{Config, DatabaseConfig};
 use crate::daemon::{self, Reload};
 use crate::health::systemd;
+use crate::run::open_files;
+
+/// Signals to stop that come within this time are one request: process managers and coreutils' `timeout` signal the process and its
+/// group.
+const ONE_REQUEST: Duration = Duration::from_millis(500);
 
 /// Arguments of `replicate`.
 #[derive(Debug, Args)]
@@ -37,7 +44,7 @@ pub struct WhatArguments {
     database: Option<std::path::PathBuf>,
     /// Where it goes: s3://bucket/prefix, file:///directory or a directory's path
     replica: Option<String>,
-    /// Serve /healthz, /readyz and /metrics there: 127.0.0.1:9180, or 0.0.0.0:9180 for every network [default: what WALTRAIL_LISTEN says]
+    /// Serve /healthz, /readyz and /metrics there: 127.0.0.1:9180, or 0.0.0.0:9180 for every network [default: what [http] listen of the configuration says, or WALTRAIL_LISTEN]
     #[arg(long, value_name = "ADDRESS", value_parser = parse_address)]
     listen: Option<SocketAddr>,
     #[command(flatten)]
@@ -59,8 +66,10 @@ impl WhatArguments {
             }
             _ => self.config.load()?.map_or_else(otherwise, Ok)?,
         };
-        let listen = self.listen.map_or_else(listen_variable, |address| Ok(Some(address)))?;
-        config.listen = listen.or(config.listen);
+        config.listen = self.listen.or(config.listen);
+        if config.listen.is_none() {
+            config.listen = listen_variable()?;
+        }
         Ok(config)
     }
 }
@@ -81,7 +90,12 @@ impl ReplicateArguments {
     #[must_use]
     pub fn reload(self) -> Option<Reload> {
         let path = self.what.config.path().filter(|_| self.what.database.is_none())?;
-        Some(Box::new(move || crate::config::file::load(&path)))
+        // As at the start, so that only what differs then is told.
+        let (told, otherwise) = (self.what.listen, listen_variable().ok().flatten());
+        Some(Box::new(move || {
+            let config = crate::config::file::load(&path)?;
+            Ok(Config { listen: told.or(config.listen).or(otherwise), ..config })
+        }))
     }
 
     /// The configuration that the arguments mean.
@@ -105,7 +119,7 @@ pub async fn run(config: Config, reload: Option<Reload>) -> Result<(), Failure> 
     let stop = CancellationToken::new();
     watch_signals(stop.clone())?;
     let hangup = signal(SignalKind::hangup()).map_err(cant_listen)?;
-    allow_many_files();
+    open_files::allow_many();
     let daemon = daemon::start(config, stop, Some((hangup, reload))).await?;
     let mut failed = daemon.replicating.await.map_err(|error| Failure::other(error.to_string()))?;
     match failed.is_empty() {
@@ -117,40 +131,37 @@ pub async fn run(config: Config, reload: Option<Reload>) -> Result<(), Failure> 
     }
 }
 
-/// Shells and service managers allow 1,024 open files at first, for the sake of programs of another age (systemd.exec(5), "Process
-/// properties"); a process may allow itself more.
-fn allow_many_files() {
-    let mut limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
-    // SAFETY: the pointer is to a value of the right type, which lives for the call.
-    let is_known = unsafe { libc::getrlimit(libc::RLIMIT_NOFILE, &raw mut limit) } == 0;
-    limit.rlim_cur = limit.rlim_max;
-    // SAFETY: as above.
-    if !is_known || unsafe { libc::setrlimit(libc::RLIMIT_NOFILE, &raw const limit) } != 0 {
-        tracing::warn!("the number of open files stays limited: {}", std::io::Error::last_os_error());
-    }
-}
-
 fn cant_listen(error: std::io::Error) -> Failure {
     Failure::other(format!("can't listen for signals: {error}"))
 }
 
-/// The first SIGTERM or SIGINT asks for a stop, the second one makes it happen at once.
+/// The first SIGTERM or SIGINT asks for a stop, a second one makes it happen at once: not one that comes with the first, as when the
+/// process and its group are signalled.
 fn watch_signals(stop: CancellationToken) -> Result<(), Failure> {
     let mut terminate = signal(SignalKind::terminate()).map_err(cant_listen)?;
     let mut interrupt = signal(SignalKind::interrupt()).map_err(cant_listen)?;
+    let clock = SystemClock::new();
     tokio::spawn(async move {
+        let mut asked_at: Option<Duration> = None;
         loop {
             tokio::select! {
                 _ = terminate.recv() => {}
                 _ = interrupt.recv() => {}
             }
-            if stop.is_cancelled() {
-                tell("stopped at once; what was not confirmed is shipped by the next start");
-                std::process::exit(i32::from(NOT_CONFIRMED));
+            let now = clock.monotonic();
+            match asked_at {
+                None => {
+                    asked_at = Some(now);
+                    systemd::stopping();
+                    tracing::info!("stopping: capturing and shipping what is left");
+                    stop.cancel();
+                }
+                Some(at) if now.saturating_sub(at) < ONE_REQUEST => {}
+                Some(_) => {
+                    tell("stopped at once; what was not confirmed is shipped by the next start");
+                    std::process::exit(i32::from(NOT_CONFIRMED));
+                }
             }
-            systemd::stopping();
-            tracing::info!("stopping: capturing and shipping what is left");
-            stop.cancel();
         }
     });
     Ok(())

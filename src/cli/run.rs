@@ -17,17 +17,19 @@ use super::recover::Recovery;
 use super::replicate::WhatArguments;
 use super::report::{Reporter, RestoreOutput};
 use super::tell::tell;
-use super::{environment_database, open_patiently, stored};
+use super::{PATHS_SHOWN, environment_database, open_patiently, stored};
 use crate::clock::format_time;
 use crate::config::units::parse_duration;
 use crate::config::{Config, DatabaseConfig};
 use crate::daemon;
+use crate::replicate::status::{Phase, Status};
 use crate::restore::RestoreError;
 use crate::restore::history::History;
 use crate::restore::install::{Manner, is_there};
 use crate::restore::plan::{Plan, Target, plan};
 use crate::restore::progress::Progress;
 use crate::run::child::{Child, Signals, exit_code};
+use crate::run::open_files;
 use crate::run::place::loss_here;
 use crate::store::SharedStore;
 
@@ -44,17 +46,19 @@ Examples:
       (DATABASE_URL names the database, WALTRAIL_REPLICA the replica, or AWS_S3_BUCKET_NAME the bucket)
 
 A database that is not there is restored, if there is a backup; if there is none, the application begins with nothing. If the
-restore fails, the application is not started.
+restore fails, the application is not started. If a database is there and can't be followed, it is started after --start-timeout, and
+the log and `waltrail status` say that it is not backed up.
 
 The exit code is the command's own (128 and the signal's number, if one ended it); 15 if the command ended with 0 and not
 everything is confirmed; 127 or 126 if it can't be started; of waltrail's own codes, if it did not come to that.")]
 pub struct RunArguments {
     #[command(flatten)]
     what: WhatArguments,
-    /// Fail if a restore takes longer than this [default: no limit]
+    /// Fail if looking for a backup and restoring it takes longer than this [default: no limit]
     #[arg(long, value_name = "DURATION", value_parser = parse_duration)]
     restore_timeout: Option<Duration>,
-    /// Start the command after this long, even if storage can't be reached; what it writes waits on the local disk
+    /// Start the command after this long, even if storage can't be reached (what it writes waits on the local disk) or a database can't
+    /// be followed (then it is not backed up); the log says so
     #[arg(long, value_name = "DURATION", default_value = "30s", value_parser = parse_duration)]
     start_timeout: Duration,
     /// Make this file when the command is started: when replication stands, or after --start-timeout; remove it before and at the end
@@ -86,6 +90,7 @@ pub async fn run(arguments: RunArguments, config: Config) -> Result<u8, Failure>
         take_away(ready_file);
     }
     warn_of_loss(&config);
+    let files = open_files::allow_many();
     tokio::select! {
         restored = restore_missing(&config, arguments.restore_timeout) => restored?,
         number = signals.asked_to_end() => return Ok(128 + number as u8),
@@ -96,9 +101,7 @@ pub async fn run(arguments: RunArguments, config: Config) -> Result<u8, Failure>
     let replicating = &mut daemon.replicating;
     tokio::select! {
         () = all_stand(&mut daemon.standing, daemon.databases) => {}
-        () = tokio::time::sleep(arguments.start_timeout) => {
-            tracing::error!("storage is not reached; the command is started all the same, and what it writes waits here");
-        }
+        () = tokio::time::sleep(arguments.start_timeout) => tell_what_does_not_stand(&daemon.boards.statuses()),
         number = signals.asked_to_end() => {
             stop.cancel();
             replicating.await.ok();
@@ -110,7 +113,7 @@ pub async fn run(arguments: RunArguments, config: Config) -> Result<u8, Failure>
             return Err(failures.into_iter().next().map_or_else(|| Failure::other("replication ended".into()), Failure::from));
         }
     }
-    let child = match Child::start(&arguments.command) {
+    let child = match Child::start(&arguments.command, files) {
         Ok(child) => child,
         Err(error) => {
             stop.cancel();
@@ -128,6 +131,12 @@ pub async fn run(arguments: RunArguments, config: Config) -> Result<u8, Failure>
     let status =
         child.wait(&mut signals).await.map_err(|error| Failure::other(format!("can't wait for it: {error}")))?;
     tracing::info!(%status, "the command has ended; shipping what is left");
+    for database in never_there(&daemon.boards.statuses()) {
+        tracing::warn!(
+            "{} was never there, so nothing of it is backed up: does the command write elsewhere?",
+            database.display()
+        );
+    }
     stop.cancel();
     let failures = replicating.await.map_err(|error| Failure::other(error.to_string()))?;
     if let Some(ready_file) = &arguments.ready_file {
@@ -156,6 +165,48 @@ fn warn_of_loss(config: &Config) {
     }
 }
 
+/// The command is started without being backed up as it should be: says of which database, and why.
+fn tell_what_does_not_stand(statuses: &[Status]) {
+    let mut troubles: Vec<String> = statuses.iter().filter_map(why_it_does_not_stand).collect();
+    if troubles.len() > PATHS_SHOWN {
+        let more = troubles.len() - PATHS_SHOWN;
+        troubles.truncate(PATHS_SHOWN);
+        troubles.push(format!("and {more} more"));
+    }
+    for trouble in troubles {
+        tracing::error!("{trouble}");
+    }
+    tracing::error!("not everything is replicated; the command is started all the same");
+}
+
+/// A sentence; `None` for a database that is followed, or that the command may make.
+fn why_it_does_not_stand(status: &Status) -> Option<String> {
+    let (database, replica) = (status.database.display(), &status.replica);
+    match (status.phase, &status.error) {
+        (Phase::Following | Phase::Waiting, _) => None,
+        (Phase::Failing | Phase::Stopped, error) => {
+            let error = error.as_deref().unwrap_or("for a reason that is not known");
+            Some(format!("{database} is not replicated: {error}; what the command writes to it is not backed up"))
+        }
+        (Phase::Starting, Some(error)) => Some(format!(
+            "{replica} is not reached, or refuses: {error}; what the command writes to {database} waits here"
+        )),
+        (Phase::Starting, None) => Some(format!(
+            "{database} is not followed yet: it is still looked at, or {replica} does not answer; what the command writes waits here"
+        )),
+    }
+}
+
+/// Databases that the command was expected to make, and has not.
+fn never_there(statuses: &[Status]) -> BTreeSet<&Path> {
+    let is_meant = |status: &&Status| {
+        status.phase == Phase::Waiting
+            && status.captured.is_none()
+            && is_there(&status.database).is_ok_and(|there| !there)
+    };
+    statuses.iter().filter(is_meant).map(|status| status.database.as_path()).collect()
+}
+
 async fn all_stand(stands: &mut mpsc::UnboundedReceiver<PathBuf>, databases: usize) {
     let mut standing = HashSet::new();
     while standing.len() < databases {
@@ -167,26 +218,33 @@ async fn all_stand(stands: &mut mpsc::UnboundedReceiver<PathBuf>, databases: usi
     }
 }
 
+/// Restores what is missing, and takes no longer than `limit` for that and for looking for it.
 async fn restore_missing(config: &Config, limit: Option<Duration>) -> Result<(), Failure> {
+    let all = restore_all(config);
+    let Some(limit) = limit else { return all.await };
+    tokio::time::timeout(limit, all).await.map_err(|_| {
+        let names = names_of_missing(config);
+        Failure::other(format!("{names} could not be restored within {limit:?}; the command is not started"))
+    })?
+}
+
+async fn restore_all(config: &Config) -> Result<(), Failure> {
     let missing = missing(config).await?;
     let mut restoring =
         stream::iter(missing.values().map(|replicas| restore(replicas))).buffer_unordered(RESTORES_AT_A_TIME);
-    let all = async {
-        while let Some(restored) = restoring.next().await {
-            restored?;
-        }
-        Ok(())
-    };
-    match limit {
-        None => all.await,
-        Some(limit) => tokio::time::timeout(limit, all).await.map_err(|_| {
-            let paths: Vec<String> = missing.keys().map(|path| path.display().to_string()).collect();
-            Failure::other(format!(
-                "{} could not be restored within {limit:?}; the command is not started",
-                paths.join(", ")
-            ))
-        })?,
+    while let Some(restored) = restoring.next().await {
+        restored?;
     }
+    Ok(())
+}
+
+/// What is not there, as the configuration calls it. Of a fleet a part may have been restored.
+fn names_of_missing(config: &Config) -> String {
+    let named = config.databases.iter().map(|database| &database.path);
+    let missing: BTreeSet<&PathBuf> = named.filter(|path| is_there(path).is_ok_and(|there| !there)).collect();
+    let fleets = config.fleets.iter().map(|fleet| &fleet.template().path);
+    let names: Vec<String> = missing.into_iter().chain(fleets).map(|path| path.display().to_string()).collect();
+    names.join(", ")
 }
 
 /// The databases to restore before the command begins: those that have a name and are not there; and all of a fleet of which nothing
@@ -200,6 +258,7 @@ async fn missing(config: &Config) -> Result<BTreeMap<PathBuf, Vec<DatabaseConfig
     }
     for fleet in &config.fleets {
         if fleet.find(&HashSet::new()).databases.is_empty() {
+            tracing::info!("looking for backups in {}", fleet.template().replica);
             for database in stored(fleet).await? {
                 missing.entry(database.path.clone()).or_default().push(database);
             }
@@ -218,6 +277,7 @@ struct Backup<'a> {
 
 /// What a replica holds; `None` where there is nothing yet.
 async fn look(database: &DatabaseConfig) -> Result<Option<Backup<'_>>, Failure> {
+    tracing::info!("looking for a backup in {}", database.replica);
     let store = open_patiently(&database.replica).await;
     let history = match History::load(&store).await {
         Err(RestoreError::NoReplica { .. }) => return Ok(None),
@@ -273,4 +333,29 @@ async fn restore(replicas: &[DatabaseConfig]) -> Result<(), Failure> {
     }
     tracing::info!(database = shown, state = %plan.position, time = format_time(plan.time_ms), "restored");
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn why_a_database_does_not_stand() {
+        let of = |phase, error: Option<&str>| {
+            let error = error.map(str::to_owned);
+            let (database, replica) = ("/data/app.db".into(), "s3://b/app".into());
+            why_it_does_not_stand(&Status { database, replica, phase, error, ..Status::default() })
+        };
+        assert_eq!((of(Phase::Following, Some("x")), of(Phase::Waiting, None)), (None, None));
+        for (phase, error, begins, waits) in [
+            (Phase::Failing, Some("it is locked"), "/data/app.db is not replicated: it is locked;", false),
+            (Phase::Stopped, None, "/data/app.db is not replicated:", false),
+            (Phase::Starting, Some("AccessDenied"), "s3://b/app is not reached, or refuses: AccessDenied;", true),
+            (Phase::Starting, None, "/data/app.db is not followed yet:", true),
+        ] {
+            let told = of(phase, error).unwrap();
+            assert!(told.starts_with(begins), "{told}");
+            assert_eq!((told.contains("waits here"), told.contains("not backed up")), (waits, !waits), "{told}");
+        }
+    }
 }

@@ -2,6 +2,8 @@
 
 use std::path::{Path, PathBuf};
 
+use percent_encoding::{NON_ALPHANUMERIC, utf8_percent_encode};
+
 use super::replica_url::ReplicaUrl;
 use super::{ConfigError, DatabaseConfig};
 
@@ -25,7 +27,8 @@ pub fn database(variable: impl Fn(&str) -> Option<String>, directory: &Path) -> 
         .map_err(|why| wrong(format!("{DATABASE_VARIABLE} is '{}': {why}", shown(&url))))?;
     let replica = match (set(REPLICA_VARIABLE), set(BUCKET_VARIABLE)) {
         (Some(replica), _) => replica,
-        (None, Some(bucket)) => format!("s3://{bucket}/{}", name_of(&path)),
+        // A name may hold what has another meaning in a URL.
+        (None, Some(bucket)) => format!("s3://{bucket}/{}", utf8_percent_encode(&name_of(&path), NON_ALPHANUMERIC)),
         (None, None) => {
             return Err(wrong(format!(
                 "neither {REPLICA_VARIABLE} nor {BUCKET_VARIABLE} is set: link a bucket to the service, or name the replica"
@@ -49,6 +52,12 @@ fn name_of(path: &Path) -> String {
 
 /// The file that a `DATABASE_URL` names: Prisma's `file:…`, Django's and SQLAlchemy's `sqlite:///…`, Rails' `sqlite3:…`, or a path.
 fn database_path(url: &str, directory: &Path) -> Result<PathBuf, String> {
+    if url.starts_with(['"', '\'']) {
+        return Err("the quotes are part of the value, as `docker --env-file` leaves them; write it without".into());
+    }
+    if url.starts_with("jdbc:") {
+        return Err("that is how Java writes it; write file:/data/app.db".into());
+    }
     let (scheme, rest) = match url.split_once(':') {
         Some((scheme, rest)) if !scheme.contains('/') => (scheme, rest),
         _ => ("", url),
@@ -57,16 +66,28 @@ fn database_path(url: &str, directory: &Path) -> Result<PathBuf, String> {
     let name = match scheme {
         "file" => rest.strip_prefix("//").unwrap_or(rest),
         // Three slashes and a relative path, or four and an absolute one.
-        "sqlite" | "sqlite3" => rest.strip_prefix("///").or_else(|| rest.strip_prefix("//")).unwrap_or(rest),
+        "sqlite" => rest.strip_prefix("///").or_else(|| rest.strip_prefix("//")).unwrap_or(rest),
+        "sqlite3" => rails_path(rest)?,
         "" => rest,
         other => return Err(format!("'{other}' is no SQLite database; write file:/data/app.db")),
     };
     let name = percent_encoding::percent_decode_str(name).decode_utf8().map_err(|error| error.to_string())?;
     match name.as_ref() {
-        "" => Err("it names no file; write file:/data/app.db".into()),
+        "" | "/" => Err("it names no file; write file:/data/app.db".into()),
         ":memory:" => Err("a database in memory can't be backed up".into()),
         name if Path::new(name).is_absolute() => Ok(PathBuf::from(name)),
         name => Ok(base_of(scheme, directory).join(name.strip_prefix("./").unwrap_or(name))),
+    }
+}
+
+/// What follows `sqlite3:`. Rails takes the path of the URL: `/foo` and `///foo` are absolute, `foo.db` is relative.
+fn rails_path(rest: &str) -> Result<&str, String> {
+    match rest.strip_prefix("//") {
+        None => Ok(rest),
+        Some(path) if path.starts_with('/') => Ok(path),
+        Some(_) => Err("what follows two slashes is a server's name; write sqlite3:///data/app.sqlite3, or \
+                        sqlite3:db/app.sqlite3 for a relative path"
+            .into()),
     }
 }
 
@@ -98,6 +119,20 @@ mod tests {
     }
 
     #[test]
+    fn any_name_of_a_file_is_a_place_in_a_linked_bucket() {
+        for (url, place) in [
+            ("file:/data/what%3F.db", "s3://my-bucket/what?"),
+            ("file:/data/no%231.db", "s3://my-bucket/no#1"),
+            ("file:/data/100%25.db", "s3://my-bucket/100%"),
+            ("file:/data/a%252Fb.db", "s3://my-bucket/a%2Fb"),
+            ("file:/data/my-app_2.1.db", "s3://my-bucket/my-app_2.1"),
+        ] {
+            let found = of(&[(DATABASE_VARIABLE, url), (BUCKET_VARIABLE, "my-bucket")], Path::new("/srv")).unwrap();
+            assert_eq!(found.replica.to_string(), place, "{url}");
+        }
+    }
+
+    #[test]
     fn urls_as_frameworks_write_them() {
         let directory = tempfile::tempdir().unwrap();
         let root = directory.path();
@@ -114,6 +149,9 @@ mod tests {
             ("sqlite:///db.sqlite3", root.join("db.sqlite3")),
             ("sqlite3:db/production.sqlite3", root.join("db/production.sqlite3")),
             ("sqlite3:/data/app.sqlite3", PathBuf::from("/data/app.sqlite3")),
+            ("sqlite3:///data/production.sqlite3", PathBuf::from("/data/production.sqlite3")),
+            ("sqlite3:///data/app.sqlite3?pool=5", PathBuf::from("/data/app.sqlite3")),
+            ("sqlite3:////data/app.sqlite3", PathBuf::from("/data/app.sqlite3")),
             ("/data/app.db", PathBuf::from("/data/app.db")),
         ] {
             assert_eq!(path(url), Ok(expected), "{url}");
@@ -121,6 +159,11 @@ mod tests {
         for (url, says) in [
             ("postgres://me:secret@host/app", "no SQLite database"),
             ("file:", "names no file"),
+            ("sqlite3:///", "names no file"),
+            ("sqlite3://db/production.sqlite3", "a server's name"),
+            ("\"file:/data/app.db\"", "the quotes are part of the value"),
+            ("'/data/app.db'", "the quotes are part of the value"),
+            ("jdbc:sqlite:/data/app.db", "how Java writes it"),
             ("sqlite::memory:", "in memory"),
         ] {
             let error = of(&[(DATABASE_VARIABLE, url), (BUCKET_VARIABLE, "b")], root).unwrap_err();

@@ -33,7 +33,7 @@ struct ConfigFile {
     http: HttpTable,
     shutdown_timeout: Option<DurationText>,
     open_databases: Option<usize>,
-    #[serde(default)]
+    #[serde(default, deserialize_with = "tables")]
     database: Vec<DatabaseTable>,
 }
 
@@ -70,6 +70,27 @@ struct DatabaseTable {
     heartbeat_url: Option<UrlText>,
     verify_interval: Option<DurationText>,
     presence_interval: Option<DurationText>,
+}
+
+/// All `[[database]]`. With one pair of brackets it is one table, of which serde would say that a sequence was expected.
+fn tables<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<DatabaseTable>, D::Error> {
+    struct Visitor;
+    impl<'de> serde::de::Visitor<'de> for Visitor {
+        type Value = Vec<DatabaseTable>;
+
+        fn expecting(&self, out: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+            out.write_str("[[database]] tables")
+        }
+
+        fn visit_seq<S: serde::de::SeqAccess<'de>>(self, tables: S) -> Result<Self::Value, S::Error> {
+            Vec::deserialize(serde::de::value::SeqAccessDeserializer::new(tables))
+        }
+
+        fn visit_map<M: serde::de::MapAccess<'de>>(self, _: M) -> Result<Self::Value, M::Error> {
+            Err(serde::de::Error::custom("write [[database]], in two pairs of brackets: there can be several"))
+        }
+    }
+    deserializer.deserialize_seq(Visitor)
 }
 
 /// A URL, or a table with one.
@@ -420,6 +441,8 @@ mod tests {
                 "line 4: unknown key 'sync-intervall'; did you mean 'sync-interval'?",
             ),
             (one.replace("[[database]]", "[[databases]]"), "line 1: unknown key 'databases'; did you mean 'database'?"),
+            (one.replace("[[database]]", "[database]"), "write [[database]], in two pairs of brackets"),
+            ("database = 7\n".into(), "expected [[database]] tables"),
             (format!("[http]\nlisten = \"everywhere\"\n{one}"), "127.0.0.1:9180"),
             (format!("{one}heartbeat-url = \"hc.example.com/secret\"\n"), "https://"),
             (format!("{one}colour = \"30d\"\n"), "line 4: unknown key 'colour'; there are path, replica"),

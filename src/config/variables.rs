@@ -1,4 +1,4 @@
-//! Environment variables in a configuration's text: `${NAME}`, `${NAME:-default}`. `$${` stands for `${`.
+//! Environment variables in a configuration's text: `${NAME}`, `${NAME:-default}`. `$${` stands for `${`. Comments stay as they are.
 
 /// Puts the values of variables in their places. `variable` looks one up. Values are escaped as texts in double quotes need it, so
 /// whatever is in them stays one value, and lines keep their numbers.
@@ -8,13 +8,27 @@
 pub fn substitute(text: &str, variable: impl Fn(&str) -> Option<String>) -> Result<String, String> {
     let mut out = String::with_capacity(text.len());
     for (index, line) in text.split_inclusive('\n').enumerate() {
-        if line.trim_start().starts_with('#') {
-            out.push_str(line);
-        } else {
-            substitute_line(line, &variable, &mut out).map_err(|what| format!("line {}: {what}", index + 1))?;
-        }
+        let (said, comment) = line.split_at(comment_start(line));
+        substitute_line(said, &variable, &mut out).map_err(|what| format!("line {}: {what}", index + 1))?;
+        out.push_str(comment);
     }
     Ok(out)
+}
+
+/// Where a line's comment begins; its length when it has none. (No key takes a text of several lines, so quotes end with their line.)
+fn comment_start(line: &str) -> usize {
+    let (mut quote, mut is_escaped) = (None, false);
+    for (at, byte) in line.bytes().enumerate() {
+        match (quote, byte) {
+            _ if is_escaped => is_escaped = false,
+            (Some(b'"'), b'\\') => is_escaped = true,
+            (Some(open), _) if byte == open => quote = None,
+            (None, b'"' | b'\'') => quote = Some(byte),
+            (None, b'#') => return at,
+            _ => {}
+        }
+    }
+    line.len()
 }
 
 fn substitute_line(line: &str, variable: &impl Fn(&str) -> Option<String>, out: &mut String) -> Result<(), String> {
@@ -75,6 +89,10 @@ mod tests {
             ("a = \"$${HOME_DIR}\"", "a = \"${HOME_DIR}\""),
             ("a = \"$5\"", "a = \"$5\""),
             ("# ${NOT_SET}\n", "# ${NOT_SET}\n"),
+            ("  # ${NOT_SET}\na = 1 # it's ${NOT_SET}\n", "  # ${NOT_SET}\na = 1 # it's ${NOT_SET}\n"),
+            ("a = \"#${HOME_DIR}\" # ${\n", "a = \"#/home/me\" # ${\n"),
+            ("a = \"\\\"#${HOME_DIR}\"", "a = \"\\\"#/home/me\""),
+            ("a = '\\' # ${NOT_SET}", "a = '\\' # ${NOT_SET}"),
         ] {
             assert_eq!(substitute(text, look_up).as_deref(), Ok(expected), "{text}");
         }

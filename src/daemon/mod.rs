@@ -59,6 +59,8 @@ pub struct Daemon {
     pub standing: mpsc::UnboundedReceiver<PathBuf>,
     /// How many databases are followed from the beginning; one with two replicas counts twice, as it does in `standing`.
     pub databases: usize,
+    /// How each database is.
+    pub boards: Arc<Boards>,
     /// What goes on beside it, for as long as the daemon is kept.
     _beside: JoinSet<()>,
 }
@@ -107,10 +109,10 @@ pub async fn start(
     roster.look(&config).await;
     let databases = roster.followed.len();
     let replicating = tokio::spawn(replication.run(queue, stop));
-    beside.spawn(systemd::notify(boards, clock));
+    beside.spawn(systemd::notify(boards.clone(), clock));
     beside.spawn(give_memory_back());
     beside.spawn(roster.keep(config, hangup));
-    Ok(Daemon { replicating, standing, databases, _beside: beside })
+    Ok(Daemon { replicating, standing, databases, boards, _beside: beside })
 }
 
 /// What many databases have used at once, at a start or under load, stays with the allocator where something lies behind it that is

@@ -3,11 +3,13 @@
 use std::collections::HashSet;
 use std::ffi::OsString;
 use std::io;
-use std::os::unix::process::ExitStatusExt;
+use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::process::{Command, ExitStatus};
 use std::time::Duration;
 
 use tokio::signal::unix::{Signal, SignalKind, signal};
+
+use super::open_files::{self, allow_as};
 
 /// What is passed on. (SIGKILL and SIGSTOP can't be.)
 const PASSED_ON: [libc::c_int; 6] =
@@ -64,13 +66,23 @@ pub struct Child {
 }
 
 impl Child {
-    /// Starts `command` with its arguments; it has our environment, directory and standard streams.
+    /// Starts `command` with its arguments; it has our environment, directory and standard streams, and may open as many `files`
+    /// as we might before we allowed ourselves more.
     ///
     /// # Errors
     /// As the operating system answers.
-    pub fn start(command: &[OsString]) -> io::Result<Self> {
+    pub fn start(command: &[OsString], files: open_files::Before) -> io::Result<Self> {
         let (program, arguments) = command.split_first().ok_or_else(|| io::Error::from(io::ErrorKind::InvalidInput))?;
-        let child = Command::new(program).args(arguments).spawn()?;
+        let mut command = Command::new(program);
+        if let Some(before) = files {
+            let allow_as_before = move || {
+                allow_as(&before);
+                Ok(())
+            };
+            // SAFETY: makes one system call.
+            unsafe { command.pre_exec(allow_as_before) };
+        }
+        let child = command.args(arguments).spawn()?;
         let process_id = libc::pid_t::try_from(child.id()).map_err(io::Error::other)?;
         Ok(Self { process_id, reaps_all: std::process::id() == 1 })
     }

@@ -2,16 +2,22 @@
 
 use std::path::{Path, PathBuf};
 
+use crate::config::identity;
+
 /// Railway's name for where the volume is mounted.
 const VOLUME_VARIABLE: &str = "RAILWAY_VOLUME_MOUNT_PATH";
 
 /// Why a database would be lost with its container, in a sentence; `None` when nothing speaks for that. `mounts` is the content of
-/// `/proc/self/mountinfo`, `volume` what [`VOLUME_VARIABLE`] holds.
+/// `/proc/self/mountinfo`, `volume` what [`VOLUME_VARIABLE`] holds. What counts is where the paths lead: past links and `..`.
 #[must_use]
 pub fn loss(database: &Path, mounts: &str, volume: Option<&Path>, is_on_railway: bool) -> Option<String> {
-    let shown = database.display();
+    let place = identity(database);
+    let shown = match place == database {
+        true => database.display().to_string(),
+        false => format!("{}, which is {},", database.display(), place.display()),
+    };
     match volume {
-        Some(volume) if !database.starts_with(volume) => {
+        Some(volume) if !place.starts_with(identity(volume)) => {
             return Some(format!(
                 "{shown} is not on the volume, which is mounted at {}: it is lost at the next deploy. Move it to {}",
                 volume.display(),
@@ -25,7 +31,7 @@ pub fn loss(database: &Path, mounts: &str, volume: Option<&Path>, is_on_railway:
         }
         _ => {}
     }
-    let (point, kind) = mount_of(database, mounts)?;
+    let (point, kind) = mount_of(&place, mounts)?;
     (kind == "overlay").then(|| {
         format!(
             "{shown} lies on the container's own file system ({}), which goes with the container: mount a volume, and put the \
@@ -86,5 +92,54 @@ mod tests {
         assert!(lost("/app/dev.db", Some("/data"), true).unwrap().contains("Move it to /data/dev.db"));
         assert_eq!(lost("/data/app.db", Some("/data"), true), None);
         assert!(lost("/data/app.db", None, true).unwrap().contains("no volume"));
+    }
+
+    /// A directory with a volume and, beside it, the application's own.
+    fn scene() -> (tempfile::TempDir, PathBuf, PathBuf) {
+        let directory = tempfile::tempdir().unwrap();
+        let [volume, application] = ["data", "app"].map(|name| directory.path().join(name));
+        for made in [&volume, &application] {
+            std::fs::create_dir(made).unwrap();
+        }
+        (directory, volume, application)
+    }
+
+    fn why(database: &Path, volume: &Path) -> Option<String> {
+        loss(database, "", Some(volume), true)
+    }
+
+    #[test]
+    fn a_path_with_dots_is_where_it_leads() {
+        let (_directory, volume, application) = scene();
+        for is_there in [false, true] {
+            if is_there {
+                std::fs::write(volume.join("app.db"), "").unwrap();
+                std::fs::write(application.join("app.db"), "").unwrap();
+            }
+            assert_eq!(why(&application.join("../data/app.db"), &volume), None);
+            assert!(why(&volume.join("../app/app.db"), &volume).unwrap().contains("is not on the volume"));
+        }
+    }
+
+    #[test]
+    fn a_link_into_the_volume_is_on_it() {
+        let (directory, volume, application) = scene();
+        std::os::unix::fs::symlink(&volume, application.join("storage")).unwrap();
+        assert_eq!(why(&application.join("storage/app.db"), &volume), None);
+        std::fs::write(volume.join("app.db"), "").unwrap();
+        std::os::unix::fs::symlink(volume.join("app.db"), application.join("link.db")).unwrap();
+        assert_eq!(why(&application.join("link.db"), &volume), None);
+        // The variable may name a link itself.
+        std::os::unix::fs::symlink(&volume, directory.path().join("mount")).unwrap();
+        assert_eq!(why(&volume.join("app.db"), &directory.path().join("mount")), None);
+    }
+
+    #[test]
+    fn a_link_that_leads_out_of_the_volume_is_not_on_it() {
+        let (_directory, volume, application) = scene();
+        std::os::unix::fs::symlink(&application, volume.join("storage")).unwrap();
+        let told = why(&volume.join("storage/app.db"), &volume).unwrap();
+        let leads = std::fs::canonicalize(&application).unwrap().join("app.db");
+        assert!(told.contains(&format!("which is {}, is not on the volume", leads.display())), "{told}");
     }
 }

@@ -1,10 +1,12 @@
 //! `waltrail run`: the entry point of a container.
 
+use std::net::TcpListener;
 use std::path::Path;
 use std::process::{Command, Output, Stdio};
 
-use crate::support::scene::{COUNTER, Scene};
-use crate::support::{content, count_up, create_database, number, open, stderr, wait_for, waltrail};
+use crate::support::s3::S3Server;
+use crate::support::scene::{COUNTER, Scene, now_ms};
+use crate::support::{content, count_up, create_database, number, open, run, stderr, wait_for, waltrail};
 
 /// A scene whose database is in the replica alone.
 fn lost() -> (Scene, Vec<String>) {
@@ -52,6 +54,7 @@ fn begins_empty_where_there_is_no_backup() {
         sql(&scene.database(), "PRAGMA journal_mode=WAL; CREATE TABLE counter(n); INSERT INTO counter VALUES(5)");
     let done = run_in(&scene, &["sh", "-c", &script]);
     assert_eq!(done.status.code(), Some(0), "{}", stderr(&done));
+    assert!(!stderr(&done).contains("was never there"), "{}", stderr(&done));
     assert_eq!(number(&open(&scene.restored(&scene.replica(), &[])), COUNTER), 5);
 }
 
@@ -156,4 +159,88 @@ fn a_ready_file_that_was_left_is_removed() {
     run.args(["run", "--ready-file", ready.to_str().unwrap(), &database, &replica, "--", "/no/such/program"]);
     assert_eq!(run.output().unwrap().status.code(), Some(127));
     assert!(!ready.exists());
+}
+
+/// Programs that use select(2) break with descriptors of 1,024 and more; we need many.
+#[test]
+fn the_command_may_open_as_many_files_as_before() {
+    let (scene, _) = lost();
+    let program = waltrail().get_program().to_str().unwrap().to_owned();
+    let (database, replica) = (scene.database(), scene.replica());
+    let script = "ulimit -Sn; grep 'Max open files' /proc/$PPID/limits";
+    let few = ["-c", "ulimit -Sn 512 && exec \"$0\" \"$@\"", &program];
+    let run = ["run", database.to_str().unwrap(), &replica, "--", "sh", "-c", script];
+    let done = Command::new("sh").args(few).args(run).output().unwrap();
+    assert_eq!(done.status.code(), Some(0), "{}", stderr(&done));
+    let told = String::from_utf8(done.stdout).unwrap();
+    let (commands, daemons) = told.split_once('\n').unwrap();
+    assert_eq!(commands, "512", "{told}");
+    // Max open files, the soft limit, the hard one, files.
+    let daemons: Vec<&str> = daemons.split_whitespace().skip(3).collect();
+    assert!(daemons[0] == daemons[1] && daemons[0] != "512", "{told}");
+}
+
+/// Nothing of it waits anywhere, so nobody may be told that it does.
+#[test]
+fn a_database_that_can_not_be_followed_is_named() {
+    let scene = Scene::new();
+    std::fs::write(scene.database(), vec![7; 5000]).unwrap();
+    let (started, database) = (scene.path("started"), scene.database().display().to_string());
+    let mut run = waltrail();
+    run.args(["run", "--start-timeout", "2s", &database, &scene.replica(), "--", "touch", started.to_str().unwrap()]);
+    let done = run.output().unwrap();
+    let told = stderr(&done);
+    assert!(told.contains("app.db can't be followed: it is not a SQLite database"), "{told}");
+    assert!(told.contains("is not backed up") && told.contains("started all the same"), "{told}");
+    assert!(!told.contains("waits here") && !told.contains("not reached"), "{told}");
+    assert!(started.exists(), "the application comes first");
+    assert_eq!(done.status.code(), Some(15), "{told}");
+}
+
+#[test]
+fn storage_that_refuses_is_named() {
+    let (scene, server) = (Scene::new(), S3Server::start());
+    drop(create_database(&scene.database(), 20, ""));
+    server.refuse(403);
+    let (started, database) = (scene.path("started"), scene.database().display().to_string());
+    let mut run = waltrail();
+    run.args(["run", "--start-timeout", "3s", &database, &server.url("app"), "--"]).arg("touch").arg(&started);
+    let done = run.output().unwrap();
+    let told = stderr(&done);
+    assert!(told.contains("s3://backups/app is not reached, or refuses:"), "{told}");
+    assert!(told.contains("app.db waits here") && !told.contains("can't be followed"), "{told}");
+    assert!(started.exists());
+    assert_eq!(done.status.code(), Some(15), "{told}");
+}
+
+/// The commonest reason for a backup of nothing.
+#[test]
+fn a_database_that_the_command_never_made_is_named() {
+    let scene = Scene::new();
+    let done = run_in(&scene, &["true"]);
+    assert_eq!(done.status.code(), Some(0), "{}", stderr(&done));
+    let says = format!("{} was never there", scene.database().display());
+    assert!(stderr(&done).contains(&says), "{}", stderr(&done));
+}
+
+/// Where a server accepts a connection and says nothing: what is waited for is told, and the limit holds for the first request, too.
+#[test]
+fn storage_that_says_nothing_is_waited_for_no_longer_than_told() {
+    let scene = Scene::new();
+    let silent = TcpListener::bind("127.0.0.1:0").unwrap();
+    let config = scene.path("waltrail.toml");
+    let parameters = format!("endpoint=http://{}&region=us-east-1", silent.local_addr().unwrap());
+    for (name, says) in
+        [("app.db", "looking for a backup in s3://b/app"), ("*.db", "looking for backups in s3://b/app")]
+    {
+        let path = scene.path(name).display().to_string();
+        std::fs::write(&config, format!("[[database]]\npath = \"{path}\"\nreplica = \"s3://b/app?{parameters}\"\n"))
+            .unwrap();
+        let begun_ms = now_ms();
+        let done = run(["run", "--restore-timeout", "1s", "--config", config.to_str().unwrap(), "--", "true"]);
+        assert!(now_ms() - begun_ms < 10_000, "{}", stderr(&done));
+        assert_eq!(done.status.code(), Some(1), "{}", stderr(&done));
+        assert!(stderr(&done).contains(says), "{}", stderr(&done));
+        assert!(stderr(&done).contains(&format!("{path} could not be restored within 1s")), "{}", stderr(&done));
+    }
 }

@@ -318,3 +318,41 @@ fn an_address_that_is_set_to_nothing_is_not_set() {
         assert!(stderr(&asked).contains(says), "{}", stderr(&asked));
     }
 }
+
+/// The image's variable is there for those who say nothing of it; and reading the same again is no change.
+#[test]
+fn the_address_of_the_file_comes_before_the_variables() {
+    let taken = TcpListener::bind("127.0.0.1:0").unwrap();
+    let taken = taken.local_addr().unwrap().to_string();
+    let free = "127.0.0.1:0";
+    for (in_file, in_variable, arguments) in [
+        (Some(free), taken.as_str(), vec![]),
+        (None, free, vec![]),
+        (Some(taken.as_str()), &taken, vec!["--listen", free]),
+    ] {
+        let scene = Scene::new();
+        drop(create_database(&scene.database(), 10, ""));
+        let config = scene.path("waltrail.toml");
+        let http = in_file.map_or(String::new(), |address| format!("[http]\nlisten = \"{address}\"\n"));
+        let (database, replica) = (scene.database().display().to_string(), scene.replica());
+        std::fs::write(&config, format!("{http}[[database]]\npath = \"{database}\"\nreplica = \"{replica}\"\n"))
+            .unwrap();
+        let mut daemon = waltrail()
+            .args(["replicate", "--config", config.to_str().unwrap()])
+            .args(arguments)
+            .env("WALTRAIL_LISTEN", in_variable)
+            .stderr(std::fs::File::create(scene.path("daemon.log")).unwrap())
+            .spawn()
+            .unwrap();
+        let address = address(&scene);
+        assert_ne!(address, taken);
+        wait_for("readiness", || (get(&address, "/readyz").0 == 200).then_some(()));
+        // SAFETY: sends a signal to a child that has not been waited for.
+        let signal = |number| unsafe { libc::kill(daemon.id() as libc::pid_t, number) };
+        assert_eq!(signal(libc::SIGHUP), 0);
+        wait_for("the configuration", || scene.log().contains("the configuration was read again").then_some(()));
+        assert!(!scene.log().contains("takes a restart"), "{}", scene.log());
+        assert_eq!(signal(libc::SIGTERM), 0);
+        assert!(daemon.wait().unwrap().success(), "{}", scene.log());
+    }
+}

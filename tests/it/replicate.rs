@@ -649,6 +649,8 @@ fn a_second_signal_ends_it_at_once() {
     count_up(&application);
     daemon.signal(libc::SIGINT);
     wait_for("the first to be heard", || scene.log().contains("stopping").then_some(()));
+    // What comes with the first one is not a second one.
+    std::thread::sleep(Duration::from_millis(600));
     let begun = std::time::SystemTime::UNIX_EPOCH + Duration::from_millis(now_ms());
     assert_eq!(daemon.terminate(), Some(15), "{}", scene.log());
     assert!(begun.elapsed().unwrap() < Duration::from_secs(4), "not after the whole shutdown-timeout");
@@ -658,6 +660,22 @@ fn a_second_signal_ends_it_at_once() {
     let daemon = scene.start();
     scene.wait_for(1);
     assert_eq!(daemon.terminate(), Some(0), "{}", scene.log());
+}
+
+/// As when a process and its group are signalled.
+#[test]
+fn two_signals_at_once_are_one_request() {
+    let scene = Scene::new();
+    let application = create_database(&scene.database(), 30, "");
+    let daemon = scene.start();
+    scene.wait_for(0);
+    count_up(&application);
+    daemon.signal(libc::SIGTERM);
+    // Of the same kind the system would make one of them.
+    daemon.signal(libc::SIGINT);
+    assert_eq!(daemon.terminate(), Some(0), "{}", scene.log());
+    assert!(scene.log().contains("everything is confirmed"), "{}", scene.log());
+    assert_eq!(content(&scene.database()), content(&scene.restored(&scene.replica(), &[])));
 }
 
 /// The path is a symbolic link, as it often is in a container.
