@@ -127,6 +127,32 @@ fn a_failed_restore_starts_nothing() {
     assert!(started.exists());
 }
 
+/// The local state was lost, and the first snapshot of the epoch that began then, too: what is restored is older than what was
+/// confirmed, and the application begins with it.
+#[test]
+fn an_older_state_is_not_restored_without_a_word() {
+    let scene = Scene::new();
+    let application = create_database(&scene.database(), 300, "");
+    for n in 1..=2 {
+        let daemon = scene.start();
+        count_up(&application);
+        scene.wait_for(n);
+        assert_eq!(daemon.terminate(), Some(0), "{}", scene.log());
+        std::fs::remove_dir_all(scene.path(".app.db-waltrail")).unwrap();
+    }
+    drop(application);
+    for file in ["app.db", "app.db-wal", "app.db-shm"] {
+        std::fs::remove_file(scene.path(file)).ok();
+    }
+    std::fs::remove_dir_all(scene.path("replica/snap/00000002")).unwrap();
+    let done = run_in(&scene, &["sh", "-c", &sql(&scene.database(), "SELECT n FROM counter")]);
+    assert_eq!(done.status.code(), Some(0), "{}", stderr(&done));
+    assert_eq!(String::from_utf8_lossy(&done.stdout).trim(), "1", "the last state of the first epoch");
+    let says = "epoch 2 began with a database that had changed unseen";
+    let is_said = |line: &str| line.contains("ERROR") && line.contains(says);
+    assert!(stderr(&done).lines().any(is_said), "{}", stderr(&done));
+}
+
 #[test]
 fn the_environment_is_enough() {
     let (scene, _) = lost();
