@@ -8,10 +8,13 @@ use super::run::{Missing, PlannedSegment, PlannedSnapshot, Run, runs};
 use super::tail::{SnapshotTail, read_snapshot_tail, read_table};
 use crate::clock::format_time;
 use crate::format::Position;
-use crate::format::key::{SegmentKey, SnapshotKey};
+use crate::format::key::{SNAPSHOTS_PREFIX, SegmentKey, SnapshotKey};
 use crate::format::segment::Transaction;
 use crate::format::snapshot::{SnapshotFooter, SnapshotInfo};
 use crate::store::SharedStore;
+
+/// A first snapshot that is wholly read is stored within this time, in milliseconds, where anything is stored at all.
+const FIRST_SNAPSHOT_WITHIN_MS: u64 = 60 * 60 * 1000;
 
 /// What to restore.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -151,6 +154,11 @@ enum Served {
 }
 
 impl Planner<'_> {
+    /// Whether the line is the one that is restored by default.
+    fn is_newest_line(&self) -> bool {
+        self.history.epochs.keys().next_back() == Some(&self.line)
+    }
+
     /// The state of `run` that the target means, if it is in it. Whether it can be restored is another question.
     async fn choose(&self, run: &Run<'_>, target: Target) -> Result<Option<u64>, RestoreError> {
         match target {
@@ -264,7 +272,10 @@ impl Planner<'_> {
     async fn plan_for(&self, run: &Run<'_>, txid: u64, target: Target) -> Result<Option<Plan>, RestoreError> {
         let (snapshot, footer) = match self.served(run, txid).await? {
             Served::By(snapshot, footer) => (snapshot, footer),
-            Served::ButFor(gap) if run.is_let_go(gap) => return Err(self.out_of_range(target).await?),
+            // The newest state is never let go.
+            Served::ButFor(gap) if run.is_let_go(gap) && !(target == Target::Latest && self.is_newest_line()) => {
+                return Err(self.out_of_range(target).await?);
+            }
             Served::ButFor(gap) => return Err(self.gap(run, gap).await?),
             Served::ButForSource(of, source) if !self.is_only_source(of).await? => {
                 return Err(RestoreError::damaged(self.location, &source, &"it is missing"));
@@ -340,8 +351,7 @@ impl Planner<'_> {
                 notes.push(self.why_not(run).await?);
             }
         }
-        let is_newest_line = self.history.epochs.keys().next_back() == Some(&self.line);
-        if is_end_of_run && index == 0 && !is_newest_line && !is_asked_for {
+        if is_end_of_run && index == 0 && !self.is_newest_line() && !is_asked_for {
             notes.push(format!("the line of epoch {} was left; this is its end as far as it is kept", self.line));
         }
         if let Target::Time(asked_ms) = target {
@@ -392,7 +402,7 @@ impl Planner<'_> {
 
     async fn out_of_range(&self, target: Target) -> Result<RestoreError, RestoreError> {
         let asked = match target {
-            Target::Latest => return Ok(RestoreError::NothingYet { location: self.location.to_owned() }),
+            Target::Latest => "the newest state".to_owned(),
             Target::BeforeSchemaChange => "a state before a change of the schema".to_owned(),
             Target::Time(asked_ms) => format!("the time {}", format_time(asked_ms)),
             Target::Txid(txid) => format!("transaction {txid}"),
@@ -401,11 +411,49 @@ impl Planner<'_> {
         for run in self.runs.iter().rev() {
             ranges.extend(self.ranges(run).await?);
         }
-        let location = self.location.to_owned();
         if ranges.is_empty() {
-            return Ok(RestoreError::NothingYet { location });
+            return self.nothing().await;
         }
-        Ok(RestoreError::OutOfRange { location, asked, range: ranges.join("; ") })
+        Ok(RestoreError::OutOfRange { location: self.location.to_owned(), asked, range: ranges.join("; ") })
+    }
+
+    /// Why nothing can be restored: the first snapshot is not there yet, or all were lost.
+    async fn nothing(&self) -> Result<RestoreError, RestoreError> {
+        // Those of a line that was left are let go.
+        let proof = if self.is_newest_line() { self.proof_of_snapshots().await? } else { None };
+        Ok(match proof {
+            Some(proof) => {
+                let what = format!("every snapshot that a restore could begin with is missing, though {proof}");
+                RestoreError::damaged(self.location, &SNAPSHOTS_PREFIX, &what)
+            }
+            None => RestoreError::NothingYet { location: self.location.to_owned() },
+        })
+    }
+
+    /// What proves that there was a snapshot. No clock is asked: what is restored somewhere else may be old.
+    async fn proof_of_snapshots(&self) -> Result<Option<String>, RestoreError> {
+        for run in &self.runs {
+            let epoch = run.first_epoch();
+            if run.had_snapshot() {
+                return Ok(Some(format!("what epoch {epoch} began with was let go, and one stays where that is done")));
+            }
+            if self.was_read_whole(run).await? {
+                return Ok(Some(format!(
+                    "the first one was read whole more than an hour before the last transaction since epoch {epoch} began"
+                )));
+            }
+        }
+        Ok(None)
+    }
+
+    /// Whether the first snapshot of a run was read whole long before its last transaction: from then on fingerprints are known.
+    async fn was_read_whole(&self, run: &Run<'_>) -> Result<bool, RestoreError> {
+        let last_ms = run.segments.last().map_or(0, |planned| planned.stored.key.0.time_ms);
+        let Some(long_before_ms) = last_ms.checked_sub(FIRST_SNAPSHOT_WITHIN_MS + 1) else { return Ok(false) };
+        let Some(txid) = self.last_transaction_at(run, long_before_ms).await? else { return Ok(false) };
+        let Some(planned) = run.segment_of(txid) else { return Ok(false) };
+        let transactions = self.table(&planned.stored).await?;
+        Ok(transactions.iter().any(|transaction| transaction.txid <= txid && transaction.info.fingerprint.is_some()))
     }
 
     /// What of a run can be restored, in words: from a snapshot on up to the next gap, and again from a snapshot behind it.

@@ -118,8 +118,23 @@ impl<'a> Run<'a> {
 
     /// Whether the run's first transactions are not there: they were let go.
     pub(crate) fn has_lost_beginning(&self) -> bool {
-        let is_part = self.epochs.first().is_some_and(|(epoch, _)| epoch.record.continues);
-        is_part || self.missing.first().is_some_and(|gap| gap.first_txid == self.first_txid + 1)
+        self.is_part() || self.has_lost_first()
+    }
+
+    /// Whether what is not there was let go, which is done only behind a snapshot. An epoch whose parent had nothing but the state
+    /// that it was found with may have lost that one's record without any.
+    pub(crate) fn had_snapshot(&self) -> bool {
+        self.has_lost_first() || (self.is_part() && self.first_txid > 1)
+    }
+
+    /// Whether the record of the epoch that it began with is gone.
+    fn is_part(&self) -> bool {
+        self.epochs.first().is_some_and(|(epoch, _)| epoch.record.continues)
+    }
+
+    /// Whether the first transaction of those that could be there is missing.
+    fn has_lost_first(&self) -> bool {
+        self.missing.first().is_some_and(|gap| gap.first_txid == self.first_txid + 1)
     }
 
     /// When the run began, in milliseconds since 1970.
@@ -220,6 +235,19 @@ mod tests {
         assert_eq!(run.missing_between(6, 9), None);
         assert_eq!(run.missing_between(5, 9), Some(Missing { first_txid: 5, last_txid: 6 }));
         assert_eq!(run.missing_between(6, 10), Some(Missing { first_txid: 10, last_txid: 12 }));
+    }
+
+    #[test]
+    fn what_was_let_go_proves_a_snapshot() {
+        let had_snapshot = |parent: Option<u64>, segments: &[(u64, u64)]| {
+            let parent = parent.map(|txid| Position { epoch: 1, txid });
+            let last = epoch(2, parent, parent.is_some(), segments);
+            runs(&[(&last, None)])[0].had_snapshot()
+        };
+        assert!(!had_snapshot(None, &[]) && !had_snapshot(None, &[(2, 3), (5, 6)]));
+        assert!(had_snapshot(None, &[(3, 4)]), "the first transactions");
+        assert!(had_snapshot(Some(7), &[(8, 9)]), "the epoch that it continues");
+        assert!(!had_snapshot(Some(1), &[(2, 3)]), "which had nothing");
     }
 
     #[test]

@@ -312,6 +312,69 @@ async fn what_is_not_a_replica() {
     assert!(matches!(error, RestoreError::NoSuchEpoch { epoch: 2, .. }), "{error}");
 }
 
+async fn lose_snapshots(oracle: &Oracle) {
+    for snapshot in oracle.store.list("snap/", None).await.unwrap() {
+        oracle.store.delete(&snapshot.key).await.unwrap();
+    }
+}
+
+/// A place whose first snapshot is not there yet may begin with nothing; one that has lost all that it had may not.
+#[tokio::test]
+async fn a_replica_that_lost_its_snapshots_is_no_new_one() {
+    const HOUR_MS: u64 = 3_600_000;
+    let targets = [Target::Latest, Target::Txid(1), Target::Txid(99), Target::Time(u64::MAX)];
+    // The first one is read for long, and then just was read.
+    let mut oracle = Oracle::new(512, 24).await;
+    oracle.begin(None, false).await;
+    oracle.knows_fingerprints = false;
+    oracle.commit_and_cut(2).await;
+    oracle.pass_time(5 * HOUR_MS);
+    oracle.commit_and_cut(2).await;
+    oracle.knows_fingerprints = true;
+    oracle.commit_and_cut(2).await;
+    oracle.pass_time(HOUR_MS / 2);
+    oracle.commit_and_cut(1).await;
+    for target in targets {
+        let error = restore(&oracle.store, target, None).await.unwrap_err();
+        assert!(matches!(error, RestoreError::NothingYet { .. }), "{target:?}: {error}");
+    }
+    // For so long nobody needs to store what was read.
+    oracle.pass_time(HOUR_MS);
+    oracle.commit_and_cut(1).await;
+    for target in targets {
+        let error = restore(&oracle.store, target, None).await.unwrap_err();
+        let is_told = matches!(&error, RestoreError::Damaged { object, .. } if object == "snap/");
+        assert!(is_told && error.to_string().contains("read whole more than an hour"), "{target:?}: {error}");
+    }
+    // Where something was let go there was one, however young the rest is.
+    let mut oracle = Oracle::new(512, 25).await;
+    oracle.begin_with_snapshot(None, 0).await;
+    let first = oracle.commit_and_cut(2).await;
+    oracle.snapshot(oracle.position().txid, oracle.position().txid).await;
+    oracle.commit_and_cut(2).await;
+    oracle.store.delete(&first.to_string()).await.unwrap();
+    assert!(restore(&oracle.store, Target::Latest, None).await.is_ok());
+    lose_snapshots(&oracle).await;
+    for target in targets {
+        let error = restore(&oracle.store, target, None).await.unwrap_err();
+        let is_told = matches!(&error, RestoreError::Damaged { object, .. } if object == "snap/");
+        assert!(is_told && error.to_string().contains("let go"), "{target:?}: {error}");
+    }
+}
+
+/// What only a prune would excuse is no excuse for the newest state: nobody begins with nothing because of it.
+#[tokio::test]
+async fn the_end_of_the_newest_line_is_never_let_go() {
+    let mut oracle = Oracle::new(512, 26).await;
+    oracle.begin_with_snapshot(None, 0).await;
+    oracle.commit_and_cut(2).await;
+    let lost = oracle.commit_and_cut(2).await;
+    oracle.begin(Some(oracle.position()), true).await;
+    oracle.store.delete(&lost.to_string()).await.unwrap();
+    let error = restore(&oracle.store, Target::Latest, None).await.unwrap_err();
+    assert!(matches!(error, RestoreError::Gap { first_missing: 4, last_missing: 5, newest: Some(3), .. }), "{error}");
+}
+
 #[tokio::test]
 async fn a_record_that_contradicts_its_parent() {
     let mut oracle = Oracle::new(512, 22).await;
