@@ -106,9 +106,7 @@ pub async fn plan(
     target: Target,
     epoch: Option<u32>,
 ) -> Result<Plan, RestoreError> {
-    let line = history.line(epoch)?;
-    let last_epoch = line.first().map_or(0, |(epoch, _)| epoch.record.epoch);
-    let planner = Planner { store, history, location: &history.location, line: last_epoch, runs: runs(&line) };
+    let planner = Planner::new(store, history, epoch).await?;
     for (index, run) in planner.runs.iter().enumerate() {
         let planned = match planner.choose(run, target).await? {
             Some(txid) => planner.plan_for(run, txid, target).await?,
@@ -141,6 +139,8 @@ struct Planner<'a> {
     /// The epoch that the line ends in.
     line: u32,
     runs: Vec<Run<'a>>,
+    /// The end of the newest snapshot of the newest epoch, which is read for each plan.
+    newest_tail: Option<SnapshotTail>,
 }
 
 /// What a state can be restored from.
@@ -151,6 +151,34 @@ enum Served {
     /// The first snapshot would serve, if the second one, which it has extents in, were not missing.
     ButForSource(SnapshotKey, SnapshotKey),
     ByNothing,
+}
+
+impl<'a> Planner<'a> {
+    async fn new(store: &'a SharedStore, history: &'a History, epoch: Option<u32>) -> Result<Self, RestoreError> {
+        let line = history.line(epoch)?;
+        let last_epoch = line.first().map_or(0, |(epoch, _)| epoch.record.epoch);
+        let (location, runs) = (history.location.as_str(), runs(&line));
+        let mut planner = Self { store, history, location, line: last_epoch, runs, newest_tail: None };
+        if planner.is_newest_line() {
+            planner.extend_to_what_was_seen().await?;
+        }
+        Ok(planner)
+    }
+
+    /// What the newest snapshot has seen was confirmed, whether there are segments that tell of it or not. (Of a line that was left
+    /// the end may have been let go, and a snapshot stay for what a newer one has in it.)
+    async fn extend_to_what_was_seen(&mut self) -> Result<(), RestoreError> {
+        let Some(stored) = self.runs.first().and_then(Run::newest_of_last_epoch) else { return Ok(()) };
+        let seen_txid = match self.tail(&stored).await {
+            Ok(tail) => self.newest_tail.insert(tail).footer.info.last_txid,
+            Err(RestoreError::Damaged { .. } | RestoreError::NewerFormat { .. }) => stored.key.txid,
+            Err(error) => return Err(error),
+        };
+        if let Some(run) = self.runs.first_mut() {
+            run.extend_to(seen_txid);
+        }
+        Ok(())
+    }
 }
 
 impl Planner<'_> {
@@ -335,7 +363,11 @@ impl Planner<'_> {
     }
 
     async fn tail(&self, stored: &Stored<SnapshotKey>) -> Result<SnapshotTail, RestoreError> {
-        read_snapshot_tail(self.store, self.location, stored).await
+        let known = self.newest_tail.as_ref().filter(|tail| tail.footer.info.key == stored.key);
+        match known {
+            Some(tail) => Ok(tail.clone()),
+            None => read_snapshot_tail(self.store, self.location, stored).await,
+        }
     }
 
     /// What the person who asked should know of the state that was chosen, in run number `index`.

@@ -45,6 +45,8 @@ pub(crate) struct Run<'a> {
     pub(crate) snapshots: Vec<PlannedSnapshot>,
     /// For each epoch, the last transaction of it that counts.
     epochs: Vec<(&'a Epoch, u64)>,
+    /// The first of those that were lost at its end.
+    lost_from_txid: Option<u64>,
 }
 
 impl<'a> Run<'a> {
@@ -58,6 +60,7 @@ impl<'a> Run<'a> {
             missing: Vec::new(),
             snapshots: Vec::new(),
             epochs: Vec::new(),
+            lost_from_txid: None,
         };
         for &(epoch, cap) in epochs {
             run.extend(epoch, cap);
@@ -97,6 +100,29 @@ impl<'a> Run<'a> {
         }
     }
 
+    /// The newest snapshot of the epoch that the run ends with.
+    pub(crate) fn newest_of_last_epoch(&self) -> Option<Stored<SnapshotKey>> {
+        let number = self.epochs.last()?.0.record.epoch;
+        self.snapshots.first().map(|planned| planned.stored).filter(|stored| stored.key.epoch == number)
+    }
+
+    /// A transaction was confirmed in the epoch that the run ends with. What no segment holds up to it was lost: nothing that comes
+    /// behind the last segment is ever let go.
+    pub(crate) fn extend_to(&mut self, confirmed_txid: u64) {
+        if confirmed_txid <= self.last_txid {
+            return;
+        }
+        let first_txid = self.last_txid + 1;
+        self.missing.push(Missing { first_txid, last_txid: confirmed_txid });
+        (self.last_txid, self.lost_from_txid) = (confirmed_txid, Some(first_txid));
+        let Some((epoch, last_txid)) = self.epochs.last_mut() else { return };
+        *last_txid = confirmed_txid;
+        let number = epoch.record.epoch;
+        for planned in self.snapshots.iter_mut().filter(|planned| planned.stored.key.epoch == number) {
+            planned.last_txid = confirmed_txid;
+        }
+    }
+
     /// The first transactions after `after_txid` and up to `last_txid` that no segment holds.
     pub(crate) fn missing_between(&self, after_txid: u64, last_txid: u64) -> Option<Missing> {
         self.missing.iter().find(|gap| gap.last_txid > after_txid && gap.first_txid <= last_txid).copied()
@@ -110,6 +136,9 @@ impl<'a> Run<'a> {
             if next.first_txid == last_txid + 1 {
                 last_txid = next.last_txid;
             }
+        }
+        if self.lost_from_txid.is_some_and(|lost_from_txid| lost_from_txid <= last_txid) {
+            return false;
         }
         let behind = self.segment_of(last_txid + 1).map_or(last_txid, |planned| planned.last_txid);
         let is_between = |txid: u64| gap.first_txid <= txid && txid <= behind;
@@ -235,6 +264,30 @@ mod tests {
         assert_eq!(run.missing_between(6, 9), None);
         assert_eq!(run.missing_between(5, 9), Some(Missing { first_txid: 5, last_txid: 6 }));
         assert_eq!(run.missing_between(6, 10), Some(Missing { first_txid: 10, last_txid: 12 }));
+    }
+
+    #[test]
+    fn what_was_confirmed_behind_the_last_segment_was_lost() {
+        let snapshot =
+            |epoch, txid| Stored { key: SnapshotKey { epoch, txid, time_ms: txid }, len_bytes: 0, stored_ms: 0 };
+        let mut first = epoch(1, None, false, &[(2, 3)]);
+        first.snapshots = vec![snapshot(1, 1)];
+        let mut second = epoch(2, Some(Position { epoch: 1, txid: 3 }), true, &[(4, 5)]);
+        second.snapshots = vec![snapshot(2, 3), snapshot(2, 7)];
+        let mut run = runs(&[(&second, None), (&first, Some(3))]).remove(0);
+        assert_eq!(run.newest_of_last_epoch(), Some(snapshot(2, 7)));
+        for known_txid in [3, 5] {
+            run.extend_to(known_txid);
+            assert_eq!((run.last_txid, gaps(&run)), (5, vec![]));
+        }
+        run.extend_to(7);
+        assert_eq!((run.last_txid, gaps(&run), run.epoch_of(7)), (7, vec![(6, 7)], 2));
+        let caps: Vec<u64> = run.snapshots.iter().map(|planned| planned.last_txid).collect();
+        assert_eq!(caps, [7, 7, 3]);
+        // A snapshot was begun in it, and the run ends with it: that excuses what retention leaves, and not this.
+        assert!(!run.is_let_go(run.missing[0]));
+        let none = epoch(3, Some(Position { epoch: 2, txid: 5 }), true, &[]);
+        assert_eq!(runs(&[(&none, None), (&second, Some(5)), (&first, Some(3))])[0].newest_of_last_epoch(), None);
     }
 
     #[test]

@@ -168,6 +168,104 @@ async fn a_gap_is_named_and_never_stepped_over() {
     is_the_gap(restore(&oracle.store, Target::Txid(first_again - 1), None).await.unwrap_err());
 }
 
+/// A snapshot is there only when all that it has seen is confirmed: if the last segments are not there, they were lost, and an older
+/// state is not the newest one.
+#[tokio::test]
+async fn a_newest_state_that_a_snapshot_holds_alone() {
+    let mut oracle = Oracle::new(512, 27).await;
+    oracle.begin_with_snapshot(None, 0).await;
+    oracle.pass_time(1000);
+    oracle.commit_and_cut(2).await;
+    let known = oracle.position();
+    oracle.pass_time(1000);
+    let lost = oracle.commit_and_cut(3).await;
+    let newest = oracle.position();
+    oracle.snapshot(newest.txid, newest.txid).await;
+    oracle.store.delete(&lost.to_string()).await.unwrap();
+    let known_ms = oracle.states[&known].time_ms;
+    let newest_ms = oracle.states[&newest].time_ms;
+    for target in [Target::Latest, Target::Txid(newest.txid), Target::Time(newest_ms), Target::Time(newest_ms + 9)] {
+        let (plan, bytes) = restore(&oracle.store, target, None).await.unwrap();
+        assert!(plan.position == newest && plan.segments.is_empty(), "{target:?}: {plan}");
+        assert!(bytes == oracle.states[&newest].bytes(), "{target:?}");
+    }
+    // What was before those that are lost is there as before; they themselves, and the moments that may have been theirs, are not.
+    for (&position, state) in oracle.states.iter().filter(|(position, _)| position.txid <= known.txid) {
+        let (plan, bytes) = restore(&oracle.store, Target::Txid(position.txid), None).await.unwrap();
+        assert!(plan.position == position && bytes == state.bytes());
+    }
+    let first_ms = oracle.states[&Position { epoch: 1, txid: 1 }].time_ms;
+    let (plan, _) = restore(&oracle.store, Target::Time(first_ms), None).await.unwrap();
+    assert!(plan.time_ms == first_ms, "{plan}");
+    for target in [Target::Txid(lost.0.first_txid), Target::Time(known_ms + 500)] {
+        let error = restore(&oracle.store, target, None).await.unwrap_err();
+        let newest_before = |error: &RestoreError| match *error {
+            RestoreError::Gap { first_missing, newest, .. } if first_missing == lost.0.first_txid => newest,
+            _ => None,
+        };
+        assert_eq!(newest_before(&error), Some(known.txid), "{target:?}: {error}");
+    }
+    // The next epoch goes on from it.
+    oracle.begin(Some(newest), true).await;
+    oracle.commit_and_cut(2).await;
+    let (plan, bytes) = restore(&oracle.store, Target::Latest, None).await.unwrap();
+    assert!(plan.position == oracle.position() && bytes == oracle.states[&plan.position].bytes());
+}
+
+/// The same where a single transaction is lost: up to the very moment of it the one before was the state.
+#[tokio::test]
+async fn a_last_transaction_that_a_snapshot_holds_alone() {
+    let mut oracle = Oracle::new(512, 28).await;
+    oracle.begin_with_snapshot(None, 0).await;
+    oracle.commit_and_cut(4).await;
+    let known = oracle.position();
+    oracle.pass_time(1000);
+    let lost = oracle.commit_and_cut(1).await;
+    let newest = oracle.position();
+    oracle.snapshot(newest.txid, newest.txid).await;
+    oracle.store.delete(&lost.to_string()).await.unwrap();
+    let newest_ms = oracle.states[&newest].time_ms;
+    for (asked_ms, expected) in [(newest_ms - 1, known), (newest_ms, newest)] {
+        let (plan, bytes) = restore(&oracle.store, Target::Time(asked_ms), None).await.unwrap();
+        assert!(plan.position == expected && bytes == oracle.states[&expected].bytes(), "{asked_ms}: {plan}");
+    }
+}
+
+/// One that was read while transactions came needs them: without them there is no newest state, and no older one is taken for it.
+#[tokio::test]
+async fn a_snapshot_that_needs_what_is_lost_is_a_gap() {
+    for is_first in [false, true] {
+        let mut oracle = Oracle::new(512, 29).await;
+        oracle.begin_with_snapshot(None, 0).await;
+        oracle.commit_and_cut(2).await;
+        let known = oracle.position();
+        let newest_known = if is_first {
+            oracle.begin(Some(known), false).await;
+            None
+        } else {
+            Some(known.txid)
+        };
+        let begun = oracle.position().txid;
+        let lost = oracle.commit_and_cut(3).await;
+        oracle.snapshot(begun, oracle.position().txid).await;
+        oracle.store.delete(&lost.to_string()).await.unwrap();
+        let far_ms = oracle.now_ms() + 1000;
+        for target in [Target::Latest, Target::Txid(lost.0.last_txid), Target::Time(far_ms)] {
+            match restore(&oracle.store, target, None).await.unwrap_err() {
+                RestoreError::Gap { first_missing, last_missing, newest, .. } => {
+                    assert_eq!((first_missing, last_missing), (lost.0.first_txid, lost.0.last_txid), "{target:?}");
+                    assert_eq!(newest, newest_known, "{target:?}");
+                }
+                // Which moments were those of what is lost nobody knows where nothing of the epoch is left.
+                RestoreError::OutOfRange { .. } if is_first && matches!(target, Target::Time(_)) => {}
+                error => panic!("{target:?}: {error}"),
+            }
+        }
+        let (plan, bytes) = restore(&oracle.store, Target::Txid(known.txid), None).await.unwrap();
+        assert!(plan.position == known && bytes == oracle.states[&known].bytes());
+    }
+}
+
 #[tokio::test]
 async fn transactions_missing_at_a_parents_end_are_a_gap() {
     let mut oracle = Oracle::new(512, 10).await;
