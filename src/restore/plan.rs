@@ -107,24 +107,9 @@ pub async fn plan(
     epoch: Option<u32>,
 ) -> Result<Plan, RestoreError> {
     let planner = Planner::new(store, history, epoch).await?;
-    for (index, run) in planner.runs.iter().enumerate() {
-        let planned = match planner.choose(run, target).await? {
-            Some(txid) => planner.plan_for(run, txid, target).await?,
-            None => None,
-        };
-        if let Some(mut plan) = planned {
-            plan.notes = planner.notes(index, target, &plan).await?;
-            return Ok(plan);
-        }
-        // What an older run ended with was not the state at that time, when the state was in this one and was let go.
-        if let Target::Time(asked_ms) = target
-            && asked_ms >= run.claimed_ms()
-            && planner.has_lost_beginning(run).await?
-        {
-            break;
-        }
-    }
-    Err(planner.out_of_range(target).await?)
+    let (index, mut plan) = planner.chosen(target).await?;
+    plan.notes = planner.notes(index, target, &plan).await?;
+    Ok(plan)
 }
 
 fn distance(asked_ms: u64, time_ms: u64) -> String {
@@ -141,6 +126,49 @@ struct Planner<'a> {
     runs: Vec<Run<'a>>,
     /// The end of the newest snapshot of the newest epoch, which is read for each plan.
     newest_tail: Option<SnapshotTail>,
+}
+
+/// A state whose schema is known.
+#[derive(Debug, Clone, Copy)]
+struct SchemaState {
+    txid: u64,
+    cookie: u32,
+    /// Whether its transaction changed it.
+    is_changed: bool,
+}
+
+/// What a walk back through the states of a line has come to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum SchemaWalk {
+    GoesOn,
+    /// The last change of the schema found this state.
+    Found(u64),
+    /// There was a change, and nobody knows where.
+    Unknown,
+}
+
+impl SchemaState {
+    fn after(transaction: &Transaction) -> Self {
+        let info = transaction.info;
+        Self { txid: transaction.txid, cookie: info.schema_cookie, is_changed: info.schema_changed }
+    }
+
+    fn of_snapshot(info: &SnapshotInfo) -> Self {
+        Self { txid: info.last_txid, cookie: info.schema_cookie, is_changed: false }
+    }
+
+    /// With the last state of its run, and the schema of the states behind it, as far as they are known.
+    fn step(self, last_txid: u64, cookie_behind: Option<u32>) -> SchemaWalk {
+        let is_end = self.txid == last_txid;
+        match cookie_behind {
+            // The next run began with another schema: it was changed unseen, after this state.
+            Some(cookie) if cookie != self.cookie && is_end => SchemaWalk::Found(self.txid),
+            Some(cookie) if cookie != self.cookie => SchemaWalk::Unknown,
+            None if !is_end => SchemaWalk::Unknown,
+            _ if self.is_changed => SchemaWalk::Found(self.txid.saturating_sub(1)),
+            _ => SchemaWalk::GoesOn,
+        }
+    }
 }
 
 /// What a state can be restored from.
@@ -182,17 +210,51 @@ impl<'a> Planner<'a> {
 }
 
 impl Planner<'_> {
+    /// The plan of the state that the target means, without notes, and the number of its run.
+    async fn chosen(&self, target: Target) -> Result<(usize, Plan), RestoreError> {
+        if target == Target::BeforeSchemaChange {
+            return self.chosen_before_schema_change().await;
+        }
+        for (index, run) in self.runs.iter().enumerate() {
+            if let Some(txid) = self.choose(run, target).await?
+                && let Some(plan) = self.plan_for(run, txid, target).await?
+            {
+                return Ok((index, plan));
+            }
+            // What an older run ended with was not the state at that time, when the state was in this one and was let go.
+            if let Target::Time(asked_ms) = target
+                && asked_ms >= run.claimed_ms()
+                && self.has_lost_beginning(run).await?
+            {
+                break;
+            }
+        }
+        Err(self.out_of_range(target).await?)
+    }
+
+    /// Where what the last change of the schema found can't be restored, an older change is no answer.
+    async fn chosen_before_schema_change(&self) -> Result<(usize, Plan), RestoreError> {
+        let target = Target::BeforeSchemaChange;
+        if let Some((index, txid)) = self.before_schema_change().await?
+            && let Some(plan) = self.plan_for(&self.runs[index], txid, target).await?
+        {
+            return Ok((index, plan));
+        }
+        Err(self.out_of_range(target).await?)
+    }
+
     /// Whether the line is the one that is restored by default.
     fn is_newest_line(&self) -> bool {
         self.history.epochs.keys().next_back() == Some(&self.line)
     }
 
-    /// The state of `run` that the target means, if it is in it. Whether it can be restored is another question.
+    /// The state of `run` that the target means, if it is in it. Whether it can be restored is another question. What a change of the
+    /// schema found is looked for over all runs.
     async fn choose(&self, run: &Run<'_>, target: Target) -> Result<Option<u64>, RestoreError> {
         match target {
             Target::Latest => Ok(Some(run.last_txid)),
             Target::Txid(txid) => Ok((run.first_txid..=run.last_txid).contains(&txid).then_some(txid)),
-            Target::BeforeSchemaChange => self.before_schema_change(run).await,
+            Target::BeforeSchemaChange => Ok(None),
             Target::Time(asked_ms) => {
                 let mut known = match self.last_transaction_at(run, asked_ms).await? {
                     None => self
@@ -228,17 +290,48 @@ impl Planner<'_> {
         Ok(behind)
     }
 
-    /// The state that the last transaction of `run` that changed the schema found.
-    async fn before_schema_change(&self, run: &Run<'_>) -> Result<Option<u64>, RestoreError> {
-        for planned in run.segments.iter().rev() {
-            let transactions = self.table(&planned.stored).await?;
-            let changes =
-                |transaction: &&Transaction| transaction.txid <= planned.last_txid && transaction.info.schema_changed;
-            if let Some(found) = transactions.iter().rev().find(changes) {
-                return Ok(Some(found.txid - 1));
+    /// The state that the last change of the schema found, with the number of its run; `None` when nothing proves which one that is.
+    async fn before_schema_change(&self) -> Result<Option<(usize, u64)>, RestoreError> {
+        let mut cookie_behind = None;
+        for (index, run) in self.runs.iter().enumerate() {
+            match self.walk_schemas(run, &mut cookie_behind).await? {
+                SchemaWalk::GoesOn => {}
+                SchemaWalk::Found(txid) => return Ok(Some((index, txid))),
+                SchemaWalk::Unknown => return Ok(None),
+            }
+            // A change may be among what was let go.
+            if run.has_lost_beginning() {
+                return Ok(None);
             }
         }
         Ok(None)
+    }
+
+    /// Walks back through the states of a run whose schema is known: those after transactions that are there and, where some are
+    /// missing, those of snapshots.
+    async fn walk_schemas(&self, run: &Run<'_>, cookie_behind: &mut Option<u32>) -> Result<SchemaWalk, RestoreError> {
+        let is_whole = run.missing.is_empty() && !run.segments.is_empty();
+        let snapshots = if is_whole { Vec::new() } else { self.snapshots_behind(run, 0).await? };
+        let mut snapshots = snapshots.into_iter().peekable();
+        for planned in run.segments.iter().rev().map(Some).chain([None]) {
+            let mut states = Vec::new();
+            let after_txid = planned.map_or(0, |planned| planned.last_txid);
+            while let Some(info) = snapshots.next_if(|info| info.last_txid > after_txid) {
+                states.push(SchemaState::of_snapshot(&info));
+            }
+            if let Some(planned) = planned {
+                let transactions = self.table(&planned.stored).await?;
+                let counting = transactions.iter().rev().filter(|transaction| transaction.txid <= planned.last_txid);
+                states.extend(counting.map(SchemaState::after));
+            }
+            for state in states {
+                match state.step(run.last_txid, *cookie_behind) {
+                    SchemaWalk::GoesOn => *cookie_behind = Some(state.cookie),
+                    ended => return Ok(ended),
+                }
+            }
+        }
+        Ok(SchemaWalk::GoesOn)
     }
 
     /// The last transaction in a segment of `run` that is not later.
@@ -374,9 +467,10 @@ impl Planner<'_> {
     async fn notes(&self, index: usize, target: Target, plan: &Plan) -> Result<Vec<String>, RestoreError> {
         let mut notes = Vec::new();
         let is_end_of_run = self.runs.get(index).is_some_and(|run| run.last_txid == plan.position.txid);
-        let is_asked_for = matches!(target, Target::Txid(_) | Target::BeforeSchemaChange);
+        let is_asked_for = matches!(target, Target::Txid(_));
         if is_end_of_run && !is_asked_for {
-            // A time is before the start of all but the next run, or the newest of them would have served it.
+            // A time is before the start of all but the next run, or the newest of them would have served it; and the schema was changed
+            // before the next one.
             let newer =
                 if target == Target::Latest { &self.runs[..index] } else { &self.runs[index.saturating_sub(1)..index] };
             for run in newer {
@@ -385,6 +479,14 @@ impl Planner<'_> {
         }
         if is_end_of_run && index == 0 && !self.is_newest_line() && !is_asked_for {
             notes.push(format!("the line of epoch {} was left; this is its end as far as it is kept", self.line));
+        }
+        if target == Target::BeforeSchemaChange {
+            for run in &self.runs[..index] {
+                if run.segments.is_empty() && self.first_restorable(run).await?.is_none() {
+                    let epoch = run.first_epoch();
+                    notes.push(format!("what schema epoch {epoch} began with is not known: nothing of it is there"));
+                }
+            }
         }
         if let Target::Time(asked_ms) = target {
             notes.push(distance(asked_ms, plan.time_ms));
@@ -512,5 +614,22 @@ impl Planner<'_> {
         };
         let (from, to) = (format_time(first.time_ms), format_time(last_ms));
         Ok(format!("transactions {} to {last_txid} ({from} to {to})", first.last_txid))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_change_of_the_schema_is_found_by_what_was_before_it() {
+        let step = |txid, cookie, is_changed, behind| SchemaState { txid, cookie, is_changed }.step(9, behind);
+        assert_eq!(step(9, 5, false, None), SchemaWalk::GoesOn, "the newest state");
+        assert_eq!(step(8, 5, false, None), SchemaWalk::Unknown, "not the newest one");
+        assert_eq!(step(9, 5, true, None), SchemaWalk::Found(8));
+        assert_eq!(step(7, 5, false, Some(5)), SchemaWalk::GoesOn);
+        assert_eq!(step(7, 5, true, Some(5)), SchemaWalk::Found(6));
+        assert_eq!(step(7, 4, true, Some(5)), SchemaWalk::Unknown, "changed again, among those that are missing");
+        assert_eq!(step(9, 4, true, Some(5)), SchemaWalk::Found(9), "changed again, unseen, before the next run");
     }
 }
