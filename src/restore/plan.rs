@@ -490,8 +490,39 @@ impl Planner<'_> {
         }
         if let Target::Time(asked_ms) = target {
             notes.push(distance(asked_ms, plan.time_ms));
+            notes.extend(self.left_since(asked_ms, plan).await?);
         }
         Ok(notes)
+    }
+
+    /// If the database had another state at that time, on a line that a restore has left since: where that one is.
+    async fn left_since(&self, asked_ms: u64, plan: &Plan) -> Result<Option<String>, RestoreError> {
+        let mut newest_first = self.history.epochs.iter().rev();
+        let Some((&then, _)) = newest_first.find(|(_, epoch)| epoch.record.claimed_ms <= asked_ms) else {
+            return Ok(None);
+        };
+        // What is on both lines is the same on both.
+        let is_other = match self.runs.iter().find_map(|run| run.end_of(then)) {
+            Some(end_txid) => then != self.line && end_txid == plan.position.txid,
+            None => self.is_newest_line(),
+        };
+        if !is_other {
+            return Ok(None);
+        }
+        let other = Planner::new(self.store, self.history, Some(then)).await;
+        let chosen = match other {
+            Ok(other) => other.chosen(Target::Time(asked_ms)).await,
+            Err(error) => Err(error),
+        };
+        match chosen {
+            Ok((_, other)) if other.position != plan.position => Ok(Some(format!(
+                "at that time the database was on the line of epoch {then}, which was left since: --epoch {then} gives what it \
+                 held, {}",
+                other.position
+            ))),
+            Err(RestoreError::Store(error)) => Err(error.into()),
+            Ok(_) | Err(_) => Ok(None),
+        }
     }
 
     /// Why a newer run did not serve.

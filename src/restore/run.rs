@@ -192,6 +192,12 @@ impl<'a> Run<'a> {
         self.epochs.iter().find(holds).or(self.epochs.last()).map_or(0, |(epoch, _)| epoch.record.epoch)
     }
 
+    /// The last transaction of an epoch of this run that counts.
+    pub(crate) fn end_of(&self, number: u32) -> Option<u64> {
+        let found = self.epochs.iter().find(|(epoch, _)| epoch.record.epoch == number);
+        found.map(|(_, last_txid)| *last_txid)
+    }
+
     /// The epoch that the run began with.
     pub(crate) fn first_epoch(&self) -> u32 {
         self.epochs.first().map_or(0, |(epoch, _)| epoch.record.epoch)
@@ -310,6 +316,7 @@ mod tests {
         let run = &runs(&[(&second, None), (&first, Some(8))])[0];
         assert_eq!(taken(run), [(1, 2, 5), (1, 6, 8), (2, 9, 15)]);
         assert_eq!((run.epoch_of(8), run.epoch_of(9)), (1, 2));
+        assert_eq!((run.end_of(1), run.end_of(2), run.end_of(3)), (Some(8), Some(15), None));
         assert_eq!(run.segment_of(9).unwrap().stored.key.0.epoch, 2);
         let needed: Vec<u64> = run.segments_between(5, 7).iter().map(|planned| planned.last_txid).collect();
         assert_eq!(needed, [7]);

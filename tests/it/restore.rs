@@ -125,6 +125,69 @@ async fn a_note_is_given_only_where_it_is_true() {
     assert!(plan.position == *middle && !unseen(&plan), "{:?}", plan.notes);
 }
 
+/// A restore has left a line: what was the state on it at a time is not what the new line tells of that time.
+#[tokio::test]
+async fn what_a_restore_has_left_is_said() {
+    const MINUTE_MS: u64 = 60_000;
+    let mut oracle = Oracle::new(512, 30).await;
+    oracle.begin_with_snapshot(None, 0).await;
+    let mut times_ms = vec![oracle.now_ms()];
+    for _ in 0..4 {
+        oracle.pass_time(MINUTE_MS);
+        oracle.commit_and_cut(1).await;
+        times_ms.push(oracle.now_ms());
+    }
+    let (middle, end) = (Position { epoch: 1, txid: 2 }, oracle.position());
+    oracle.pass_time(MINUTE_MS);
+    oracle.begin(Some(middle), true).await;
+    let forked_ms = oracle.now_ms();
+    oracle.pass_time(MINUTE_MS);
+    oracle.commit_and_cut(1).await;
+    let is_said = |plan: &Plan, epoch: u32, held: Position| {
+        let words = format!("line of epoch {epoch}, which was left since: --epoch {epoch} gives what it held, {held}");
+        plan.notes.iter().any(|note| note.contains(&words))
+    };
+    let is_left = |plan: &Plan| plan.notes.iter().any(|note| note.contains("which was left"));
+    for asked_ms in [times_ms[2], times_ms[4], forked_ms - 1] {
+        let (plan, _) = restore(&oracle.store, Target::Time(asked_ms), None).await.unwrap();
+        let (there, bytes) = restore(&oracle.store, Target::Time(asked_ms), Some(1)).await.unwrap();
+        assert_eq!(plan.position, middle, "{asked_ms}");
+        assert!(is_said(&plan, 1, there.position), "{asked_ms}: {:?}", plan.notes);
+        assert!(!is_left(&there) && bytes == oracle.states[&there.position].bytes(), "{:?}", there.notes);
+    }
+    assert_eq!(restore(&oracle.store, Target::Time(forked_ms - 1), Some(1)).await.unwrap().0.position, end);
+    // Before what was undone, and since the fork, there was no other state.
+    for asked_ms in [times_ms[0], times_ms[1], times_ms[2] - 1, forked_ms, oracle.now_ms()] {
+        let (plan, _) = restore(&oracle.store, Target::Time(asked_ms), None).await.unwrap();
+        assert!(!is_left(&plan), "{asked_ms}: {:?}", plan.notes);
+    }
+    // Another one goes back to where the first line ended: then the second one is off the line.
+    let second = oracle.position();
+    oracle.pass_time(MINUTE_MS);
+    oracle.begin(Some(end), true).await;
+    let (plan, _) = restore(&oracle.store, Target::Time(oracle.now_ms() - 1), None).await.unwrap();
+    assert_eq!(plan.position, end);
+    assert!(is_said(&plan, 2, second), "{:?}", plan.notes);
+}
+
+/// Starts that go on from where the one before ended leave nothing.
+#[tokio::test]
+async fn where_nothing_was_left_nothing_is_said() {
+    let mut oracle = Oracle::new(512, 31).await;
+    oracle.begin_with_snapshot(None, 0).await;
+    for _ in 0..3 {
+        oracle.pass_time(1000);
+        oracle.commit_and_cut(2).await;
+        oracle.begin(Some(oracle.position()), true).await;
+    }
+    for state in oracle.states.values() {
+        for asked_ms in [state.time_ms, state.time_ms + 1] {
+            let (plan, _) = restore(&oracle.store, Target::Time(asked_ms), None).await.unwrap();
+            assert!(!plan.notes.iter().any(|note| note.contains("left")), "{:?}", plan.notes);
+        }
+    }
+}
+
 #[tokio::test]
 async fn a_gap_is_named_and_never_stepped_over() {
     let mut oracle = Oracle::new(512, 9).await;
