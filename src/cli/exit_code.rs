@@ -9,6 +9,7 @@ use crate::config::ConfigError;
 use crate::config::replica_url::ReplicaUrlError;
 use crate::daemon::StartError;
 use crate::format::FormatError;
+use crate::format::key::SNAPSHOTS_PREFIX;
 use crate::replicate::ReplicateError;
 use crate::replicate::claim::ClaimError;
 use crate::replicate::control::ControlError;
@@ -206,6 +207,9 @@ impl From<RestoreError> for Failure {
                 (NOT_THERE, "`waltrail log REPLICA` shows what there is")
             }
             RestoreError::NewerFormat { .. } => (DAMAGED, "it was written by a newer waltrail; use that version"),
+            RestoreError::Damaged { ref object, .. } if object == SNAPSHOTS_PREFIX => {
+                (DAMAGED, "nothing was written; if the bucket keeps versions, bring back the deleted ones below snap/")
+            }
             RestoreError::Damaged { .. } | RestoreError::FingerprintMismatch { .. } => {
                 (DAMAGED, "nothing was written; an earlier point may not need the object: try --at or --txid")
             }

@@ -318,6 +318,10 @@ async fn restore(replicas: &[DatabaseConfig]) -> Result<(), Failure> {
     };
     let (path, shown) = (&database.path, database.path.display().to_string());
     tracing::info!(database = shown, replica = %database.replica, state = %plan.position, "not there; restoring it");
+    // An older state than the newest one: the application starts with it all the same, and somebody has to know.
+    for note in &plan.notes {
+        tracing::error!(database = shown, replica = %database.replica, state = %plan.position, "{note}");
+    }
     if let Some(directory) = path.parent() {
         std::fs::create_dir_all(directory)
             .map_err(|error| Failure::other(format!("{} can't be made: {error}", directory.display())))?;

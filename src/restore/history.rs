@@ -93,19 +93,20 @@ impl History {
             .try_collect()
             .await?;
         let mut history = Self { location, replica, epochs, given_up, strangers };
-        for object in store.list(LOG_PREFIX, None).await? {
-            let key = SegmentKey::parse(&object.key);
-            let epoch = key.and_then(|key| Some((key, history.epochs.get_mut(&key.0.epoch)?)));
-            match epoch {
-                Some((key, epoch)) => epoch.segments.push(Stored::of(key, &object)),
-                None => history.strangers.push(object.key),
-            }
-        }
+        // Before the segments: a snapshot is there only when all that it has seen is confirmed, so what they lack then was lost.
         for object in store.list(SNAPSHOTS_PREFIX, None).await? {
             let key = SnapshotKey::parse(&object.key);
             let epoch = key.and_then(|key| Some((key, history.epochs.get_mut(&key.epoch)?)));
             match epoch {
                 Some((key, epoch)) => epoch.snapshots.push(Stored::of(key, &object)),
+                None => history.strangers.push(object.key),
+            }
+        }
+        for object in store.list(LOG_PREFIX, None).await? {
+            let key = SegmentKey::parse(&object.key);
+            let epoch = key.and_then(|key| Some((key, history.epochs.get_mut(&key.0.epoch)?)));
+            match epoch {
+                Some((key, epoch)) => epoch.segments.push(Stored::of(key, &object)),
                 None => history.strangers.push(object.key),
             }
         }

@@ -8,10 +8,13 @@ use super::run::{Missing, PlannedSegment, PlannedSnapshot, Run, runs};
 use super::tail::{SnapshotTail, read_snapshot_tail, read_table};
 use crate::clock::format_time;
 use crate::format::Position;
-use crate::format::key::{SegmentKey, SnapshotKey};
+use crate::format::key::{SNAPSHOTS_PREFIX, SegmentKey, SnapshotKey};
 use crate::format::segment::Transaction;
 use crate::format::snapshot::{SnapshotFooter, SnapshotInfo};
 use crate::store::SharedStore;
+
+/// A first snapshot that is wholly read is stored within this time, in milliseconds, where anything is stored at all.
+const FIRST_SNAPSHOT_WITHIN_MS: u64 = 60 * 60 * 1000;
 
 /// What to restore.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -103,27 +106,10 @@ pub async fn plan(
     target: Target,
     epoch: Option<u32>,
 ) -> Result<Plan, RestoreError> {
-    let line = history.line(epoch)?;
-    let last_epoch = line.first().map_or(0, |(epoch, _)| epoch.record.epoch);
-    let planner = Planner { store, history, location: &history.location, line: last_epoch, runs: runs(&line) };
-    for (index, run) in planner.runs.iter().enumerate() {
-        let planned = match planner.choose(run, target).await? {
-            Some(txid) => planner.plan_for(run, txid, target).await?,
-            None => None,
-        };
-        if let Some(mut plan) = planned {
-            plan.notes = planner.notes(index, target, &plan).await?;
-            return Ok(plan);
-        }
-        // What an older run ended with was not the state at that time, when the state was in this one and was let go.
-        if let Target::Time(asked_ms) = target
-            && asked_ms >= run.claimed_ms()
-            && planner.has_lost_beginning(run).await?
-        {
-            break;
-        }
-    }
-    Err(planner.out_of_range(target).await?)
+    let planner = Planner::new(store, history, epoch).await?;
+    let (index, mut plan) = planner.chosen(target).await?;
+    plan.notes = planner.notes(index, target, &plan).await?;
+    Ok(plan)
 }
 
 fn distance(asked_ms: u64, time_ms: u64) -> String {
@@ -146,6 +132,51 @@ struct Planner<'a> {
     /// The epoch that the line ends in.
     line: u32,
     runs: Vec<Run<'a>>,
+    /// The end of the newest snapshot of the newest epoch, which is read for each plan.
+    newest_tail: Option<SnapshotTail>,
+}
+
+/// A state whose schema is known.
+#[derive(Debug, Clone, Copy)]
+struct SchemaState {
+    txid: u64,
+    cookie: u32,
+    /// Whether its transaction changed it.
+    is_changed: bool,
+}
+
+/// What a walk back through the states of a line has come to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum SchemaWalk {
+    GoesOn,
+    /// The last change of the schema found this state.
+    Found(u64),
+    /// There was a change, and nobody knows where.
+    Unknown,
+}
+
+impl SchemaState {
+    fn after(transaction: &Transaction) -> Self {
+        let info = transaction.info;
+        Self { txid: transaction.txid, cookie: info.schema_cookie, is_changed: info.schema_changed }
+    }
+
+    fn of_snapshot(info: &SnapshotInfo) -> Self {
+        Self { txid: info.last_txid, cookie: info.schema_cookie, is_changed: false }
+    }
+
+    /// With the last state of its run, and the schema of the states behind it, as far as they are known.
+    fn step(self, last_txid: u64, cookie_behind: Option<u32>) -> SchemaWalk {
+        let is_end = self.txid == last_txid;
+        match cookie_behind {
+            // The next run began with another schema: it was changed unseen, after this state.
+            Some(cookie) if cookie != self.cookie && is_end => SchemaWalk::Found(self.txid),
+            Some(cookie) if cookie != self.cookie => SchemaWalk::Unknown,
+            None if !is_end => SchemaWalk::Unknown,
+            _ if self.is_changed => SchemaWalk::Found(self.txid.saturating_sub(1)),
+            _ => SchemaWalk::GoesOn,
+        }
+    }
 }
 
 /// What a state can be restored from.
@@ -158,13 +189,80 @@ enum Served {
     ByNothing,
 }
 
+impl<'a> Planner<'a> {
+    async fn new(store: &'a SharedStore, history: &'a History, epoch: Option<u32>) -> Result<Self, RestoreError> {
+        let line = history.line(epoch)?;
+        let last_epoch = line.first().map_or(0, |(epoch, _)| epoch.record.epoch);
+        let (location, runs) = (history.location.as_str(), runs(&line));
+        let mut planner = Self { store, history, location, line: last_epoch, runs, newest_tail: None };
+        if planner.is_newest_line() {
+            planner.extend_to_what_was_seen().await?;
+        }
+        Ok(planner)
+    }
+
+    /// What the newest snapshot has seen was confirmed, whether there are segments that tell of it or not. (Of a line that was left
+    /// the end may have been let go, and a snapshot stay for what a newer one has in it.)
+    async fn extend_to_what_was_seen(&mut self) -> Result<(), RestoreError> {
+        let Some(stored) = self.runs.first().and_then(Run::newest_of_last_epoch) else { return Ok(()) };
+        let seen_txid = match self.tail(&stored).await {
+            Ok(tail) => self.newest_tail.insert(tail).footer.info.last_txid,
+            Err(RestoreError::Damaged { .. } | RestoreError::NewerFormat { .. }) => stored.key.txid,
+            Err(error) => return Err(error),
+        };
+        if let Some(run) = self.runs.first_mut() {
+            run.extend_to(seen_txid);
+        }
+        Ok(())
+    }
+}
+
 impl Planner<'_> {
-    /// The state of `run` that the target means, if it is in it. Whether it can be restored is another question.
+    /// The plan of the state that the target means, without notes, and the number of its run.
+    async fn chosen(&self, target: Target) -> Result<(usize, Plan), RestoreError> {
+        if target == Target::BeforeSchemaChange {
+            return self.chosen_before_schema_change().await;
+        }
+        for (index, run) in self.runs.iter().enumerate() {
+            if let Some(txid) = self.choose(run, target).await?
+                && let Some(plan) = self.plan_for(run, txid, target).await?
+            {
+                return Ok((index, plan));
+            }
+            // What an older run ended with was not the state at that time, when the state was in this one and was let go.
+            if let Target::Time(asked_ms) = target
+                && asked_ms >= run.claimed_ms()
+                && self.has_lost_beginning(run).await?
+            {
+                break;
+            }
+        }
+        Err(self.out_of_range(target).await?)
+    }
+
+    /// Where what the last change of the schema found can't be restored, an older change is no answer.
+    async fn chosen_before_schema_change(&self) -> Result<(usize, Plan), RestoreError> {
+        let target = Target::BeforeSchemaChange;
+        if let Some((index, txid)) = self.before_schema_change().await?
+            && let Some(plan) = self.plan_for(&self.runs[index], txid, target).await?
+        {
+            return Ok((index, plan));
+        }
+        Err(self.out_of_range(target).await?)
+    }
+
+    /// Whether the line is the one that is restored by default.
+    fn is_newest_line(&self) -> bool {
+        self.history.epochs.keys().next_back() == Some(&self.line)
+    }
+
+    /// The state of `run` that the target means, if it is in it. Whether it can be restored is another question. What a change of the
+    /// schema found is looked for over all runs.
     async fn choose(&self, run: &Run<'_>, target: Target) -> Result<Option<u64>, RestoreError> {
         match target {
             Target::Latest => Ok(Some(run.last_txid)),
             Target::Txid(txid) => Ok((run.first_txid..=run.last_txid).contains(&txid).then_some(txid)),
-            Target::BeforeSchemaChange => self.before_schema_change(run).await,
+            Target::BeforeSchemaChange => Ok(None),
             Target::Time(asked_ms) => {
                 let mut known = match self.last_transaction_at(run, asked_ms).await? {
                     None => self
@@ -200,17 +298,48 @@ impl Planner<'_> {
         Ok(behind)
     }
 
-    /// The state that the last transaction of `run` that changed the schema found.
-    async fn before_schema_change(&self, run: &Run<'_>) -> Result<Option<u64>, RestoreError> {
-        for planned in run.segments.iter().rev() {
-            let transactions = self.table(&planned.stored).await?;
-            let changes =
-                |transaction: &&Transaction| transaction.txid <= planned.last_txid && transaction.info.schema_changed;
-            if let Some(found) = transactions.iter().rev().find(changes) {
-                return Ok(Some(found.txid - 1));
+    /// The state that the last change of the schema found, with the number of its run; `None` when nothing proves which one that is.
+    async fn before_schema_change(&self) -> Result<Option<(usize, u64)>, RestoreError> {
+        let mut cookie_behind = None;
+        for (index, run) in self.runs.iter().enumerate() {
+            match self.walk_schemas(run, &mut cookie_behind).await? {
+                SchemaWalk::GoesOn => {}
+                SchemaWalk::Found(txid) => return Ok(Some((index, txid))),
+                SchemaWalk::Unknown => return Ok(None),
+            }
+            // A change may be among what was let go.
+            if run.has_lost_beginning() {
+                return Ok(None);
             }
         }
         Ok(None)
+    }
+
+    /// Walks back through the states of a run whose schema is known: those after transactions that are there and, where some are
+    /// missing, those of snapshots.
+    async fn walk_schemas(&self, run: &Run<'_>, cookie_behind: &mut Option<u32>) -> Result<SchemaWalk, RestoreError> {
+        let is_whole = run.missing.is_empty() && !run.segments.is_empty();
+        let snapshots = if is_whole { Vec::new() } else { self.snapshots_behind(run, 0).await? };
+        let mut snapshots = snapshots.into_iter().peekable();
+        for planned in run.segments.iter().rev().map(Some).chain([None]) {
+            let mut states = Vec::new();
+            let after_txid = planned.map_or(0, |planned| planned.last_txid);
+            while let Some(info) = snapshots.next_if(|info| info.last_txid > after_txid) {
+                states.push(SchemaState::of_snapshot(&info));
+            }
+            if let Some(planned) = planned {
+                let transactions = self.table(&planned.stored).await?;
+                let counting = transactions.iter().rev().filter(|transaction| transaction.txid <= planned.last_txid);
+                states.extend(counting.map(SchemaState::after));
+            }
+            for state in states {
+                match state.step(run.last_txid, *cookie_behind) {
+                    SchemaWalk::GoesOn => *cookie_behind = Some(state.cookie),
+                    ended => return Ok(ended),
+                }
+            }
+        }
+        Ok(SchemaWalk::GoesOn)
     }
 
     /// The last transaction in a segment of `run` that is not later.
@@ -272,7 +401,10 @@ impl Planner<'_> {
     async fn plan_for(&self, run: &Run<'_>, txid: u64, target: Target) -> Result<Option<Plan>, RestoreError> {
         let (snapshot, footer) = match self.served(run, txid).await? {
             Served::By(snapshot, footer) => (snapshot, footer),
-            Served::ButFor(gap) if run.is_let_go(gap) => return Err(self.out_of_range(target).await?),
+            // The newest state is never let go.
+            Served::ButFor(gap) if run.is_let_go(gap) && !(target == Target::Latest && self.is_newest_line()) => {
+                return Err(self.out_of_range(target).await?);
+            }
             Served::ButFor(gap) => return Err(self.gap(run, gap).await?),
             Served::ButForSource(of, source) if !self.is_only_source(of).await? => {
                 return Err(RestoreError::damaged(self.location, &source, &"it is missing"));
@@ -332,30 +464,73 @@ impl Planner<'_> {
     }
 
     async fn tail(&self, stored: &Stored<SnapshotKey>) -> Result<SnapshotTail, RestoreError> {
-        read_snapshot_tail(self.store, self.location, stored).await
+        let known = self.newest_tail.as_ref().filter(|tail| tail.footer.info.key == stored.key);
+        match known {
+            Some(tail) => Ok(tail.clone()),
+            None => read_snapshot_tail(self.store, self.location, stored).await,
+        }
     }
 
     /// What the person who asked should know of the state that was chosen, in run number `index`.
     async fn notes(&self, index: usize, target: Target, plan: &Plan) -> Result<Vec<String>, RestoreError> {
         let mut notes = Vec::new();
         let is_end_of_run = self.runs.get(index).is_some_and(|run| run.last_txid == plan.position.txid);
-        let is_asked_for = matches!(target, Target::Txid(_) | Target::BeforeSchemaChange);
+        let is_asked_for = matches!(target, Target::Txid(_));
         if is_end_of_run && !is_asked_for {
-            // A time is before the start of all but the next run, or the newest of them would have served it.
+            // A time is before the start of all but the next run, or the newest of them would have served it; and the schema was changed
+            // before the next one.
             let newer =
                 if target == Target::Latest { &self.runs[..index] } else { &self.runs[index.saturating_sub(1)..index] };
             for run in newer {
                 notes.push(self.why_not(run).await?);
             }
         }
-        let is_newest_line = self.history.epochs.keys().next_back() == Some(&self.line);
-        if is_end_of_run && index == 0 && !is_newest_line && !is_asked_for {
+        if is_end_of_run && index == 0 && !self.is_newest_line() && !is_asked_for {
             notes.push(format!("the line of epoch {} was left; this is its end as far as it is kept", self.line));
+        }
+        if target == Target::BeforeSchemaChange {
+            for run in &self.runs[..index] {
+                if run.segments.is_empty() && self.first_restorable(run).await?.is_none() {
+                    let epoch = run.first_epoch();
+                    notes.push(format!("what schema epoch {epoch} began with is not known: nothing of it is there"));
+                }
+            }
         }
         if let Target::Time(asked_ms) = target {
             notes.push(distance(asked_ms, plan.time_ms));
+            notes.extend(self.left_since(asked_ms, plan).await?);
         }
         Ok(notes)
+    }
+
+    /// If the database had another state at that time, on a line that a restore has left since: where that one is.
+    async fn left_since(&self, asked_ms: u64, plan: &Plan) -> Result<Option<String>, RestoreError> {
+        let mut newest_first = self.history.epochs.iter().rev();
+        let Some((&then, _)) = newest_first.find(|(_, epoch)| epoch.record.claimed_ms <= asked_ms) else {
+            return Ok(None);
+        };
+        // What is on both lines is the same on both.
+        let is_other = match self.runs.iter().find_map(|run| run.end_of(then)) {
+            Some(end_txid) => then != self.line && end_txid == plan.position.txid,
+            None => self.is_newest_line(),
+        };
+        if !is_other {
+            return Ok(None);
+        }
+        let other = Planner::new(self.store, self.history, Some(then)).await;
+        let chosen = match other {
+            Ok(other) => other.chosen(Target::Time(asked_ms)).await,
+            Err(error) => Err(error),
+        };
+        match chosen {
+            Ok((_, other)) if other.position != plan.position => Ok(Some(format!(
+                "at that time the database was on the line of epoch {then}, which was left since: --epoch {then} gives what it \
+                 held, {}",
+                other.position
+            ))),
+            Err(RestoreError::Store(error)) => Err(error.into()),
+            Ok(_) | Err(_) => Ok(None),
+        }
     }
 
     /// Why a newer run did not serve.
@@ -400,7 +575,7 @@ impl Planner<'_> {
 
     async fn out_of_range(&self, target: Target) -> Result<RestoreError, RestoreError> {
         let asked = match target {
-            Target::Latest => return Ok(RestoreError::NothingYet { location: self.location.to_owned() }),
+            Target::Latest => "the newest state".to_owned(),
             Target::BeforeSchemaChange => "a state before a change of the schema".to_owned(),
             Target::Time(asked_ms) => format!("the time {}", format_time(asked_ms)),
             Target::Txid(txid) => format!("transaction {txid}"),
@@ -409,11 +584,49 @@ impl Planner<'_> {
         for run in self.runs.iter().rev() {
             ranges.extend(self.ranges(run).await?);
         }
-        let location = self.location.to_owned();
         if ranges.is_empty() {
-            return Ok(RestoreError::NothingYet { location });
+            return self.nothing().await;
         }
-        Ok(RestoreError::OutOfRange { location, asked, range: ranges.join("; ") })
+        Ok(RestoreError::OutOfRange { location: self.location.to_owned(), asked, range: ranges.join("; ") })
+    }
+
+    /// Why nothing can be restored: the first snapshot is not there yet, or all were lost.
+    async fn nothing(&self) -> Result<RestoreError, RestoreError> {
+        // Those of a line that was left are let go.
+        let proof = if self.is_newest_line() { self.proof_of_snapshots().await? } else { None };
+        Ok(match proof {
+            Some(proof) => {
+                let what = format!("every snapshot that a restore could begin with is missing, though {proof}");
+                RestoreError::damaged(self.location, &SNAPSHOTS_PREFIX, &what)
+            }
+            None => RestoreError::NothingYet { location: self.location.to_owned() },
+        })
+    }
+
+    /// What proves that there was a snapshot. No clock is asked: what is restored somewhere else may be old.
+    async fn proof_of_snapshots(&self) -> Result<Option<String>, RestoreError> {
+        for run in &self.runs {
+            let epoch = run.first_epoch();
+            if run.had_snapshot() {
+                return Ok(Some(format!("what epoch {epoch} began with was let go, and one stays where that is done")));
+            }
+            if self.was_read_whole(run).await? {
+                return Ok(Some(format!(
+                    "the first one was read whole more than an hour before the last transaction since epoch {epoch} began"
+                )));
+            }
+        }
+        Ok(None)
+    }
+
+    /// Whether the first snapshot of a run was read whole long before its last transaction: from then on fingerprints are known.
+    async fn was_read_whole(&self, run: &Run<'_>) -> Result<bool, RestoreError> {
+        let last_ms = run.segments.last().map_or(0, |planned| planned.stored.key.0.time_ms);
+        let Some(long_before_ms) = last_ms.checked_sub(FIRST_SNAPSHOT_WITHIN_MS + 1) else { return Ok(false) };
+        let Some(txid) = self.last_transaction_at(run, long_before_ms).await? else { return Ok(false) };
+        let Some(planned) = run.segment_of(txid) else { return Ok(false) };
+        let transactions = self.table(&planned.stored).await?;
+        Ok(transactions.iter().any(|transaction| transaction.txid <= txid && transaction.info.fingerprint.is_some()))
     }
 
     /// What of a run can be restored, in words: from a snapshot on up to the next gap, and again from a snapshot behind it.
@@ -440,5 +653,22 @@ impl Planner<'_> {
         };
         let (from, to) = (format_time(first.time_ms), format_time(last_ms));
         Ok(format!("transactions {} to {last_txid} ({from} to {to})", first.last_txid))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_change_of_the_schema_is_found_by_what_was_before_it() {
+        let step = |txid, cookie, is_changed, behind| SchemaState { txid, cookie, is_changed }.step(9, behind);
+        assert_eq!(step(9, 5, false, None), SchemaWalk::GoesOn, "the newest state");
+        assert_eq!(step(8, 5, false, None), SchemaWalk::Unknown, "not the newest one");
+        assert_eq!(step(9, 5, true, None), SchemaWalk::Found(8));
+        assert_eq!(step(7, 5, false, Some(5)), SchemaWalk::GoesOn);
+        assert_eq!(step(7, 5, true, Some(5)), SchemaWalk::Found(6));
+        assert_eq!(step(7, 4, true, Some(5)), SchemaWalk::Unknown, "changed again, among those that are missing");
+        assert_eq!(step(9, 4, true, Some(5)), SchemaWalk::Found(9), "changed again, unseen, before the next run");
     }
 }

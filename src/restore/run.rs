@@ -45,6 +45,8 @@ pub(crate) struct Run<'a> {
     pub(crate) snapshots: Vec<PlannedSnapshot>,
     /// For each epoch, the last transaction of it that counts.
     epochs: Vec<(&'a Epoch, u64)>,
+    /// The first of those that were lost at its end.
+    lost_from_txid: Option<u64>,
 }
 
 impl<'a> Run<'a> {
@@ -58,6 +60,7 @@ impl<'a> Run<'a> {
             missing: Vec::new(),
             snapshots: Vec::new(),
             epochs: Vec::new(),
+            lost_from_txid: None,
         };
         for &(epoch, cap) in epochs {
             run.extend(epoch, cap);
@@ -97,6 +100,29 @@ impl<'a> Run<'a> {
         }
     }
 
+    /// The newest snapshot of the epoch that the run ends with.
+    pub(crate) fn newest_of_last_epoch(&self) -> Option<Stored<SnapshotKey>> {
+        let number = self.epochs.last()?.0.record.epoch;
+        self.snapshots.first().map(|planned| planned.stored).filter(|stored| stored.key.epoch == number)
+    }
+
+    /// A transaction was confirmed in the epoch that the run ends with. What no segment holds up to it was lost: nothing that comes
+    /// behind the last segment is ever let go.
+    pub(crate) fn extend_to(&mut self, confirmed_txid: u64) {
+        if confirmed_txid <= self.last_txid {
+            return;
+        }
+        let first_txid = self.last_txid + 1;
+        self.missing.push(Missing { first_txid, last_txid: confirmed_txid });
+        (self.last_txid, self.lost_from_txid) = (confirmed_txid, Some(first_txid));
+        let Some((epoch, last_txid)) = self.epochs.last_mut() else { return };
+        *last_txid = confirmed_txid;
+        let number = epoch.record.epoch;
+        for planned in self.snapshots.iter_mut().filter(|planned| planned.stored.key.epoch == number) {
+            planned.last_txid = confirmed_txid;
+        }
+    }
+
     /// The first transactions after `after_txid` and up to `last_txid` that no segment holds.
     pub(crate) fn missing_between(&self, after_txid: u64, last_txid: u64) -> Option<Missing> {
         self.missing.iter().find(|gap| gap.last_txid > after_txid && gap.first_txid <= last_txid).copied()
@@ -111,6 +137,9 @@ impl<'a> Run<'a> {
                 last_txid = next.last_txid;
             }
         }
+        if self.lost_from_txid.is_some_and(|lost_from_txid| lost_from_txid <= last_txid) {
+            return false;
+        }
         let behind = self.segment_of(last_txid + 1).map_or(last_txid, |planned| planned.last_txid);
         let is_between = |txid: u64| gap.first_txid <= txid && txid <= behind;
         last_txid == self.last_txid || self.snapshots.iter().any(|planned| is_between(planned.stored.key.txid))
@@ -118,8 +147,23 @@ impl<'a> Run<'a> {
 
     /// Whether the run's first transactions are not there: they were let go.
     pub(crate) fn has_lost_beginning(&self) -> bool {
-        let is_part = self.epochs.first().is_some_and(|(epoch, _)| epoch.record.continues);
-        is_part || self.missing.first().is_some_and(|gap| gap.first_txid == self.first_txid + 1)
+        self.is_part() || self.has_lost_first()
+    }
+
+    /// Whether what is not there was let go, which is done only behind a snapshot. An epoch whose parent had nothing but the state
+    /// that it was found with may have lost that one's record without any.
+    pub(crate) fn had_snapshot(&self) -> bool {
+        self.has_lost_first() || (self.is_part() && self.first_txid > 1)
+    }
+
+    /// Whether the record of the epoch that it began with is gone.
+    fn is_part(&self) -> bool {
+        self.epochs.first().is_some_and(|(epoch, _)| epoch.record.continues)
+    }
+
+    /// Whether the first transaction of those that could be there is missing.
+    fn has_lost_first(&self) -> bool {
+        self.missing.first().is_some_and(|gap| gap.first_txid == self.first_txid + 1)
     }
 
     /// When the run began, in milliseconds since 1970.
@@ -146,6 +190,12 @@ impl<'a> Run<'a> {
     pub(crate) fn epoch_of(&self, txid: u64) -> u32 {
         let holds = |(_, last_txid): &&(&Epoch, u64)| txid <= *last_txid;
         self.epochs.iter().find(holds).or(self.epochs.last()).map_or(0, |(epoch, _)| epoch.record.epoch)
+    }
+
+    /// The last transaction of an epoch of this run that counts.
+    pub(crate) fn end_of(&self, number: u32) -> Option<u64> {
+        let found = self.epochs.iter().find(|(epoch, _)| epoch.record.epoch == number);
+        found.map(|(_, last_txid)| *last_txid)
     }
 
     /// The epoch that the run began with.
@@ -223,12 +273,50 @@ mod tests {
     }
 
     #[test]
+    fn what_was_confirmed_behind_the_last_segment_was_lost() {
+        let snapshot =
+            |epoch, txid| Stored { key: SnapshotKey { epoch, txid, time_ms: txid }, len_bytes: 0, stored_ms: 0 };
+        let mut first = epoch(1, None, false, &[(2, 3)]);
+        first.snapshots = vec![snapshot(1, 1)];
+        let mut second = epoch(2, Some(Position { epoch: 1, txid: 3 }), true, &[(4, 5)]);
+        second.snapshots = vec![snapshot(2, 3), snapshot(2, 7)];
+        let mut run = runs(&[(&second, None), (&first, Some(3))]).remove(0);
+        assert_eq!(run.newest_of_last_epoch(), Some(snapshot(2, 7)));
+        for known_txid in [3, 5] {
+            run.extend_to(known_txid);
+            assert_eq!((run.last_txid, gaps(&run)), (5, vec![]));
+        }
+        run.extend_to(7);
+        assert_eq!((run.last_txid, gaps(&run), run.epoch_of(7)), (7, vec![(6, 7)], 2));
+        let caps: Vec<u64> = run.snapshots.iter().map(|planned| planned.last_txid).collect();
+        assert_eq!(caps, [7, 7, 3]);
+        // A snapshot was begun in it, and the run ends with it: that excuses what retention leaves, and not this.
+        assert!(!run.is_let_go(run.missing[0]));
+        let none = epoch(3, Some(Position { epoch: 2, txid: 5 }), true, &[]);
+        assert_eq!(runs(&[(&none, None), (&second, Some(5)), (&first, Some(3))])[0].newest_of_last_epoch(), None);
+    }
+
+    #[test]
+    fn what_was_let_go_proves_a_snapshot() {
+        let had_snapshot = |parent: Option<u64>, segments: &[(u64, u64)]| {
+            let parent = parent.map(|txid| Position { epoch: 1, txid });
+            let last = epoch(2, parent, parent.is_some(), segments);
+            runs(&[(&last, None)])[0].had_snapshot()
+        };
+        assert!(!had_snapshot(None, &[]) && !had_snapshot(None, &[(2, 3), (5, 6)]));
+        assert!(had_snapshot(None, &[(3, 4)]), "the first transactions");
+        assert!(had_snapshot(Some(7), &[(8, 9)]), "the epoch that it continues");
+        assert!(!had_snapshot(Some(1), &[(2, 3)]), "which had nothing");
+    }
+
+    #[test]
     fn a_fork_leaves_the_rest_of_a_segment_out() {
         let first = epoch(1, None, false, &[(2, 5), (6, 10), (11, 20)]);
         let second = epoch(2, Some(Position { epoch: 1, txid: 8 }), true, &[(9, 15)]);
         let run = &runs(&[(&second, None), (&first, Some(8))])[0];
         assert_eq!(taken(run), [(1, 2, 5), (1, 6, 8), (2, 9, 15)]);
         assert_eq!((run.epoch_of(8), run.epoch_of(9)), (1, 2));
+        assert_eq!((run.end_of(1), run.end_of(2), run.end_of(3)), (Some(8), Some(15), None));
         assert_eq!(run.segment_of(9).unwrap().stored.key.0.epoch, 2);
         let needed: Vec<u64> = run.segments_between(5, 7).iter().map(|planned| planned.last_txid).collect();
         assert_eq!(needed, [7]);

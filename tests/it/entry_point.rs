@@ -4,6 +4,7 @@ use std::net::TcpListener;
 use std::path::Path;
 use std::process::{Command, Output, Stdio};
 
+use crate::support::oracle::Oracle;
 use crate::support::s3::S3Server;
 use crate::support::scene::{COUNTER, Scene, now_ms};
 use crate::support::{content, count_up, create_database, number, open, run, stderr, wait_for, waltrail};
@@ -128,6 +129,59 @@ fn a_failed_restore_starts_nothing() {
     std::fs::write(&snapshot, bytes).unwrap();
     assert_eq!(run_in(&scene, &["touch", started.to_str().unwrap()]).status.code(), Some(0));
     assert!(started.exists());
+}
+
+/// A replica that has lost its snapshots is not one that has none yet.
+#[tokio::test]
+async fn lost_snapshots_start_nothing() {
+    let scene = Scene::new();
+    let mut oracle = Oracle::new(4096, 3).await;
+    oracle.begin_with_snapshot(None, 0).await;
+    oracle.commit_and_cut(2).await;
+    oracle.pass_time(2 * 3_600_000);
+    oracle.commit_and_cut(2).await;
+    for object in oracle.store.list("", None).await.unwrap() {
+        if object.key.starts_with("snap/") {
+            continue;
+        }
+        let path = scene.path("replica").join(&object.key);
+        std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+        std::fs::write(path, oracle.store.get(&object.key, object.len_bytes).await.unwrap()).unwrap();
+    }
+    let started = scene.path("started");
+    let done = run_in(&scene, &["touch", started.to_str().unwrap()]);
+    assert_eq!(done.status.code(), Some(13), "{}", stderr(&done));
+    assert!(stderr(&done).contains("every snapshot") && stderr(&done).contains("versions"), "{}", stderr(&done));
+    assert!(!started.exists() && !scene.database().exists());
+    let (replica, output) = (scene.replica(), scene.path("out.db").display().to_string());
+    let done = run(["restore", &replica, "--if-replica-exists", "--output", &output]);
+    assert_eq!(done.status.code(), Some(13), "{}", stderr(&done));
+}
+
+/// The local state was lost, and the first snapshot of the epoch that began then, too: what is restored is older than what was
+/// confirmed, and the application begins with it.
+#[test]
+fn an_older_state_is_not_restored_without_a_word() {
+    let scene = Scene::new();
+    let application = create_database(&scene.database(), 300, "");
+    for n in 1..=2 {
+        let daemon = scene.start();
+        count_up(&application);
+        scene.wait_for(n);
+        assert_eq!(daemon.terminate(), Some(0), "{}", scene.log());
+        std::fs::remove_dir_all(scene.path(".app.db-waltrail")).unwrap();
+    }
+    drop(application);
+    for file in ["app.db", "app.db-wal", "app.db-shm"] {
+        std::fs::remove_file(scene.path(file)).ok();
+    }
+    std::fs::remove_dir_all(scene.path("replica/snap/00000002")).unwrap();
+    let done = run_in(&scene, &["sh", "-c", &sql(&scene.database(), "SELECT n FROM counter")]);
+    assert_eq!(done.status.code(), Some(0), "{}", stderr(&done));
+    assert_eq!(String::from_utf8_lossy(&done.stdout).trim(), "1", "the last state of the first epoch");
+    let says = "epoch 2 began with a database that had changed unseen";
+    let is_said = |line: &str| line.contains("ERROR") && line.contains(says);
+    assert!(stderr(&done).lines().any(is_said), "{}", stderr(&done));
 }
 
 #[test]

@@ -30,6 +30,7 @@ mod replicate;
 mod rest;
 mod restore;
 mod retain;
+mod schema_changes;
 mod sequences;
 mod starts;
 mod store;

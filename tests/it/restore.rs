@@ -125,6 +125,69 @@ async fn a_note_is_given_only_where_it_is_true() {
     assert!(plan.position == *middle && !unseen(&plan), "{:?}", plan.notes);
 }
 
+/// A restore has left a line: what was the state on it at a time is not what the new line tells of that time.
+#[tokio::test]
+async fn what_a_restore_has_left_is_said() {
+    const MINUTE_MS: u64 = 60_000;
+    let mut oracle = Oracle::new(512, 30).await;
+    oracle.begin_with_snapshot(None, 0).await;
+    let mut times_ms = vec![oracle.now_ms()];
+    for _ in 0..4 {
+        oracle.pass_time(MINUTE_MS);
+        oracle.commit_and_cut(1).await;
+        times_ms.push(oracle.now_ms());
+    }
+    let (middle, end) = (Position { epoch: 1, txid: 2 }, oracle.position());
+    oracle.pass_time(MINUTE_MS);
+    oracle.begin(Some(middle), true).await;
+    let forked_ms = oracle.now_ms();
+    oracle.pass_time(MINUTE_MS);
+    oracle.commit_and_cut(1).await;
+    let is_said = |plan: &Plan, epoch: u32, held: Position| {
+        let words = format!("line of epoch {epoch}, which was left since: --epoch {epoch} gives what it held, {held}");
+        plan.notes.iter().any(|note| note.contains(&words))
+    };
+    let is_left = |plan: &Plan| plan.notes.iter().any(|note| note.contains("which was left"));
+    for asked_ms in [times_ms[2], times_ms[4], forked_ms - 1] {
+        let (plan, _) = restore(&oracle.store, Target::Time(asked_ms), None).await.unwrap();
+        let (there, bytes) = restore(&oracle.store, Target::Time(asked_ms), Some(1)).await.unwrap();
+        assert_eq!(plan.position, middle, "{asked_ms}");
+        assert!(is_said(&plan, 1, there.position), "{asked_ms}: {:?}", plan.notes);
+        assert!(!is_left(&there) && bytes == oracle.states[&there.position].bytes(), "{:?}", there.notes);
+    }
+    assert_eq!(restore(&oracle.store, Target::Time(forked_ms - 1), Some(1)).await.unwrap().0.position, end);
+    // Before what was undone, and since the fork, there was no other state.
+    for asked_ms in [times_ms[0], times_ms[1], times_ms[2] - 1, forked_ms, oracle.now_ms()] {
+        let (plan, _) = restore(&oracle.store, Target::Time(asked_ms), None).await.unwrap();
+        assert!(!is_left(&plan), "{asked_ms}: {:?}", plan.notes);
+    }
+    // Another one goes back to where the first line ended: then the second one is off the line.
+    let second = oracle.position();
+    oracle.pass_time(MINUTE_MS);
+    oracle.begin(Some(end), true).await;
+    let (plan, _) = restore(&oracle.store, Target::Time(oracle.now_ms() - 1), None).await.unwrap();
+    assert_eq!(plan.position, end);
+    assert!(is_said(&plan, 2, second), "{:?}", plan.notes);
+}
+
+/// Starts that go on from where the one before ended leave nothing.
+#[tokio::test]
+async fn where_nothing_was_left_nothing_is_said() {
+    let mut oracle = Oracle::new(512, 31).await;
+    oracle.begin_with_snapshot(None, 0).await;
+    for _ in 0..3 {
+        oracle.pass_time(1000);
+        oracle.commit_and_cut(2).await;
+        oracle.begin(Some(oracle.position()), true).await;
+    }
+    for state in oracle.states.values() {
+        for asked_ms in [state.time_ms, state.time_ms + 1] {
+            let (plan, _) = restore(&oracle.store, Target::Time(asked_ms), None).await.unwrap();
+            assert!(!plan.notes.iter().any(|note| note.contains("left")), "{:?}", plan.notes);
+        }
+    }
+}
+
 #[tokio::test]
 async fn a_gap_is_named_and_never_stepped_over() {
     let mut oracle = Oracle::new(512, 9).await;
@@ -166,6 +229,104 @@ async fn a_gap_is_named_and_never_stepped_over() {
     assert_eq!(plan.position, oracle.position());
     assert!(bytes == oracle.states[&plan.position].bytes());
     is_the_gap(restore(&oracle.store, Target::Txid(first_again - 1), None).await.unwrap_err());
+}
+
+/// A snapshot is there only when all that it has seen is confirmed: if the last segments are not there, they were lost, and an older
+/// state is not the newest one.
+#[tokio::test]
+async fn a_newest_state_that_a_snapshot_holds_alone() {
+    let mut oracle = Oracle::new(512, 27).await;
+    oracle.begin_with_snapshot(None, 0).await;
+    oracle.pass_time(1000);
+    oracle.commit_and_cut(2).await;
+    let known = oracle.position();
+    oracle.pass_time(1000);
+    let lost = oracle.commit_and_cut(3).await;
+    let newest = oracle.position();
+    oracle.snapshot(newest.txid, newest.txid).await;
+    oracle.store.delete(&lost.to_string()).await.unwrap();
+    let known_ms = oracle.states[&known].time_ms;
+    let newest_ms = oracle.states[&newest].time_ms;
+    for target in [Target::Latest, Target::Txid(newest.txid), Target::Time(newest_ms), Target::Time(newest_ms + 9)] {
+        let (plan, bytes) = restore(&oracle.store, target, None).await.unwrap();
+        assert!(plan.position == newest && plan.segments.is_empty(), "{target:?}: {plan}");
+        assert!(bytes == oracle.states[&newest].bytes(), "{target:?}");
+    }
+    // What was before those that are lost is there as before; they themselves, and the moments that may have been theirs, are not.
+    for (&position, state) in oracle.states.iter().filter(|(position, _)| position.txid <= known.txid) {
+        let (plan, bytes) = restore(&oracle.store, Target::Txid(position.txid), None).await.unwrap();
+        assert!(plan.position == position && bytes == state.bytes());
+    }
+    let first_ms = oracle.states[&Position { epoch: 1, txid: 1 }].time_ms;
+    let (plan, _) = restore(&oracle.store, Target::Time(first_ms), None).await.unwrap();
+    assert!(plan.time_ms == first_ms, "{plan}");
+    for target in [Target::Txid(lost.0.first_txid), Target::Time(known_ms + 500)] {
+        let error = restore(&oracle.store, target, None).await.unwrap_err();
+        let newest_before = |error: &RestoreError| match *error {
+            RestoreError::Gap { first_missing, newest, .. } if first_missing == lost.0.first_txid => newest,
+            _ => None,
+        };
+        assert_eq!(newest_before(&error), Some(known.txid), "{target:?}: {error}");
+    }
+    // The next epoch goes on from it.
+    oracle.begin(Some(newest), true).await;
+    oracle.commit_and_cut(2).await;
+    let (plan, bytes) = restore(&oracle.store, Target::Latest, None).await.unwrap();
+    assert!(plan.position == oracle.position() && bytes == oracle.states[&plan.position].bytes());
+}
+
+/// The same where a single transaction is lost: up to the very moment of it the one before was the state.
+#[tokio::test]
+async fn a_last_transaction_that_a_snapshot_holds_alone() {
+    let mut oracle = Oracle::new(512, 28).await;
+    oracle.begin_with_snapshot(None, 0).await;
+    oracle.commit_and_cut(4).await;
+    let known = oracle.position();
+    oracle.pass_time(1000);
+    let lost = oracle.commit_and_cut(1).await;
+    let newest = oracle.position();
+    oracle.snapshot(newest.txid, newest.txid).await;
+    oracle.store.delete(&lost.to_string()).await.unwrap();
+    let newest_ms = oracle.states[&newest].time_ms;
+    for (asked_ms, expected) in [(newest_ms - 1, known), (newest_ms, newest)] {
+        let (plan, bytes) = restore(&oracle.store, Target::Time(asked_ms), None).await.unwrap();
+        assert!(plan.position == expected && bytes == oracle.states[&expected].bytes(), "{asked_ms}: {plan}");
+    }
+}
+
+/// One that was read while transactions came needs them: without them there is no newest state, and no older one is taken for it.
+#[tokio::test]
+async fn a_snapshot_that_needs_what_is_lost_is_a_gap() {
+    for is_first in [false, true] {
+        let mut oracle = Oracle::new(512, 29).await;
+        oracle.begin_with_snapshot(None, 0).await;
+        oracle.commit_and_cut(2).await;
+        let known = oracle.position();
+        let newest_known = if is_first {
+            oracle.begin(Some(known), false).await;
+            None
+        } else {
+            Some(known.txid)
+        };
+        let begun = oracle.position().txid;
+        let lost = oracle.commit_and_cut(3).await;
+        oracle.snapshot(begun, oracle.position().txid).await;
+        oracle.store.delete(&lost.to_string()).await.unwrap();
+        let far_ms = oracle.now_ms() + 1000;
+        for target in [Target::Latest, Target::Txid(lost.0.last_txid), Target::Time(far_ms)] {
+            match restore(&oracle.store, target, None).await.unwrap_err() {
+                RestoreError::Gap { first_missing, last_missing, newest, .. } => {
+                    assert_eq!((first_missing, last_missing), (lost.0.first_txid, lost.0.last_txid), "{target:?}");
+                    assert_eq!(newest, newest_known, "{target:?}");
+                }
+                // Which moments were those of what is lost nobody knows where nothing of the epoch is left.
+                RestoreError::OutOfRange { .. } if is_first && matches!(target, Target::Time(_)) => {}
+                error => panic!("{target:?}: {error}"),
+            }
+        }
+        let (plan, bytes) = restore(&oracle.store, Target::Txid(known.txid), None).await.unwrap();
+        assert!(plan.position == known && bytes == oracle.states[&known].bytes());
+    }
 }
 
 #[tokio::test]
@@ -310,6 +471,69 @@ async fn what_is_not_a_replica() {
     }
     let error = restore(&empty.store, Target::Latest, Some(2)).await.unwrap_err();
     assert!(matches!(error, RestoreError::NoSuchEpoch { epoch: 2, .. }), "{error}");
+}
+
+async fn lose_snapshots(oracle: &Oracle) {
+    for snapshot in oracle.store.list("snap/", None).await.unwrap() {
+        oracle.store.delete(&snapshot.key).await.unwrap();
+    }
+}
+
+/// A place whose first snapshot is not there yet may begin with nothing; one that has lost all that it had may not.
+#[tokio::test]
+async fn a_replica_that_lost_its_snapshots_is_no_new_one() {
+    const HOUR_MS: u64 = 3_600_000;
+    let targets = [Target::Latest, Target::Txid(1), Target::Txid(99), Target::Time(u64::MAX)];
+    // The first one is read for long, and then just was read.
+    let mut oracle = Oracle::new(512, 24).await;
+    oracle.begin(None, false).await;
+    oracle.knows_fingerprints = false;
+    oracle.commit_and_cut(2).await;
+    oracle.pass_time(5 * HOUR_MS);
+    oracle.commit_and_cut(2).await;
+    oracle.knows_fingerprints = true;
+    oracle.commit_and_cut(2).await;
+    oracle.pass_time(HOUR_MS / 2);
+    oracle.commit_and_cut(1).await;
+    for target in targets {
+        let error = restore(&oracle.store, target, None).await.unwrap_err();
+        assert!(matches!(error, RestoreError::NothingYet { .. }), "{target:?}: {error}");
+    }
+    // For so long nobody needs to store what was read.
+    oracle.pass_time(HOUR_MS);
+    oracle.commit_and_cut(1).await;
+    for target in targets {
+        let error = restore(&oracle.store, target, None).await.unwrap_err();
+        let is_told = matches!(&error, RestoreError::Damaged { object, .. } if object == "snap/");
+        assert!(is_told && error.to_string().contains("read whole more than an hour"), "{target:?}: {error}");
+    }
+    // Where something was let go there was one, however young the rest is.
+    let mut oracle = Oracle::new(512, 25).await;
+    oracle.begin_with_snapshot(None, 0).await;
+    let first = oracle.commit_and_cut(2).await;
+    oracle.snapshot(oracle.position().txid, oracle.position().txid).await;
+    oracle.commit_and_cut(2).await;
+    oracle.store.delete(&first.to_string()).await.unwrap();
+    assert!(restore(&oracle.store, Target::Latest, None).await.is_ok());
+    lose_snapshots(&oracle).await;
+    for target in targets {
+        let error = restore(&oracle.store, target, None).await.unwrap_err();
+        let is_told = matches!(&error, RestoreError::Damaged { object, .. } if object == "snap/");
+        assert!(is_told && error.to_string().contains("let go"), "{target:?}: {error}");
+    }
+}
+
+/// What only a prune would excuse is no excuse for the newest state: nobody begins with nothing because of it.
+#[tokio::test]
+async fn the_end_of_the_newest_line_is_never_let_go() {
+    let mut oracle = Oracle::new(512, 26).await;
+    oracle.begin_with_snapshot(None, 0).await;
+    oracle.commit_and_cut(2).await;
+    let lost = oracle.commit_and_cut(2).await;
+    oracle.begin(Some(oracle.position()), true).await;
+    oracle.store.delete(&lost.to_string()).await.unwrap();
+    let error = restore(&oracle.store, Target::Latest, None).await.unwrap_err();
+    assert!(matches!(error, RestoreError::Gap { first_missing: 4, last_missing: 5, newest: Some(3), .. }), "{error}");
 }
 
 #[tokio::test]
