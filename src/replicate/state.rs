@@ -93,6 +93,9 @@ impl Drop for StateDirectory {
     }
 }
 
+/// A saved state, and the ledger's overlay: hashes of pages by number.
+pub type Saved = (LocalState, BTreeMap<u32, u64>);
+
 /// Why a state directory can't be used.
 #[derive(Debug, thiserror::Error)]
 pub enum StateDirectoryError {
@@ -181,7 +184,7 @@ impl StateDirectory {
     ///
     /// # Errors
     /// [`StateDirectoryError::Io`] when the file can't be read: that says nothing of what is in it.
-    pub fn load(&self) -> Result<Option<(LocalState, BTreeMap<u32, u64>)>, StateDirectoryError> {
+    pub fn load(&self) -> Result<Option<Saved>, StateDirectoryError> {
         let path = self.state_path();
         let failed = |source| StateDirectoryError::Io { path: path.clone(), source };
         let file = match File::open(&path) {
@@ -239,7 +242,7 @@ fn encode(state: &LocalState, overlay: &BTreeMap<u32, u64>) -> io::Result<Vec<u8
     Ok(bytes)
 }
 
-fn decode(bytes: &[u8]) -> Option<(LocalState, BTreeMap<u32, u64>)> {
+fn decode(bytes: &[u8]) -> Option<Saved> {
     let (content, crc32) = bytes.split_last_chunk::<4>()?;
     if crc32fast::hash(content) != u32::from_le_bytes(*crc32) {
         return None;
