@@ -19,6 +19,7 @@ use super::report::{Reporter, RestoreOutput};
 use super::tell::tell;
 use super::{PATHS_SHOWN, environment_database, open_patiently, stored};
 use crate::clock::format_time;
+use crate::config::fleet::FleetConfig;
 use crate::config::units::parse_duration;
 use crate::config::{Config, DatabaseConfig};
 use crate::daemon;
@@ -230,12 +231,26 @@ async fn restore_missing(config: &Config, limit: Option<Duration>) -> Result<(),
 
 async fn restore_all(config: &Config) -> Result<(), Failure> {
     let missing = missing(config).await?;
+    // Were it cut off, the next start would find a fleet that is there in part.
+    for fleet in &config.fleets {
+        if missing.keys().any(|path| fleet.database_at(path).is_some()) {
+            fleet.begin_restore().map_err(unfinished_failure(fleet))?;
+        }
+    }
     let mut restoring =
         stream::iter(missing.values().map(|replicas| restore(replicas))).buffer_unordered(RESTORES_AT_A_TIME);
     while let Some(restored) = restoring.next().await {
         restored?;
     }
+    for fleet in &config.fleets {
+        fleet.end_restore().map_err(unfinished_failure(fleet))?;
+    }
     Ok(())
+}
+
+fn unfinished_failure(fleet: &FleetConfig) -> impl FnOnce(io::Error) -> Failure {
+    let root = fleet.root.display().to_string();
+    move |error| Failure::other(format!("that a restore begins, or ends, can't be noted in {root}: {error}"))
 }
 
 /// What is not there, as the configuration calls it. Of a fleet a part may have been restored.
@@ -247,8 +262,9 @@ fn names_of_missing(config: &Config) -> String {
     names.join(", ")
 }
 
-/// The databases to restore before the command begins: those that have a name and are not there; and all of a fleet of which nothing
-/// is there. Of another one those that are missing were deleted by somebody who had his reasons.
+/// The databases to restore before the command begins: those that have a name and are not there; and of a fleet, if nothing of it is
+/// there or an earlier restore of it was cut off, all that are not. Of another one those that are missing were deleted by somebody who
+/// had his reasons.
 async fn missing(config: &Config) -> Result<BTreeMap<PathBuf, Vec<DatabaseConfig>>, Failure> {
     let mut missing: BTreeMap<PathBuf, Vec<DatabaseConfig>> = BTreeMap::new();
     for database in &config.databases {
@@ -257,9 +273,16 @@ async fn missing(config: &Config) -> Result<BTreeMap<PathBuf, Vec<DatabaseConfig
         }
     }
     for fleet in &config.fleets {
-        if fleet.find(&HashSet::new()).databases.is_empty() {
-            tracing::info!("looking for backups in {}", fleet.template().replica);
-            for database in stored(fleet).await? {
+        let found = fleet.find(&HashSet::new());
+        if !found.databases.is_empty() && !fleet.is_being_restored() {
+            continue;
+        }
+        if let Some(trouble) = found.troubles.first() {
+            return Err(Failure::other(format!("whether databases are there can't be seen: {trouble}")));
+        }
+        tracing::info!("looking for backups in {}", fleet.template().replica);
+        for database in stored(fleet).await? {
+            if !is_there(&database.path)? {
                 missing.entry(database.path.clone()).or_default().push(database);
             }
         }

@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeSet, HashSet};
 use std::fs::File;
-use std::io::Read;
+use std::io::{self, Read};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
@@ -110,7 +110,7 @@ impl FleetConfig {
                     }
                 }
                 // What goes while it is looked at is no trouble, and a root that is not there yet is waited for.
-                Err(error) if error.io_error().is_some_and(|error| error.kind() == std::io::ErrorKind::NotFound) => {}
+                Err(error) if error.io_error().is_some_and(|error| error.kind() == io::ErrorKind::NotFound) => {}
                 Err(error) => found.troubles.push(error.to_string()),
             }
         }
@@ -118,6 +118,37 @@ impl FleetConfig {
             found.directories.extend(self.root.ancestors().find(|directory| directory.is_dir()).map(PathBuf::from));
         }
         found
+    }
+
+    /// Notes durably that the fleet is being restored, until [`FleetConfig::end_restore`]: what is missing then was not deleted.
+    ///
+    /// # Errors
+    /// As the operating system answers.
+    pub fn begin_restore(&self) -> io::Result<()> {
+        std::fs::create_dir_all(&self.root)?;
+        File::create(self.restore_note())?.sync_all()?;
+        File::open(&self.root)?.sync_all()
+    }
+
+    /// Whether a restore was begun that has not ended.
+    #[must_use]
+    pub fn is_being_restored(&self) -> bool {
+        self.restore_note().exists()
+    }
+
+    /// Every database of the fleet is in its place.
+    ///
+    /// # Errors
+    /// As the operating system answers.
+    pub fn end_restore(&self) -> io::Result<()> {
+        match std::fs::remove_file(self.restore_note()) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+            _ => Ok(()),
+        }
+    }
+
+    fn restore_note(&self) -> PathBuf {
+        self.root.join(".waltrail-restore-unfinished")
     }
 
     /// What is hidden is somebody's own business (our state directories, too); links lead to what has another name.

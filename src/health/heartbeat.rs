@@ -46,7 +46,8 @@ pub async fn beat(url: Uri, board: Arc<Board>, clock: Arc<dyn Clock>) {
     }
 }
 
-/// Under load there is always something that was committed just now.
+/// Under load there is always something that was committed just now. What fails again and again is followed for moments in between.
 fn is_well(status: &Status, now_ms: u64) -> bool {
-    status.phase == Phase::Following && status.snapshot_ms.is_some() && status.lag(now_ms) < INTERVAL
+    let is_steady = status.phase == Phase::Following && status.failing_for(now_ms).is_none();
+    is_steady && status.snapshot_ms.is_some() && status.lag(now_ms) < INTERVAL
 }

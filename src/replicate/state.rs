@@ -113,14 +113,17 @@ pub enum StateDirectoryError {
 }
 
 impl StateDirectory {
-    /// Makes the directory if it is not there, private to the user, and locks it.
+    /// Makes the directory if it is not there, private to the user, and locks it. A link on the way to it that is pointed elsewhere later
+    /// does not change which one it is.
     ///
     /// # Errors
     /// [`StateDirectoryError::Locked`] when another process works with it.
     pub fn open(path: &Path) -> Result<Self, StateDirectoryError> {
         let failed = |source| StateDirectoryError::Io { path: path.to_owned(), source };
+        // What has to be made on the way to it is the application's, too.
+        path.parent().map_or(Ok(()), fs::create_dir_all).map_err(failed)?;
         DirBuilder::new().recursive(true).mode(0o700).create(path.join("spool/kept")).map_err(failed)?;
-        let directory = Self { path: path.to_owned(), lock: Mutex::default() };
+        let directory = Self { path: fs::canonicalize(path).map_err(failed)?, lock: Mutex::default() };
         directory.take()?;
         // Who lets a database rest holds no lock, but goes on listening. It is asked with the lock held, so that of two who ask
         // only one can go on.

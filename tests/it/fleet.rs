@@ -7,6 +7,8 @@ use std::time::{Duration, Instant};
 
 use rusqlite::Connection;
 
+use waltrail::format::key::MARKER_KEY;
+
 use crate::health::{address, get};
 use crate::support::scene::Scene;
 use crate::support::{Daemon, content, count_up, create_database, run, stderr, wait_for};
@@ -356,6 +358,34 @@ fn a_fleet_that_is_lost_comes_back_from_what_is_stored() {
     for (name, expected) in names.iter().zip(&expected) {
         assert_eq!(&content(&fleet.path(name)), expected, "{name}");
     }
+}
+
+/// A container that is ended in the middle goes on at its next start: what is missing then was not deleted.
+#[test]
+fn a_fleets_restore_that_is_cut_off_goes_on() {
+    let (fleet, applications) = Fleet::new(&["a.db", "b.db"], "");
+    drop(applications);
+    let configuration = fleet.configuration.display().to_string();
+    let command = ["run", "--config", &configuration, "--", "true"];
+    assert!(run(command).status.success());
+    let expected = ["a.db", "b.db"].map(|name| content(&fleet.path(name)));
+    std::fs::remove_dir_all(fleet.path("")).unwrap();
+    let marker = fleet.scene.path("replica/b.db").join(MARKER_KEY);
+    let sound = std::fs::read(&marker).unwrap();
+    std::fs::write(&marker, b"damaged").unwrap();
+    assert_eq!(run(command).status.code(), Some(13));
+    // The first one was restored before that, or it was not.
+    let replica = fleet.scene.path("replica/a.db").display().to_string();
+    let first = fleet.path("a.db").display().to_string();
+    assert!(run(["restore", "--if-missing", &replica, "--output", &first]).status.success());
+    std::fs::write(&marker, sound).unwrap();
+    let done = run(command);
+    assert!(done.status.success(), "{}", stderr(&done));
+    assert_eq!(["a.db", "b.db"].map(|name| content(&fleet.path(name))), expected);
+    // From here on one that is missing was deleted.
+    std::fs::remove_file(fleet.path("b.db")).unwrap();
+    assert!(run(command).status.success());
+    assert!(!fleet.path("b.db").exists());
 }
 
 /// What the local search leaves out does not come in from storage, either.

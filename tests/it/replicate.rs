@@ -1,6 +1,5 @@
 //! The main job on live databases, with the built program.
 
-use std::os::unix::fs::PermissionsExt;
 use std::path::PathBuf;
 use std::process::Command;
 use std::time::Duration;
@@ -385,26 +384,6 @@ fn a_stop_while_a_backlog_is_shipped() {
         assert_eq!(daemon.terminate(), Some(0), "{}", scene.log());
         assert_eq!(number(&open(&scene.restored(&scene.replica(), &[])), COUNTER), 30 * round);
     }
-}
-
-/// The snapshot could not be begun, and the next try is half a minute away: a stop before that leaves something to restore from, or says
-/// that it does not.
-#[test]
-fn a_stop_before_the_first_snapshot_is_begun() {
-    let scene = Scene::new();
-    let _application = create_database(&scene.database(), 100, "");
-    let snapshots = scene.path("replica/snap");
-    let allow = |mode| std::fs::set_permissions(&snapshots, std::fs::Permissions::from_mode(mode)).unwrap();
-    std::fs::create_dir_all(&snapshots).unwrap();
-    allow(0);
-    let daemon = Daemon::start_bound_by_permissions(
-        &[scene.database().to_str().unwrap(), &scene.replica()],
-        &scene.path("daemon.log"),
-    );
-    wait_for("the failure", || scene.log().contains("could not be looked up").then_some(()));
-    allow(0o700);
-    assert_eq!(daemon.terminate(), Some(0), "{}", scene.log());
-    assert_eq!(scene.restored_content(&[]), content(&scene.database()));
 }
 
 #[test]

@@ -352,15 +352,20 @@ impl Machine {
     /// Lays the daemon to rest, if it is ready for that; the next turn wakes it. Between the two nobody watches the database.
     pub fn rest(&mut self) -> bool {
         self.turn();
-        for suffix in ["", "-wal"] {
+        // As if nobody had written for a while.
+        let while_ago = std::time::SystemTime::UNIX_EPOCH + Duration::from_secs(DATED_BACK_S);
+        let files = ["", "-wal"].map(|suffix| {
             let path = format!("{}{suffix}", self.database().display());
-            // As if nobody had written for a while.
             let file = std::fs::File::options().append(true).open(path).unwrap();
-            file.set_modified(std::time::SystemTime::UNIX_EPOCH + Duration::from_secs(DATED_BACK_S)).unwrap();
-        }
+            let modified = file.metadata().unwrap().modified().unwrap();
+            file.set_modified(while_ago).unwrap();
+            (file, modified)
+        });
         let Some(daemon) = &mut self.daemon else { return false };
         daemon.rested = daemon.following.as_mut().unwrap().rest().unwrap().map(Box::new);
         if daemon.rested.is_none() {
+            // Who goes on watching would see a file that was written over.
+            files.iter().for_each(|(file, modified)| file.set_modified(*modified).unwrap());
             return false;
         }
         daemon.following = None;
