@@ -3,6 +3,7 @@
 
 use std::fs::{self, File, Metadata};
 use std::io;
+use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt, fchown};
 use std::path::{Path, PathBuf};
 
@@ -137,11 +138,12 @@ impl Handover {
         if owner.uid == 0 {
             return Ok(());
         }
-        let spool = self.directory.spool_path();
-        let files = ["lock", "ledger", "state"].map(|name| self.directory.path().join(name));
-        let directories = [spool.join("kept"), spool];
-        let all = files.iter().chain(&directories).chain(self.made.iter().rev());
-        all.map(|path| give(path, owner)).fold(Ok(()), Result::and)
+        // Below a directory that is open: who owns it could put a link in a name's place meanwhile.
+        let directory = open_directory(self.directory.path())?;
+        let spool = open_directory(&below(&directory, "spool"))?;
+        let files = ["lock", "ledger", "state", "spool"].map(|name| below(&directory, name));
+        let all = files.into_iter().chain([below(&spool, "kept")]).chain(self.made.iter().rev().cloned());
+        all.map(|path| give(&path, owner)).fold(Ok(()), Result::and)
     }
 }
 
@@ -160,6 +162,15 @@ fn look_around(state_dir: &Path) -> io::Result<(Vec<PathBuf>, Owner)> {
         }
     }
     Err(io::ErrorKind::NotFound.into())
+}
+
+fn open_directory(path: &Path) -> io::Result<File> {
+    File::options().read(true).custom_flags(libc::O_NOFOLLOW | libc::O_DIRECTORY).open(path)
+}
+
+/// A name in a directory that is open, whatever is done to the path that it was opened by (proc(5)).
+fn below(directory: &File, name: &str) -> PathBuf {
+    Path::new("/proc/self/fd").join(directory.as_raw_fd().to_string()).join(name)
 }
 
 /// Gives a file or directory to `owner`, if it is there. Who may write to the directory around it could have put a link to some other file

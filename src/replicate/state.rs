@@ -13,7 +13,7 @@ use std::sync::Mutex;
 use serde::{Deserialize, Serialize};
 
 use super::snapshots::SnapshotNote;
-use super::{control, locked};
+use super::{control, locked, spool};
 use crate::format::Position;
 use crate::sqlite::follow::WalPosition;
 use crate::sqlite::live::FileIdentity;
@@ -140,7 +140,8 @@ impl StateDirectory {
     pub fn take(&self) -> Result<(), StateDirectoryError> {
         let failed = |source| StateDirectoryError::Io { path: self.path.clone(), source };
         let mut options = File::options();
-        let lock = options.write(true).create(true).truncate(false).mode(0o600).open(self.path.join("lock"));
+        options.write(true).create(true).truncate(false).mode(0o600).custom_flags(libc::O_NOFOLLOW);
+        let lock = options.open(self.path.join("lock"));
         let lock = lock.map_err(failed)?;
         match lock.try_lock() {
             Ok(()) => *locked(&self.lock) = Some(lock),
@@ -210,7 +211,9 @@ impl StateDirectory {
     /// As the operating system answers; what was saved before is still there.
     pub fn save(&self, state: &LocalState, overlay: &BTreeMap<u32, u64>, durably: bool) -> io::Result<()> {
         let incoming = self.path.join("state.new");
-        let mut file = File::options().write(true).create(true).truncate(true).mode(0o600).open(&incoming)?;
+        // Anew: what a crash has left may be another user's, and what somebody has put there may lead elsewhere.
+        spool::remove(&incoming)?;
+        let mut file = File::options().write(true).create_new(true).mode(0o600).open(&incoming)?;
         file.write_all(&encode(state, overlay)?)?;
         if durably {
             file.sync_all()?;

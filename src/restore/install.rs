@@ -4,7 +4,7 @@
 use std::fs::{self, File, Metadata, Permissions, TryLockError};
 use std::io;
 use std::os::fd::AsRawFd;
-use std::os::unix::fs::{MetadataExt, OpenOptionsExt, PermissionsExt, chown};
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt, PermissionsExt, fchown};
 use std::path::{Path, PathBuf};
 
 use rusqlite::{Connection, OpenFlags};
@@ -94,6 +94,8 @@ impl Incoming {
         let Self { file, target, manner } = self;
         let mut notes = Vec::new();
         let old = fs::metadata(&target).ok();
+        // Before anything is changed: who may not read the directory could not make the new name durable.
+        let directory = open_directory(&target)?;
         if let Some(old) = &old {
             if is_taken(old) && !manner.forces {
                 return Err(RestoreError::TargetExists(target));
@@ -107,17 +109,30 @@ impl Incoming {
         let aside = settle_old(&target, old.as_ref().is_some_and(|old| old.len() > 0))?;
         let kept = if manner.keeps_old && old.is_some() { keep_old(&target).map(Some) } else { Ok(None) };
         let replaced = kept.and_then(|kept| {
-            notes.extend(kept.map(|kept| format!("what was there is kept as {}", kept.display())));
-            replace(file, &target, manner.forces || old.is_some())
+            let replaced = replace(file, &target, manner.forces || old.is_some());
+            if let (Err(_), Some(kept)) = (&replaced, &kept) {
+                // A database with two names has two WALs, as soon as both are opened.
+                fs::remove_file(kept).ok();
+            }
+            replaced.map(|()| kept)
         });
-        if let Err(error) = replaced {
-            // The old database is still there, and it needs what stood beside it.
-            move_back(&aside)?;
-            return Err(error);
-        }
+        let kept = match replaced {
+            Ok(kept) => kept,
+            Err(error) => {
+                // The old database is still there, and it needs what stood beside it.
+                move_back(&aside)?;
+                return Err(error);
+            }
+        };
+        notes.extend(kept.map(|kept| format!("what was there is kept as {}", kept.display())));
         notes.extend(aside.iter().map(Aside::note));
-        // Only now: if this fails the new database is in its place, and what stood beside the old one must not come back.
-        sync_directory(&target)?;
+        // The new database is in its place: that is not undone.
+        if let Err(error) = directory.sync_all() {
+            let (shown, target) = (directory_of(&target).display(), target.display());
+            notes.push(format!(
+                "{shown} could not be synced ({error}): after a power failure {target} may be what it was"
+            ));
+        }
         Ok(notes)
     }
 }
@@ -170,9 +185,22 @@ fn make_partial(target: &Path, mode: u32) -> io::Result<NamedTempFile> {
         .tempfile_in(directory_of(target))
 }
 
-/// Opens what an earlier attempt left, or makes it; for this process alone.
+/// Opens what an earlier attempt left, or makes it; for this process alone. What another user left, and what is a link or has a second
+/// name, which somebody may have made who wants a file of another one written over, is not gone on from.
 fn open_partial(path: &Path, mode: u32) -> io::Result<NamedTempFile> {
-    let file = File::options().read(true).write(true).create(true).truncate(false).mode(mode).open(path)?;
+    let open = || {
+        let mut options = File::options();
+        options.read(true).write(true).create(true).truncate(false).mode(mode).custom_flags(libc::O_NOFOLLOW).open(path)
+    };
+    let is_plain = |found: &Metadata| found.is_file() && found.nlink() == 1;
+    let file = match open() {
+        Ok(file) if is_plain(&file.metadata()?) => file,
+        Ok(_) | Err(_) if fs::symlink_metadata(path).is_ok_and(|found| !found.is_dir()) => {
+            fs::remove_file(path)?;
+            open()?
+        }
+        opened => opened?,
+    };
     file.try_lock().map_err(|error| match error {
         TryLockError::WouldBlock => {
             io::Error::new(io::ErrorKind::ResourceBusy, format!("another restore writes to {}", path.display()))
@@ -196,8 +224,9 @@ fn keep_old(target: &Path) -> Result<PathBuf, RestoreError> {
 /// Gives the file the mode and owner of what it replaces.
 fn take_over_rights(file: &NamedTempFile, old: &Metadata, target: &Path) -> Result<Option<String>, RestoreError> {
     // Before the mode: a change of owner clears bits of it.
-    let chowned = chown(file.path(), Some(old.uid()), Some(old.gid()));
-    fs::set_permissions(file.path(), Permissions::from_mode(old.mode() & 0o7777))
+    let file = file.as_file();
+    let chowned = fchown(file, Some(old.uid()), Some(old.gid()));
+    file.set_permissions(Permissions::from_mode(old.mode() & 0o7777))
         .map_err(RestoreError::io(target, "set the permissions of"))?;
     Ok(chowned.err().map(|error| {
         format!(
@@ -255,9 +284,9 @@ fn take_free_name(file: NamedTempFile, target: &Path) -> Result<(), RestoreError
     Ok(())
 }
 
-fn sync_directory(target: &Path) -> Result<(), RestoreError> {
+fn open_directory(target: &Path) -> Result<File, RestoreError> {
     let directory = directory_of(target);
-    File::open(directory).and_then(|directory| directory.sync_all()).map_err(RestoreError::io(directory, "sync"))
+    File::open(directory).map_err(RestoreError::io(directory, "open"))
 }
 
 fn directory_of(target: &Path) -> &Path {
@@ -301,9 +330,15 @@ impl Aside {
     }
 }
 
-/// Each that can be; the first failure is told.
+/// Each that can be; the first failure is told. What somebody has made there meanwhile is not written over.
 fn move_back(aside: &[Aside]) -> Result<(), RestoreError> {
-    let back = |Aside { was, kept, .. }: &Aside| fs::rename(kept, was).map_err(RestoreError::io(kept, "move back"));
+    let rename = |kept: &Path, was: &Path| match fs::hard_link(kept, was) {
+        Ok(()) => fs::remove_file(kept),
+        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => Err(error),
+        // Not every file system has second names.
+        Err(_) => fs::rename(kept, was),
+    };
+    let back = |Aside { was, kept, .. }: &Aside| rename(kept, was).map_err(RestoreError::io(kept, "move back"));
     aside.iter().map(back).fold(Ok(()), Result::and)
 }
 
@@ -363,5 +398,5 @@ fn free_name(target: &Path, suffix: &str) -> Result<PathBuf, RestoreError> {
         _ => sidecar(target, &format!("{suffix}.before-restore-{number}")),
     });
     let taken = || RestoreError::io(target, "keep")(io::ErrorKind::AlreadyExists.into());
-    names.into_iter().find(|name| !name.exists()).ok_or_else(taken)
+    names.into_iter().find(|name| fs::symlink_metadata(name).is_err()).ok_or_else(taken)
 }

@@ -207,8 +207,8 @@ impl<'a> Planner<'a> {
         let Some(stored) = self.runs.first().and_then(Run::newest_of_last_epoch) else { return Ok(()) };
         let seen_txid = match self.tail(&stored).await {
             Ok(tail) => self.newest_tail.insert(tail).footer.info.last_txid,
-            Err(RestoreError::Damaged { .. } | RestoreError::NewerFormat { .. }) => stored.key.txid,
-            Err(error) => return Err(error),
+            // Whoever needs its end asks for it again, and is told; an older state does not.
+            Err(_) => stored.key.txid,
         };
         if let Some(run) = self.runs.first_mut() {
             run.extend_to(seen_txid);
@@ -228,6 +228,14 @@ impl Planner<'_> {
                 && let Some(plan) = self.plan_for(run, txid, target).await?
             {
                 return Ok((index, plan));
+            }
+            // Nor is what an older run ended with the newest state, when this one could be restored once.
+            if target == Target::Latest
+                && self.is_newest_line()
+                && self.first_restorable(run).await?.is_none()
+                && let Some(proof) = self.proof_of_snapshot(run).await?
+            {
+                return Err(self.lost_snapshots(&proof));
             }
             // What an older run ended with was not the state at that time, when the state was in this one and was let go.
             if let Target::Time(asked_ms) = target
@@ -528,8 +536,15 @@ impl Planner<'_> {
                  held, {}",
                 other.position
             ))),
-            Err(RestoreError::Store(error)) => Err(error.into()),
-            Ok(_) | Err(_) => Ok(None),
+            Ok(_)
+            | Err(
+                RestoreError::OutOfRange { .. } | RestoreError::NothingYet { .. } | RestoreError::NoSuchEpoch { .. },
+            ) => Ok(None),
+            // A note is no reason to refuse what was asked for.
+            Err(error) => Ok(Some(format!(
+                "at that time the database was on the line of epoch {then}, which was left since; what it held can't be found \
+                 out: {error}"
+            ))),
         }
     }
 
@@ -593,30 +608,34 @@ impl Planner<'_> {
     /// Why nothing can be restored: the first snapshot is not there yet, or all were lost.
     async fn nothing(&self) -> Result<RestoreError, RestoreError> {
         // Those of a line that was left are let go.
-        let proof = if self.is_newest_line() { self.proof_of_snapshots().await? } else { None };
-        Ok(match proof {
-            Some(proof) => {
-                let what = format!("every snapshot that a restore could begin with is missing, though {proof}");
-                RestoreError::damaged(self.location, &SNAPSHOTS_PREFIX, &what)
-            }
-            None => RestoreError::NothingYet { location: self.location.to_owned() },
-        })
-    }
-
-    /// What proves that there was a snapshot. No clock is asked: what is restored somewhere else may be old.
-    async fn proof_of_snapshots(&self) -> Result<Option<String>, RestoreError> {
-        for run in &self.runs {
-            let epoch = run.first_epoch();
-            if run.had_snapshot() {
-                return Ok(Some(format!("what epoch {epoch} began with was let go, and one stays where that is done")));
-            }
-            if self.was_read_whole(run).await? {
-                return Ok(Some(format!(
-                    "the first one was read whole more than an hour before the last transaction since epoch {epoch} began"
-                )));
+        if self.is_newest_line() {
+            for run in &self.runs {
+                if let Some(proof) = self.proof_of_snapshot(run).await? {
+                    return Ok(self.lost_snapshots(&proof));
+                }
             }
         }
-        Ok(None)
+        Ok(RestoreError::NothingYet { location: self.location.to_owned() })
+    }
+
+    fn lost_snapshots(&self, proof: &str) -> RestoreError {
+        let what =
+            format!("every snapshot that a restore could begin with is missing, or was never stored, though {proof}");
+        RestoreError::damaged(self.location, &SNAPSHOTS_PREFIX, &what)
+    }
+
+    /// What proves that a run had a snapshot. No clock is asked: what is restored somewhere else may be old.
+    async fn proof_of_snapshot(&self, run: &Run<'_>) -> Result<Option<String>, RestoreError> {
+        let epoch = run.first_epoch();
+        if run.had_snapshot() {
+            return Ok(Some(format!("what epoch {epoch} began with was let go, and one stays where that is done")));
+        }
+        let is_read = self.was_read_whole(run).await?;
+        Ok(is_read.then(|| {
+            format!(
+                "the first one was read whole more than an hour before the last transaction since epoch {epoch} began"
+            )
+        }))
     }
 
     /// Whether the first snapshot of a run was read whole long before its last transaction: from then on fingerprints are known.

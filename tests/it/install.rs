@@ -342,3 +342,44 @@ async fn only_the_fingerprint_tells() {
     );
     assert!(names(directory.path()).is_empty());
 }
+
+/// Who may write to the directory could put something there that leads root, who restores for him, to another one's file.
+#[tokio::test]
+async fn names_that_lead_elsewhere_are_not_followed() {
+    let oracle = all_kinds(512, 16).await;
+    let directory = tempfile::tempdir().unwrap();
+    let newest = oracle.states[&oracle.position()].bytes();
+    let (target, elsewhere) = (directory.path().join("app.db"), directory.path().join("elsewhere"));
+    std::fs::write(&elsewhere, "another one's").unwrap();
+    let resumed = Manner { resumes: true, ..Manner::default() };
+    let second_name = |from: &Path, to: &Path| std::fs::hard_link(from, to);
+    let link = |from: &Path, to: &Path| std::os::unix::fs::symlink(from, to);
+    for lead in [&link as &dyn Fn(&Path, &Path) -> std::io::Result<()>, &second_name] {
+        lead(&elsewhere, &partial_path(&target)).unwrap();
+        restore_in(&oracle, &target, resumed).await.unwrap();
+        assert!(std::fs::read(&target).unwrap() == newest);
+        assert!(std::fs::symlink_metadata(&target).unwrap().is_file());
+        assert_eq!(std::fs::read(&elsewhere).unwrap(), b"another one's");
+        std::fs::remove_file(&target).unwrap();
+    }
+    // Neither is the name that an old database is kept under.
+    std::fs::write(&target, "mine").unwrap();
+    link(&directory.path().join("nothing"), &directory.path().join("app.db.before-restore")).unwrap();
+    restore_in(&oracle, &target, Manner { forces: true, keeps_old: true, resumes: false }).await.unwrap();
+    assert_eq!(std::fs::read(directory.path().join("app.db.before-restore-1")).unwrap(), b"mine");
+    assert!(!directory.path().join("nothing").exists());
+}
+
+/// With two names a database would have two WALs.
+#[tokio::test]
+async fn a_replacement_that_fails_leaves_one_name() {
+    let oracle = all_kinds(512, 16).await;
+    let directory = tempfile::tempdir().unwrap();
+    let target = directory.path().join("app.db");
+    std::fs::write(&target, "mine").unwrap();
+    std::fs::create_dir(directory.path().join("app.db-shm")).unwrap();
+    let manner = Manner { forces: true, keeps_old: true, resumes: false };
+    restore_in(&oracle, &target, manner).await.unwrap_err();
+    assert_eq!(std::fs::read(&target).unwrap(), b"mine");
+    assert_eq!(names(directory.path()), ["app.db", "app.db-shm"]);
+}
