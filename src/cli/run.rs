@@ -230,19 +230,17 @@ async fn restore_missing(config: &Config, limit: Option<Duration>) -> Result<(),
 }
 
 async fn restore_all(config: &Config) -> Result<(), Failure> {
-    let missing = missing(config).await?;
+    let (missing, fleets) = missing(config).await?;
     // Were it cut off, the next start would find a fleet that is there in part.
-    for fleet in &config.fleets {
-        if missing.keys().any(|path| fleet.database_at(path).is_some()) {
-            fleet.begin_restore().map_err(unfinished_failure(fleet))?;
-        }
+    for fleet in &fleets {
+        fleet.begin_restore().map_err(unfinished_failure(fleet))?;
     }
     let mut restoring =
         stream::iter(missing.values().map(|replicas| restore(replicas))).buffer_unordered(RESTORES_AT_A_TIME);
     while let Some(restored) = restoring.next().await {
         restored?;
     }
-    for fleet in &config.fleets {
+    for fleet in &fleets {
         fleet.end_restore().map_err(unfinished_failure(fleet))?;
     }
     Ok(())
@@ -264,9 +262,9 @@ fn names_of_missing(config: &Config) -> String {
 
 /// The databases to restore before the command begins: those that have a name and are not there; and of a fleet, if nothing of it is
 /// there or an earlier restore of it was cut off, all that are not. Of another one those that are missing were deleted by somebody who
-/// had his reasons.
-async fn missing(config: &Config) -> Result<BTreeMap<PathBuf, Vec<DatabaseConfig>>, Failure> {
-    let mut missing: BTreeMap<PathBuf, Vec<DatabaseConfig>> = BTreeMap::new();
+/// had his reasons. Gives these fleets, too.
+async fn missing(config: &Config) -> Result<(Missing, Vec<&FleetConfig>), Failure> {
+    let (mut missing, mut fleets) = (Missing::new(), Vec::new());
     for database in &config.databases {
         if !is_there(&database.path)? {
             missing.entry(database.path.clone()).or_default().push(database.clone());
@@ -281,14 +279,22 @@ async fn missing(config: &Config) -> Result<BTreeMap<PathBuf, Vec<DatabaseConfig
             return Err(Failure::other(format!("whether databases are there can't be seen: {trouble}")));
         }
         tracing::info!("looking for backups in {}", fleet.template().replica);
-        for database in stored(fleet).await? {
+        let (stored, mut is_empty) = (stored(fleet).await?, true);
+        for database in stored {
             if !is_there(&database.path)? {
                 missing.entry(database.path.clone()).or_default().push(database);
+                is_empty = false;
             }
         }
+        if !is_empty || fleet.is_being_restored() {
+            fleets.push(fleet);
+        }
     }
-    Ok(missing)
+    Ok((missing, fleets))
 }
+
+/// Databases that are not there, each with its replicas.
+type Missing = BTreeMap<PathBuf, Vec<DatabaseConfig>>;
 
 /// The newest state that a replica has, and how to get at it.
 struct Backup<'a> {

@@ -156,6 +156,8 @@ impl FleetConfig {
         let name = entry.file_name().to_string_lossy();
         let is_kind = entry.file_type().is_dir() || entry.file_type().is_file();
         let is_ours = self.has_state_dir && entry.path() == self.template.state_dir;
+        // Of each volume's root, where only root may look.
+        let is_ours = is_ours || name == "lost+found";
         is_kind && !is_ours && is_name(&name) && !SIDECARS.iter().any(|suffix| name.ends_with(suffix))
     }
 

@@ -98,10 +98,11 @@ impl Capture {
         let main = self.live.files.main_identity()?;
         if before.is_some_and(|(_, before)| before.was_written_before(&main)) {
             // Between the look at the index and the one at the file there may have been a commit and a checkpoint.
-            return match self.live.files.wal_index()? == *index {
-                true => Err(SqliteError::WrittenTo { path: self.live.files.path().to_owned() }),
-                false => Ok(()),
-            };
+            if self.live.files.wal_index()? != *index {
+                return Ok(());
+            }
+            self.live.drop_backfilled_wal()?;
+            return Err(SqliteError::WrittenTo { path: self.live.files.path().to_owned() });
         }
         self.at_ease = Some((*index, main));
         Ok(())
@@ -136,11 +137,12 @@ impl Capture {
     /// What the sink answers, SQLite, or the operating system. What was not captured stays pinned.
     pub fn advance<S: Sink>(&mut self, sink: &mut S) -> Result<u32, S::Error> {
         // Looked at before the new pin begins: what was in the main file then still is when it has begun.
-        let pin_will_be_at_zero = self.live.files.wal_index()?.is_checkpointed();
+        let index = self.live.files.wal_index()?;
+        let before = self.follower.position();
         let follower = &mut self.follower;
         let captured = self.live.advance_pin(|files| read_settled(follower, files, sink))?;
-        self.follower.note_pinned();
-        self.pin_is_at_zero = pin_will_be_at_zero && captured == 0;
+        self.follower.note_pinned(&index);
+        self.pin_is_at_zero = index.is_checkpointed() && self.follower.position() == before;
         Ok(captured)
     }
 
@@ -159,6 +161,7 @@ impl Capture {
     /// # Errors
     /// What the sink answers, SQLite, or the operating system.
     pub fn barrier<S: Sink>(&mut self, sink: &mut S, others_move: impl Fn() -> bool) -> Result<bool, S::Error> {
+        let mut unread_before_bytes = u64::MAX;
         for _ in 0..BARRIER_ROUNDS {
             // The long copy and its fsync happen here, with no lock held; what is left for the lock is what came in meanwhile.
             self.live.passive_checkpoint()?;
@@ -166,7 +169,8 @@ impl Capture {
             let follower = &mut self.follower;
             let capture = |files: &Files| -> Result<bool, S::Error> {
                 let (unread_bytes, wal_len_bytes) = follower.unread_bytes(&files.wal_index()?);
-                if !is_short(unread_bytes, wal_len_bytes) {
+                if !is_short(unread_bytes, wal_len_bytes, unread_before_bytes) {
+                    unread_before_bytes = unread_bytes;
                     return Ok(false);
                 }
                 read_settled(follower, files, sink).map(|_| true)
@@ -182,10 +186,10 @@ impl Capture {
 }
 
 /// Whether so much may be read with the write lock held: milliseconds of the few MiB that a WAL has mostly. The lock is often had at
-/// the moment when a transaction of many MiB is committed; reading that takes as long as writing it. Where such transactions follow
-/// each other without a pause there is no other moment, and so that the WAL does not grow for ever, it is done when it has grown.
-fn is_short(unread_bytes: u64, wal_len_bytes: u64) -> bool {
-    unread_bytes <= wal_len_bytes / 4
+/// the moment when a transaction of many MiB is committed; reading that takes as long as writing it. Where the next round would find as
+/// much, because such transactions follow each other without a pause or the writer is faster than we read, it does not help to wait.
+fn is_short(unread_bytes: u64, wal_len_bytes: u64, unread_before_bytes: u64) -> bool {
+    unread_bytes <= wal_len_bytes / 4 || unread_bytes >= unread_before_bytes
 }
 
 /// Reads what is published. A WAL that changes while its header is read is read again; nothing was taken in then.
@@ -223,10 +227,12 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_large_transaction_is_not_read_with_the_write_lock_held_until_the_wal_has_grown() {
+    fn a_large_transaction_is_not_read_with_the_write_lock_held_unless_another_one_follows() {
         const MIB: u64 = 1 << 20;
-        assert!(is_short(0, 0) && is_short(MIB, 4 * MIB));
-        let reads = (1..10).map(|transactions| is_short(23 * MIB, transactions * 23 * MIB));
-        assert_eq!(reads.take_while(|is_read| !is_read).count(), 3, "of transactions of 23 MiB the fourth");
+        assert!(is_short(0, 0, u64::MAX) && is_short(MIB, 4 * MIB, u64::MAX));
+        assert!(!is_short(23 * MIB, 27 * MIB, u64::MAX));
+        assert!(is_short(2 * MIB, 29 * MIB, 23 * MIB), "it was the only one");
+        assert!(is_short(23 * MIB, 50 * MIB, 23 * MIB), "they follow each other");
+        assert!(!is_short(15 * MIB, 50 * MIB, 23 * MIB), "we catch up");
     }
 }

@@ -255,7 +255,9 @@ impl Following {
             }
             _ => {
                 following.around.progress.board.note_opened(following.around.clock.now_ms());
-                let leftovers = following.leftovers(continuing.as_ref())?;
+                let path = following.directory.spool_path();
+                let unread = |source| StateDirectoryError::Io { path, source };
+                let leftovers = following.leftovers(continuing.as_ref()).map_err(unread)?;
                 following.send(Job::Claim { continuing, leftovers });
             }
         }

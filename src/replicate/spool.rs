@@ -43,7 +43,7 @@ impl Spooled {
     /// As the operating system answers: that says nothing of what is in the file.
     pub fn is_whole(&self) -> io::Result<bool> {
         match self.check() {
-            Err(error) if matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::UnexpectedEof) => Ok(false),
+            Err(error) if is_lost(&error) => Ok(false),
             answer => answer,
         }
     }
@@ -192,6 +192,14 @@ fn segments_in(directory: &Path) -> io::Result<Vec<Spooled>> {
     }
     segments.sort_by_key(|spooled| spooled.key);
     Ok(segments)
+}
+
+/// Whether an error says that a file's content is gone for good; with others (a permission, too many open files) it could not be read just
+/// now.
+#[must_use]
+pub fn is_lost(error: &io::Error) -> bool {
+    let kinds = [io::ErrorKind::NotFound, io::ErrorKind::UnexpectedEof, io::ErrorKind::InvalidData];
+    kinds.contains(&error.kind()) || error.raw_os_error() == Some(libc::EIO)
 }
 
 /// What was listed a moment ago may be confirmed, and moved, by now.

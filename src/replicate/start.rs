@@ -5,7 +5,6 @@
 //! - *delta*: the ledger tells what the database was; what differs now is recorded as one transaction;
 //! - *re-anchor*: nothing is known; a new epoch begins with the database as it is.
 
-use std::io;
 use std::sync::Arc;
 
 use super::capture::Capture;
@@ -15,7 +14,7 @@ use super::delta::Difference;
 use super::ledger::Ledger;
 use super::record::{Recorder, Start};
 use super::snapshots::SnapshotNote;
-use super::spool::Spool;
+use super::spool::{Spool, is_lost};
 use super::state::{LocalState, StateDirectory, StateDirectoryError, boot_id};
 use crate::clock::Clock;
 use crate::sqlite::live::LiveDatabase;
@@ -61,7 +60,7 @@ pub fn start(
     let ledger = Ledger::open(&ledger_path, state.page_size, state.size_pages, state.fingerprint, overlay);
     let ledger = match ledger {
         Ok(ledger) => ledger,
-        Err(source) if !tells_of_content(&source) => {
+        Err(source) if !is_lost(&source) => {
             return Err(StateDirectoryError::Io { path: ledger_path, source }.into());
         }
         Err(error) => {
@@ -85,11 +84,6 @@ pub fn start(
     };
     let resumed = is_taken_up.then_some(Resumed { recorder, snapshot: state.snapshot, continuing });
     Ok(Started { capture, resumed })
-}
-
-/// Whether an error says what is in a file; otherwise it could not be read just now.
-fn tells_of_content(error: &io::Error) -> bool {
-    matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::UnexpectedEof | io::ErrorKind::InvalidData)
 }
 
 /// The WAL goes on from where it was left: captures what there is, and tells whether the main file is the right one for it.

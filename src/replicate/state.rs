@@ -197,8 +197,11 @@ impl StateDirectory {
         };
         let is_possible = file.metadata().map_err(failed)?.len() <= STATE_LIMIT_BYTES;
         let mut bytes = Vec::new();
-        file.take(STATE_LIMIT_BYTES).read_to_end(&mut bytes).map_err(failed)?;
-        let decoded = if is_possible { decode(&bytes) } else { None };
+        let read = match file.take(STATE_LIMIT_BYTES).read_to_end(&mut bytes) {
+            Err(error) if !spool::is_lost(&error) => return Err(failed(error)),
+            read => read.is_ok(),
+        };
+        let decoded = if is_possible && read { decode(&bytes) } else { None };
         if decoded.is_none() {
             tracing::warn!(path = %path.display(), "the local state is damaged and is not used");
         }

@@ -420,7 +420,7 @@ impl Follower {
         loop {
             match self.directory.take() {
                 Err(StateDirectoryError::Locked(_)) if looks < LOCK_LOOKS => looks += 1,
-                taken => return taken.map_err(io::Error::other).map_err(DatabaseError::Local),
+                taken => return taken.map_err(DatabaseError::State),
             }
             tokio::time::sleep(LOCK_LOOK_INTERVAL).await;
         }

@@ -290,10 +290,12 @@ impl Follower {
                     // before we look again.
                     self.commit_counter = Some(index.commit_counter);
                 }
+                self.forget_backfilled(&index);
                 return Ok(true);
             }
         }
         self.read_frames(files, index.frame_count, ignore)?;
+        self.forget_backfilled(&index);
         (self.seen, self.repeated) = (0, 0);
         self.commit_counter = Some(index.commit_counter);
         Ok(false)
@@ -302,8 +304,20 @@ impl Follower {
     /// Everything that was published when the pin was begun is read: what comes from here on found pages that are still to be had, in
     /// the WAL or in the main file, because the pin keeps checkpoints from what comes behind it. Before that a checkpoint may have
     /// copied later images over them.
-    pub fn note_pinned(&mut self) {
-        self.is_pinned = true;
+    ///
+    /// `index` is as it was before that: what stands in the main file since then is there and nowhere else. SQLite does not look for it in
+    /// the WAL any more, whoever has written to the main file meanwhile.
+    pub fn note_pinned(&mut self, index: &WalIndex) {
+        if !self.is_pinned {
+            self.forget_backfilled(index);
+            self.is_pinned = true;
+        }
+    }
+
+    fn forget_backfilled(&mut self, index: &WalIndex) {
+        if self.header.is_some_and(|header| header.salts == index.salts) {
+            self.in_wal.retain(|_, known| known.frame >= index.backfilled_frames);
+        }
     }
 
     /// Where the follower stands in the WAL; `None` while no frame of any generation was seen.
@@ -550,7 +564,7 @@ mod tests {
             Ok::<(), SqliteError>(())
         };
         live.advance_pin(|files| follower.read_published(files, &mut deliver)).unwrap();
-        follower.note_pinned();
+        follower.note_pinned(&live.files.wal_index().unwrap());
         found
     }
 

@@ -303,6 +303,25 @@ impl LiveDatabase {
         captured
     }
 
+    /// Empties a WAL of which everything is in the main file already, unless another reader stands. Ends the pin: afterwards this is of
+    /// no use any more.
+    ///
+    /// Where the main file was written over, the frames belong to what it was. As long as somebody has the wal-index open, which says that
+    /// they are in the main file, SQLite does not look at them. But whoever opens the database as the first one makes that anew, and
+    /// then takes them for what comes after the file.
+    ///
+    /// # Errors
+    /// What SQLite answers.
+    pub fn drop_backfilled_wal(&mut self) -> Result<(), SqliteError> {
+        let path = &self.files.path;
+        end_read(path, &self.pins[self.pinned])?;
+        let emptied = self.control.wal_checkpoint_v2(Some(rusqlite::MAIN_DB), CheckpointMode::TRUNCATE);
+        match emptied.map_err(SqliteError::sqlite(path, "empty the WAL")) {
+            Err(error) if !error.is_busy() => Err(error),
+            _ => Ok(()),
+        }
+    }
+
     /// Copies into the main file what readers allow, ourselves among them, and waits for nobody.
     ///
     /// Durable: our connections run with `synchronous=FULL`. Anything less would let the application overwrite frames

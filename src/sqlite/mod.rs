@@ -57,8 +57,8 @@ pub enum SqliteError {
     },
     /// Somebody wrote to the main file, and it was not SQLite: no checkpoint had anything to copy into it.
     #[error(
-        "{} was written to by something else than SQLite while it was followed; was a copy put in its place without \
-         removing it first?",
+        "{} was touched, or written to, by something else than SQLite while it was followed; was a copy put in its place \
+         without removing it first?",
         path.display()
     )]
     WrittenTo {
