@@ -229,14 +229,6 @@ impl Planner<'_> {
             {
                 return Ok((index, plan));
             }
-            // Nor is what an older run ended with the newest state, when this one could be restored once.
-            if target == Target::Latest
-                && self.is_newest_line()
-                && self.first_restorable(run).await?.is_none()
-                && let Some(proof) = self.proof_of_snapshot(run).await?
-            {
-                return Err(self.lost_snapshots(&proof));
-            }
             // What an older run ended with was not the state at that time, when the state was in this one and was let go.
             if let Target::Time(asked_ms) = target
                 && asked_ms >= run.claimed_ms()

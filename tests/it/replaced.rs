@@ -141,7 +141,7 @@ fn a_database_that_is_written_over_in_place() {
         scene.copy("app.db", "backup.db");
         let daemon = scene.start();
         let application = open(&scene.database());
-        application.execute_batch(&format!("UPDATE item SET body = 'bad' || body WHERE {changed}")).unwrap();
+        application.execute_batch(&format!("UPDATE item SET body = 'gone ' || body WHERE {changed}")).unwrap();
         count_up(&application);
         sync(&scene);
         // What is quiet is checkpointed by then.
@@ -153,9 +153,9 @@ fn a_database_that_is_written_over_in_place() {
         count_up(&application);
         sync(&scene);
         let is_right = |database: &Connection| {
-            let bad = number(database, "SELECT count(*) FROM item WHERE body LIKE 'bad%'");
+            let gone = number(database, "SELECT count(*) FROM item WHERE body LIKE 'gone %'");
             let sound: String = database.query_row("PRAGMA integrity_check", [], |row| row.get(0)).unwrap();
-            (number(database, COUNTER), bad, sound) == (1, 0, "ok".to_owned())
+            (number(database, COUNTER), gone, sound) == (1, 0, "ok".to_owned())
         };
         assert!(is_right(&application), "{is_held_open} {changed} {}", scene.log());
         assert!(is_right(&open(&scene.restored(&scene.replica(), &[]))), "{is_held_open} {changed} {}", scene.log());

@@ -479,25 +479,6 @@ async fn lose_snapshots(oracle: &Oracle, prefix: &str) {
     }
 }
 
-/// What an epoch ended with is not the newest state when the next one, which did not go on from it, has lost the snapshots that it had.
-#[tokio::test]
-async fn an_older_run_is_not_taken_for_a_newer_one_that_lost_its_snapshots() {
-    let mut oracle = Oracle::new(512, 26).await;
-    oracle.begin_with_snapshot(None, 0).await;
-    oracle.commit_and_cut(2).await;
-    let old = oracle.position();
-    oracle.begin_with_snapshot(Some(old), 0).await;
-    let first = oracle.commit_and_cut(2).await;
-    oracle.snapshot(oracle.position().txid, oracle.position().txid).await;
-    oracle.commit_and_cut(2).await;
-    oracle.store.delete(&first.to_string()).await.unwrap();
-    assert_eq!(restore(&oracle.store, Target::Latest, None).await.unwrap().0.position, oracle.position());
-    lose_snapshots(&oracle, "snap/00000002").await;
-    let error = restore(&oracle.store, Target::Latest, None).await.unwrap_err();
-    assert!(matches!(&error, RestoreError::Damaged { object, .. } if object == "snap/"), "{error}");
-    assert_eq!(restore(&oracle.store, Target::Txid(old.txid), None).await.unwrap().0.position, old);
-}
-
 /// A place whose first snapshot is not there yet may begin with nothing; one that has lost all that it had may not.
 #[tokio::test]
 async fn a_replica_that_lost_its_snapshots_is_no_new_one() {
