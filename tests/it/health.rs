@@ -97,7 +97,8 @@ fn storage_that_is_away_is_unhealthy() {
     let config = config.to_str().unwrap();
     let daemon = scene.start_with(&["--config", config]);
     let address = address(&scene);
-    assert_eq!(get(&address, "/readyz").0, 503);
+    // The database is taken up a moment after the address is there.
+    wait_for("it not to be ready", || (get(&address, "/readyz").0 == 503).then_some(()));
     let told = wait_for("trouble", || Some(get(&address, "/healthz")).filter(|(code, _)| *code == 503)).1;
     assert!(told.contains("has not been followed for") && told.contains("app.db"), "{told}");
     let told =
