@@ -536,7 +536,9 @@ impl Following {
             }
             Event::SnapshotWanted(reply) => self.snapshots.ask(self.now(), reply),
             Event::PinWanted(moved) => {
-                self.advance()?;
+                if self.advance()? > 0 {
+                    self.note_commits();
+                }
                 moved.send(()).ok();
             }
             Event::Stop => return Ok(true),
@@ -553,7 +555,9 @@ impl Following {
         // Of another file nothing was captured.
         self.check_files()?;
         // Another process may recover the WAL just now; then the next turn answers.
-        self.advance()?;
+        if self.advance()? > 0 {
+            self.note_commits();
+        }
         if self.capture.work()?.is_behind {
             return Ok(());
         }
