@@ -470,6 +470,14 @@ impl Following {
         self.checkpoints.note_commits(now);
     }
 
+    /// Captures because somebody asked, outside of a look.
+    fn advance_and_note(&mut self) -> Result<(), DatabaseError> {
+        if self.advance()? > 0 {
+            self.note_commits();
+        }
+        Ok(())
+    }
+
     fn advance(&mut self) -> Result<u32, DatabaseError> {
         let advanced_at = self.now();
         self.snapshots.note_pin(self.pace.stood(advanced_at), self.capture.wal_len_bytes());
@@ -536,9 +544,7 @@ impl Following {
             }
             Event::SnapshotWanted(reply) => self.snapshots.ask(self.now(), reply),
             Event::PinWanted(moved) => {
-                if self.advance()? > 0 {
-                    self.note_commits();
-                }
+                self.advance_and_note()?;
                 moved.send(()).ok();
             }
             Event::Stop => return Ok(true),
@@ -555,9 +561,7 @@ impl Following {
         // Of another file nothing was captured.
         self.check_files()?;
         // Another process may recover the WAL just now; then the next turn answers.
-        if self.advance()? > 0 {
-            self.note_commits();
-        }
+        self.advance_and_note()?;
         if self.capture.work()?.is_behind {
             return Ok(());
         }
@@ -677,16 +681,10 @@ impl Following {
         Ok(())
     }
 
-    /// Every page is known: from here on the local state proves something. The state holds what is folded before it is folded: a crash in
-    /// the middle costs nothing then.
+    /// Every page is known: from here on the local state proves something.
     fn finish_ledger(&mut self) -> Result<(), DatabaseError> {
         self.cut()?;
-        self.save_state(true)?;
-        if let Some(recorder) = &mut self.recorder {
-            recorder.ledger.fold()?;
-            recorder.ledger.sync()?;
-        }
-        self.save_state(true)
+        self.save_state_and_fold(true, true)
     }
 
     /// When the segment that is being written is to be cut.
@@ -757,6 +755,13 @@ impl Following {
 
     /// Saves what the next start needs, if there is anything to prove by it.
     fn save_state(&mut self, durably: bool) -> Result<(), DatabaseError> {
+        let overlay_len = self.recorder.as_ref().map_or(0, |recorder| recorder.ledger.overlay().len());
+        self.save_state_and_fold(durably, overlay_len >= FOLD_AT_ENTRIES)
+    }
+
+    /// The same; with `must_fold` the ledger's overlay goes into its file. The state holds it before it is folded: a crash in the middle
+    /// costs nothing then.
+    fn save_state_and_fold(&mut self, durably: bool, must_fold: bool) -> Result<(), DatabaseError> {
         let (Some(recorder), Some(claimed)) = (&mut self.recorder, &self.claimed) else { return Ok(()) };
         let Some(fingerprint) = recorder.ledger.fingerprint() else { return Ok(()) };
         let last = recorder.last();
@@ -782,7 +787,6 @@ impl Following {
             snapshot: self.snapshots.confirmed(),
             is_restored: false,
         };
-        let must_fold = recorder.ledger.overlay().len() >= FOLD_AT_ENTRIES;
         self.directory.save(&state, recorder.ledger.overlay(), durably || must_fold)?;
         if must_fold {
             recorder.ledger.fold()?;

@@ -230,10 +230,7 @@ impl StateDirectory {
     /// # Errors
     /// As the operating system answers.
     pub fn discard(&self) -> io::Result<()> {
-        match fs::remove_file(self.state_path()) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
-            _ => Ok(()),
-        }
+        spool::remove(&self.state_path())
     }
 }
 

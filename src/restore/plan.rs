@@ -603,17 +603,12 @@ impl Planner<'_> {
         if self.is_newest_line() {
             for run in &self.runs {
                 if let Some(proof) = self.proof_of_snapshot(run).await? {
-                    return Ok(self.lost_snapshots(&proof));
+                    let what = "every snapshot that a restore could begin with is missing, or was never stored, though";
+                    return Ok(RestoreError::damaged(self.location, &SNAPSHOTS_PREFIX, &format!("{what} {proof}")));
                 }
             }
         }
         Ok(RestoreError::NothingYet { location: self.location.to_owned() })
-    }
-
-    fn lost_snapshots(&self, proof: &str) -> RestoreError {
-        let what =
-            format!("every snapshot that a restore could begin with is missing, or was never stored, though {proof}");
-        RestoreError::damaged(self.location, &SNAPSHOTS_PREFIX, &what)
     }
 
     /// What proves that a run had a snapshot. No clock is asked: what is restored somewhere else may be old.

@@ -315,7 +315,7 @@ impl Follower {
     }
 
     fn forget_backfilled(&mut self, index: &WalIndex) {
-        if self.header.is_some_and(|header| header.salts == index.salts) {
+        if self.is_in_generation_of(index) {
             self.in_wal.retain(|_, known| known.frame >= index.backfilled_frames);
         }
     }
@@ -517,8 +517,7 @@ impl Follower {
     /// How many bytes of frames `index` publishes that were not read yet, and how many at all.
     #[must_use]
     pub fn unread_bytes(&self, index: &WalIndex) -> (u64, u64) {
-        let is_same_generation = self.header.is_some_and(|header| header.salts == index.salts);
-        let read_frames = if is_same_generation { self.frame_count } else { 0 };
+        let read_frames = if self.is_in_generation_of(index) { self.frame_count } else { 0 };
         let frame_len = FRAME_HEADER_LEN as u64 + u64::from(self.page_size);
         let len = |frames: u32| u64::from(frames) * frame_len;
         (len(index.frame_count.saturating_sub(read_frames)), len(index.frame_count))
@@ -527,8 +526,11 @@ impl Follower {
     /// Whether `index` publishes a transaction that was not read yet.
     #[must_use]
     pub fn is_behind(&self, index: &WalIndex) -> bool {
-        let is_same_generation = self.header.is_some_and(|header| header.salts == index.salts);
-        index.frame_count != 0 && !(is_same_generation && index.frame_count == self.frame_count)
+        index.frame_count != 0 && !(self.is_in_generation_of(index) && index.frame_count == self.frame_count)
+    }
+
+    fn is_in_generation_of(&self, index: &WalIndex) -> bool {
+        self.header.is_some_and(|header| header.salts == index.salts)
     }
 }
 

@@ -201,7 +201,7 @@ impl Files {
 ///
 /// # Errors
 /// As the operating system answers.
-pub fn followed(given: &Path) -> Result<Option<PathBuf>, SqliteError> {
+fn followed(given: &Path) -> Result<Option<PathBuf>, SqliteError> {
     match fs::canonicalize(given) {
         Ok(path) => Ok(Some(path)),
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),

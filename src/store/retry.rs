@@ -27,7 +27,7 @@ pub struct RetryPolicy {
 impl RetryPolicy {
     /// For a person or a job that waits: asks a store that fails at once for some ten seconds, 23 at most. One that hangs is given up
     /// after two or three minutes: see [`Retrying::patient`].
-    pub const PATIENT: Self = Self { attempts: 8, base_ms: 200, max_ms: 10_000 };
+    const PATIENT: Self = Self { attempts: 8, base_ms: 200, max_ms: 10_000 };
 
     /// For the parts and the completion of an upload: to give one up means to send all of it again, which may be hours. Rides out about a
     /// minute and a half.

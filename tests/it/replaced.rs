@@ -1,7 +1,7 @@
 //! Files that somebody replaces, deletes or writes to under the running daemon.
 
 use std::os::unix::fs::symlink;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
@@ -10,17 +10,29 @@ use rusqlite::Connection;
 
 use crate::support::s3::S3Server;
 use crate::support::scene::{COUNTER, Scene};
-use crate::support::{content, count_up, create_database, insert, number, open, run, wait_for, wait_for_restored};
+use crate::support::{
+    Daemon, content, count_up, create_database, insert, number, open, run, wait_for, wait_for_restored,
+};
 
-/// The file at the path is replaced under the running daemon.
-#[test]
-fn a_file_replaced_under_the_daemon() {
+/// A database that nobody has open but the daemon, with one count in storage.
+fn followed() -> (Scene, Daemon) {
     let scene = Scene::new();
     let application = create_database(&scene.database(), 100, "");
     let daemon = scene.start();
     count_up(&application);
     scene.wait_for(1);
-    drop(application);
+    (scene, daemon)
+}
+
+/// Waits for a sync that says everything is confirmed; the thread may just be taking the database up again.
+fn sync(database: &Path) {
+    wait_for("a sync", || run(["sync", database.to_str().unwrap()]).status.success().then_some(()));
+}
+
+/// The file at the path is replaced under the running daemon.
+#[test]
+fn a_file_replaced_under_the_daemon() {
+    let (scene, daemon) = followed();
     let other = create_database(&scene.path("other.db"), 20, "");
     other.execute_batch("UPDATE counter SET n = 77; PRAGMA wal_checkpoint(TRUNCATE)").unwrap();
     drop(other);
@@ -50,12 +62,7 @@ fn write_on(database: PathBuf, stop: Arc<AtomicBool>) -> std::thread::JoinHandle
 #[test]
 fn files_replaced_under_the_daemon_and_written_to() {
     for is_other_database in [true, false] {
-        let scene = Scene::new();
-        let application = create_database(&scene.database(), 100, "");
-        let daemon = scene.start();
-        count_up(&application);
-        scene.wait_for(1);
-        drop(application);
+        let (scene, daemon) = followed();
         if is_other_database {
             let other = create_database(&scene.path("other.db"), 20, "");
             other.execute_batch("UPDATE counter SET n = 77; PRAGMA wal_checkpoint(TRUNCATE)").unwrap();
@@ -70,9 +77,7 @@ fn files_replaced_under_the_daemon_and_written_to() {
         let writer = write_on(scene.database(), stop.clone());
         std::thread::sleep(Duration::from_millis(400));
         let written = number(&open(&scene.database()), COUNTER);
-        let database = scene.database().display().to_string();
-        // The thread that followed the old files may be about to end.
-        wait_for("a sync", || run(["sync", &database]).status.success().then_some(()));
+        sync(&scene.database());
         let restored = number(&open(&scene.restored(&scene.replica(), &[])), COUNTER);
         assert!(restored >= written, "{restored} of {written}, {}", scene.log());
         assert!(scene.log().contains("was replaced or removed"), "{}", scene.log());
@@ -98,8 +103,7 @@ fn a_database_that_is_deleted_is_shipped_to_its_end() {
         );
         std::fs::write(&config, text).unwrap();
         let daemon = scene.start_with(&["--config", config.to_str().unwrap()]);
-        let database = scene.database().display().to_string();
-        wait_for("a sync", || run(["sync", &database]).status.success().then_some(()));
+        sync(&scene.database());
         server.refuse(503);
         for _ in 0..3 {
             count_up(&application);
@@ -120,12 +124,6 @@ fn a_database_that_is_deleted_is_shipped_to_its_end() {
     }
 }
 
-/// Waits for a sync that says everything is confirmed; the thread may just be taking the database up again.
-fn sync(scene: &Scene) {
-    let database = scene.database().display().to_string();
-    wait_for("a sync", || run(["sync", &database]).status.success().then_some(()));
-}
-
 /// An operator puts an older copy in the database's place with `cp`, which keeps the inode. SQLite does not notice, and takes it for
 /// the database that its WAL belongs to, because all of that stands in the main file. What the WAL holds must not come back over it:
 /// not from us, and not from SQLite, which would recover it for who opens the database as the first one.
@@ -143,7 +141,7 @@ fn a_database_that_is_written_over_in_place() {
         let application = open(&scene.database());
         application.execute_batch(&format!("UPDATE item SET body = 'gone ' || body WHERE {changed}")).unwrap();
         count_up(&application);
-        sync(&scene);
+        sync(&scene.database());
         // What is quiet is checkpointed by then.
         std::thread::sleep(Duration::from_secs(2));
         let held = is_held_open.then_some(application);
@@ -151,7 +149,7 @@ fn a_database_that_is_written_over_in_place() {
         wait_for("it to be noticed", || scene.log().contains("by something else than SQLite").then_some(()));
         let application = open(&scene.database());
         count_up(&application);
-        sync(&scene);
+        sync(&scene.database());
         let is_right = |database: &Connection| {
             let gone = number(database, "SELECT count(*) FROM item WHERE body LIKE 'gone %'");
             let sound: String = database.query_row("PRAGMA integrity_check", [], |row| row.get(0)).unwrap();
@@ -163,7 +161,7 @@ fn a_database_that_is_written_over_in_place() {
         assert_eq!(daemon.terminate(), Some(0), "{}", scene.log());
         let daemon = scene.start();
         count_up(&application);
-        sync(&scene);
+        sync(&scene.database());
         assert_eq!(scene.restored_content(&[]), content(&scene.database()), "{}", scene.log());
         assert_eq!(daemon.terminate(), Some(0), "{}", scene.log());
     }
@@ -189,9 +187,8 @@ fn a_link_that_is_pointed_elsewhere() {
         };
         point_to("one");
         let database = if is_above { scene.path("current").join("app.db") } else { scene.database() };
-        let database = database.display().to_string();
-        let daemon = scene.start_with(&[&database, &scene.replica()]);
-        wait_for("a sync", || run(["sync", &database]).status.success().then_some(()));
+        let daemon = scene.start_with(&[database.to_str().unwrap(), &scene.replica()]);
+        sync(&database);
         point_to("two");
         let application = open(&scene.path("two/app.db"));
         application.execute_batch("UPDATE counter SET n = 77").unwrap();
@@ -199,7 +196,7 @@ fn a_link_that_is_pointed_elsewhere() {
             // The daemon's socket is beside the first one.
             scene.wait_for(77);
         } else {
-            wait_for("a sync", || run(["sync", &database]).status.success().then_some(()));
+            sync(&database);
         }
         let restored = scene.restored(&scene.replica(), &[]);
         assert_eq!(number(&open(&restored), COUNTER), 77, "{}", scene.log());
