@@ -1,10 +1,12 @@
 //! Capture: every transaction out of the WAL, under a pin that keeps moving.
 
+use std::time::Duration;
+
+use crate::clock::Clock;
 use crate::format::page_hash;
 use crate::sqlite::SqliteError;
 use crate::sqlite::follow::{Follower, Images, WalPosition, WalTransaction};
-use crate::sqlite::live::{FileIdentity, Files, LiveDatabase};
-use crate::sqlite::wal_index::WalIndex;
+use crate::sqlite::live::{Files, LiveDatabase, Restart};
 
 /// How often a read of the WAL is begun again when the WAL changes under it.
 const SETTLE_ATTEMPTS: usize = 20;
@@ -13,6 +15,33 @@ const SETTLE_ATTEMPTS: usize = 20;
 const BARRIER_ROUNDS: usize = 6;
 /// So often the write lock is asked for in a round, a few dozen microseconds apart.
 const LOCK_ATTEMPTS: u32 = 200;
+
+/// Upper bound of the time that a sync may take with the write lock held, for each [`SYNC_BYTES`] of the WAL. Each commit
+/// waits for that long. On a disk that is slower the WAL grows until one restart is worth the wait.
+const LOCKED_SYNC_LIMIT: Duration = Duration::from_millis(100);
+const SYNC_BYTES: u64 = 4 << 20;
+
+/// Outcome of an attempt to restart the WAL.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Barrier {
+    /// All of the WAL is in the main file, and the next writer restarts it.
+    Done,
+    /// A writer or reader was in the way.
+    Blocked,
+    /// A sync took this long: the write lock was not taken.
+    SlowDisk(Duration),
+}
+
+/// Outcome of an attempt to do what SQLite does when the last connection closes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum LastClose {
+    /// Another process has the database open.
+    OpenElsewhere,
+    /// A writer or reader was in the way.
+    Blocked,
+    /// The main file is complete, and the WAL is empty.
+    Emptied,
+}
 
 /// Takes in transactions, one after another.
 pub trait Sink {
@@ -41,8 +70,8 @@ pub struct Capture {
     follower: Follower,
     /// Whether the pin began when all of the WAL was in the main file: then it has mark 0 and holds up nobody.
     pin_is_at_zero: bool,
-    /// The main file as it was seen with all of the WAL in it.
-    at_ease: Option<(WalIndex, FileIdentity)>,
+    /// A checkpoint failed since the copied pages were last compared: see [`Capture::retry_checkpoint`].
+    is_suspect: bool,
 }
 
 impl Capture {
@@ -57,7 +86,7 @@ impl Capture {
         main_is_whole: bool,
     ) -> Result<(Self, bool), SqliteError> {
         let (follower, continues) = Follower::attach(&live.files, page_hash, left_at, main_is_whole)?;
-        Ok((Self { live, follower, pin_is_at_zero: false, at_ease: None }, continues))
+        Ok((Self { live, follower, pin_is_at_zero: false, is_suspect: false }, continues))
     }
 
     /// The open files.
@@ -75,37 +104,14 @@ impl Capture {
     /// What an [`Capture::advance`] would do.
     ///
     /// # Errors
-    /// As the operating system answers; [`SqliteError::WrittenTo`].
+    /// As the operating system answers; see [`LiveDatabase::check_main`].
     pub fn work(&mut self) -> Result<Work, SqliteError> {
         let index = self.live.files.wal_index()?;
-        self.check_main(&index)?;
+        self.live.check_main(&index)?;
         Ok(Work {
             is_behind: self.follower.is_behind(&index),
             holds_up_a_checkpoint: index.is_checkpointed() && !self.pin_is_at_zero,
         })
-    }
-
-    /// Finds out a file that was written over in place, as `cp` does. SQLite does not notice that, and neither does anything else here:
-    /// the path, the WAL and its index are as they were, and what is captured from then on is right on top of pages that are not.
-    ///
-    /// Only a checkpoint writes to the main file, and only as long as frames are left that are not in it; it says that none are when
-    /// all is written. So between two looks at the same index without such frames nobody may have written.
-    fn check_main(&mut self, index: &WalIndex) -> Result<(), SqliteError> {
-        let before = self.at_ease.take().filter(|(before, _)| before == index);
-        if !index.is_checkpointed() {
-            return Ok(());
-        }
-        let main = self.live.files.main_identity()?;
-        if before.is_some_and(|(_, before)| before.was_written_before(&main)) {
-            // Between the look at the index and the one at the file there may have been a commit and a checkpoint.
-            if self.live.files.wal_index()? != *index {
-                return Ok(());
-            }
-            self.live.drop_backfilled_wal()?;
-            return Err(SqliteError::WrittenTo { path: self.live.files.path().to_owned() });
-        }
-        self.at_ease = Some((*index, main));
-        Ok(())
     }
 
     /// Whether all that was captured, and nothing else, stands in the main file.
@@ -136,52 +142,182 @@ impl Capture {
     /// # Errors
     /// What the sink answers, SQLite, or the operating system. What was not captured stays pinned.
     pub fn advance<S: Sink>(&mut self, sink: &mut S) -> Result<u32, S::Error> {
-        // Looked at before the new pin begins: what was in the main file then still is when it has begun.
+        // Read before the new pin begins: what was in the main file then still is when it has begun.
         let index = self.live.files.wal_index()?;
+        if self.is_suspect && index.is_checkpointed() && !self.confirm_copied()? {
+            // A new pin would have mark 0, and let the WAL be overwritten. Under the old one everything can be read.
+            return read_settled(&mut self.follower, &self.live.files, sink);
+        }
+        // The checkpointer of another process stores its progress before it releases read mark 0; until then a new pin
+        // gets a mark of 1 or more, for which a RESTART or TRUNCATE checkpoint waits (`walTryBeginRead`).
+        let zero_is_free = index.is_checkpointed() && !self.live.files.is_read_mark_zero_taken()?;
         let before = self.follower.position();
         let follower = &mut self.follower;
         let captured = self.live.advance_pin(|files| read_settled(follower, files, sink))?;
         self.follower.note_pinned(&index);
-        self.pin_is_at_zero = index.is_checkpointed() && self.follower.position() == before;
+        self.pin_is_at_zero = zero_is_free && self.follower.position() == before;
         Ok(captured)
     }
 
-    /// Copies frames into the main file without waiting for anybody; tells whether all are there now.
+    /// Copies frames into the main file without waiting for anybody; returns whether all are there now.
+    ///
+    /// # Errors
+    /// See [`LiveDatabase::passive_checkpoint`]. After [`SqliteError::CheckpointFailed`] the pin stays, and
+    /// [`Capture::retry_checkpoint`] is the next to be called.
+    pub fn passive_checkpoint(&mut self) -> Result<bool, SqliteError> {
+        let index = self.live.files.wal_index()?;
+        self.live.check_main(&index)?;
+        let done = self.live.passive_checkpoint();
+        self.is_suspect |= matches!(done, Err(SqliteError::CheckpointFailed { .. }));
+        Ok(done?.is_some_and(|done| done.is_complete()))
+    }
+
+    /// Checkpoints after a failure. What is copied then is compared with what was captured, because a disk that failed
+    /// once may have lost frames of the WAL as well. Returns whether all is well again.
+    ///
+    /// # Errors
+    /// As [`Capture::passive_checkpoint`]; [`SqliteError::PageChanged`] when a page of the main file is wrong: the WAL
+    /// may hold the only right one, and stays pinned.
+    pub fn retry_checkpoint(&mut self) -> Result<bool, SqliteError> {
+        self.passive_checkpoint()?;
+        self.confirm_copied()
+    }
+
+    /// Compares the pages that count as copied with what was captured, and ends the suspicion if they are right.
+    fn confirm_copied(&mut self) -> Result<bool, SqliteError> {
+        let index = self.live.files.wal_index()?;
+        let is_right = self.follower.check_copied(&self.live.files, &index)?;
+        self.is_suspect &= !is_right;
+        Ok(is_right)
+    }
+
+    /// Returns whether a checkpoint failed and none has succeeded since.
+    #[must_use]
+    pub fn is_suspect(&self) -> bool {
+        self.is_suspect
+    }
+
+    /// Does what SQLite does when the last connection closes (`sqlite3WalClose`): captures, copies all frames into the
+    /// main file, and empties the WAL. Only when no other process has the database open.
+    ///
+    /// # Errors
+    /// As [`Capture::barrier`].
+    pub fn close_as_last<S: Sink>(
+        &mut self,
+        sink: &mut S,
+        others_move: impl Fn() -> bool,
+    ) -> Result<LastClose, S::Error> {
+        if self.live.files.wal_len_bytes()? == 0 {
+            return Ok(LastClose::Emptied);
+        }
+        if self.live.files.is_open_elsewhere()? {
+            return Ok(LastClose::OpenElsewhere);
+        }
+        // A pin of ours at an older place would hold up the checkpoint.
+        self.advance(sink)?;
+        self.passive_checkpoint()?;
+        let mut unread_before_bytes = u64::MAX;
+        if self.barrier_round(sink, &others_move, &mut unread_before_bytes)? != Some(true) {
+            return Ok(LastClose::Blocked);
+        }
+        if self.live.files.is_open_elsewhere()? {
+            return Ok(LastClose::OpenElsewhere);
+        }
+        Ok(if self.live.empty_wal()? { LastClose::Emptied } else { LastClose::Blocked })
+    }
+
+    /// Empties a WAL whose frames are all in the main file that was overwritten, when no other process has the
+    /// database open: the next one to open it would recover them over the new file. Returns whether it is empty.
     ///
     /// # Errors
     /// What SQLite answers.
-    pub fn passive_checkpoint(&mut self) -> Result<bool, SqliteError> {
-        Ok(self.live.passive_checkpoint()?.is_some_and(|done| done.backfilled_frames >= done.frame_count))
+    pub fn drop_copied_wal(&mut self) -> Result<bool, SqliteError> {
+        if self.live.files.is_open_elsewhere()? || !self.live.files.wal_index()?.is_checkpointed() {
+            return Ok(false);
+        }
+        self.live.empty_wal()
     }
 
-    /// Lets the WAL be begun anew, under any load: checkpoint, capture until little is left, take the write lock, capture
-    /// and checkpoint the rest, begin the pin again at mark 0. `Ok(false)` when a writer or reader was in the way: try again
-    /// later, the application comes first. `others_move` as in [`LiveDatabase::barrier`].
+    /// Closes the database as SQLite closes the last connection: see [`LiveDatabase::close_as_last`].
     ///
     /// # Errors
-    /// What the sink answers, SQLite, or the operating system.
-    pub fn barrier<S: Sink>(&mut self, sink: &mut S, others_move: impl Fn() -> bool) -> Result<bool, S::Error> {
+    /// As [`LiveDatabase::close_as_last`].
+    pub fn close(self) -> Result<(), SqliteError> {
+        self.live.close_as_last()
+    }
+
+    /// Lets the next writer restart the WAL, under any load: checkpoint, capture until little is left, take the write
+    /// lock, capture and checkpoint the rest, begin the pin again at mark 0. Where it does not succeed, try again
+    /// later: the application comes first. `others_move` as in [`LiveDatabase::barrier`].
+    ///
+    /// # Errors
+    /// What the sink answers, SQLite, or the operating system. After [`SqliteError::CheckpointFailed`] as
+    /// [`Capture::passive_checkpoint`].
+    pub fn barrier<S: Sink>(
+        &mut self,
+        sink: &mut S,
+        others_move: impl Fn() -> bool,
+        clock: &dyn Clock,
+    ) -> Result<Barrier, S::Error> {
         let mut unread_before_bytes = u64::MAX;
         for _ in 0..BARRIER_ROUNDS {
-            // The long copy and its fsync happen here, with no lock held; what is left for the lock is what came in meanwhile.
-            self.live.passive_checkpoint()?;
+            // The long copy and its sync happen here, with no lock held; what is left for the lock is what came in meanwhile.
+            self.passive_checkpoint()?;
             self.advance(sink)?;
-            let follower = &mut self.follower;
-            let capture = |files: &Files| -> Result<bool, S::Error> {
-                let (unread_bytes, wal_len_bytes) = follower.unread_bytes(&files.wal_index()?);
-                if !is_short(unread_bytes, wal_len_bytes, unread_before_bytes) {
-                    unread_before_bytes = unread_bytes;
-                    return Ok(false);
-                }
-                read_settled(follower, files, sink).map(|_| true)
-            };
-            let done = self.live.barrier(LOCK_ATTEMPTS, capture, &others_move)?;
-            if let Some(is_checkpointed) = done {
-                self.pin_is_at_zero = is_checkpointed;
-                return Ok(is_checkpointed);
+            // The disk is as slow in a moment, with the write lock held.
+            let begun = clock.monotonic();
+            let synced = self.live.files.sync();
+            self.is_suspect |= synced.is_err();
+            synced?;
+            let took = clock.monotonic().saturating_sub(begun);
+            let worth = (self.follower.wal_len_bytes() / SYNC_BYTES).clamp(1, 1 << 10) as u32;
+            if took > LOCKED_SYNC_LIMIT * worth {
+                return Ok(Barrier::SlowDisk(took));
+            }
+            match self.barrier_round(sink, &others_move, &mut unread_before_bytes)? {
+                Some(true) => return Ok(Barrier::Done),
+                Some(false) => return Ok(Barrier::Blocked),
+                None => {}
             }
         }
-        Ok(false)
+        Ok(Barrier::Blocked)
+    }
+
+    /// One attempt with the write lock held; `None` when it was not available, or too much was left to be read.
+    fn barrier_round<S: Sink>(
+        &mut self,
+        sink: &mut S,
+        others_move: &impl Fn() -> bool,
+        unread_before_bytes: &mut u64,
+    ) -> Result<Option<bool>, S::Error> {
+        let index = self.live.files.wal_index()?;
+        self.live.check_main(&index)?;
+        let follower = &mut self.follower;
+        let capture = |files: &Files| -> Result<bool, S::Error> {
+            let (unread_bytes, wal_len_bytes) = follower.unread_bytes(&files.wal_index()?);
+            if !is_short(unread_bytes, wal_len_bytes, *unread_before_bytes) {
+                *unread_before_bytes = unread_bytes;
+                return Ok(false);
+            }
+            read_settled(follower, files, sink).map(|_| true)
+        };
+        let restart = self.live.barrier(LOCK_ATTEMPTS, capture, others_move)?;
+        self.is_suspect |= matches!(restart, Restart::Failed(SqliteError::CheckpointFailed { .. }));
+        match restart {
+            Restart::NotTried => Ok(None),
+            Restart::Ready => {
+                self.pin_is_at_zero = true;
+                Ok(Some(true))
+            }
+            Restart::Held => {
+                self.pin_is_at_zero = false;
+                Ok(Some(false))
+            }
+            Restart::Failed(error) => {
+                self.pin_is_at_zero = false;
+                Err(error.into())
+            }
+        }
     }
 }
 

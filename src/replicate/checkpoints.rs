@@ -13,6 +13,12 @@ const LAST_BARRIER_RETRY: Duration = Duration::from_millis(80);
 /// and no longer than this when it does not: a reader that stands for hours is not to cost more than it must.
 const LAST_QUIET_BARRIER_RETRY: Duration = Duration::from_secs(1);
 
+/// After a failed checkpoint: the pause before each further attempt doubles up to this.
+const LAST_FAILED_RETRY: Duration = Duration::from_secs(60);
+/// On a slow disk: the pause before the next attempt to restart the WAL doubles from the first to the last.
+const FIRST_SLOW_RETRY: Duration = Duration::from_secs(1);
+const LAST_SLOW_RETRY: Duration = Duration::from_secs(30);
+
 /// What is to be done.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Checkpoint {
@@ -20,6 +26,8 @@ pub enum Checkpoint {
     Barrier,
     /// What can be copied into the main file without waiting for anybody is copied.
     Passive,
+    /// A checkpoint failed: another attempt, whose result is compared with what was captured.
+    Retry,
 }
 
 /// What was tried, and when. Times are of the monotonic clock.
@@ -30,6 +38,10 @@ pub struct Checkpoints {
     /// No barrier is tried for so long after that.
     barrier_retry: Duration,
     passive_due: Option<Duration>,
+    /// Since a checkpoint failed: how many have, and when the next attempt is due.
+    failed: Option<(u32, Duration)>,
+    /// Attempts to restart the WAL that a slow disk prevented, one after another.
+    slow: u32,
 }
 
 impl Checkpoints {
@@ -41,6 +53,8 @@ impl Checkpoints {
             barrier_tried: now,
             barrier_retry: FIRST_BARRIER_RETRY,
             passive_due: Some(now + QUIET_AFTER),
+            failed: None,
+            slow: 0,
         }
     }
 
@@ -48,6 +62,9 @@ impl Checkpoints {
     /// had for a barrier is not checkpointed otherwise either.
     #[must_use]
     pub fn next(&self, wal_len_bytes: u64, next_look_bytes: u64) -> Option<(Checkpoint, Duration)> {
+        if let Some((_, due)) = self.failed {
+            return Some((Checkpoint::Retry, due));
+        }
         let foreseen_bytes = wal_len_bytes + next_look_bytes.min(self.threshold_bytes / 4);
         if foreseen_bytes > self.threshold_bytes {
             return Some((Checkpoint::Barrier, self.barrier_tried + self.barrier_retry));
@@ -58,7 +75,9 @@ impl Checkpoints {
     /// Commits were captured.
     pub fn note_commits(&mut self, now: Duration) {
         self.passive_due = Some(now + QUIET_AFTER);
-        self.barrier_retry = self.barrier_retry.min(LAST_BARRIER_RETRY);
+        if self.slow == 0 {
+            self.barrier_retry = self.barrier_retry.min(LAST_BARRIER_RETRY);
+        }
     }
 
     /// A barrier was tried.
@@ -66,12 +85,45 @@ impl Checkpoints {
         let doubled = (self.barrier_retry * 2).min(LAST_QUIET_BARRIER_RETRY);
         self.barrier_retry = if is_done { FIRST_BARRIER_RETRY } else { doubled };
         self.barrier_tried = now;
+        self.slow = 0;
+    }
+
+    /// The disk is too slow to sync with the write lock held.
+    pub fn note_slow_disk(&mut self, now: Duration) {
+        self.barrier_retry = doubled(FIRST_SLOW_RETRY, self.slow, LAST_SLOW_RETRY);
+        self.slow = self.slow.saturating_add(1);
+        self.barrier_tried = now;
+    }
+
+    /// A checkpoint failed. Returns whether it is the first since one succeeded. The first attempt after it is made at
+    /// once, because what is copied is not known to be on the disk.
+    pub fn note_failed(&mut self, now: Duration) -> bool {
+        let attempts = self.failed.map_or(0, |(attempts, _)| attempts);
+        let pause = attempts.checked_sub(1).map(|doublings| doubled(Duration::from_secs(1), doublings, LAST_FAILED_RETRY));
+        self.failed = Some((attempts.saturating_add(1), now + pause.unwrap_or_default()));
+        attempts == 0
+    }
+
+    /// A checkpoint succeeded, and what it copied is right. Returns whether any had failed.
+    pub fn note_succeeded(&mut self) -> bool {
+        self.failed.take().is_some()
+    }
+
+    /// Whether a checkpoint failed and none has succeeded since.
+    #[must_use]
+    pub fn is_failing(&self) -> bool {
+        self.failed.is_some()
     }
 
     /// A PASSIVE checkpoint was tried, or there was nothing to checkpoint.
     pub fn note_passive(&mut self, now: Duration, is_done: bool) {
         self.passive_due = (!is_done).then_some(now + QUIET_RETRY);
     }
+}
+
+/// A pause that doubles with each attempt, from `first` to `last`.
+fn doubled(first: Duration, attempts: u32, last: Duration) -> Duration {
+    (first * 2_u32.pow(attempts.min(16))).min(last)
 }
 
 #[cfg(test)]
@@ -130,5 +182,37 @@ mod tests {
         assert_eq!(checkpoints.next(MIB, 0), None);
         checkpoints.note_commits(now);
         assert_eq!(checkpoints.next(MIB, 0), Some((Checkpoint::Passive, now + QUIET_AFTER)));
+    }
+
+    #[test]
+    fn failed_checkpoint_is_retried_at_once_then_with_growing_pauses() {
+        let mut now = ms(1_000_000);
+        let mut checkpoints = Checkpoints::new(4 * MIB, now);
+        let mut pauses = Vec::new();
+        for attempt in 0..9 {
+            assert_eq!(checkpoints.note_failed(now), attempt == 0);
+            let (next, due) = checkpoints.next(50 * MIB, 0).unwrap();
+            assert_eq!(next, Checkpoint::Retry);
+            pauses.push((due - now).as_secs());
+            now = due;
+        }
+        assert_eq!(pauses, [0, 1, 2, 4, 8, 16, 32, 60, 60]);
+        assert!(checkpoints.note_succeeded() && !checkpoints.note_succeeded());
+        assert_eq!(checkpoints.next(50 * MIB, 0).unwrap().0, Checkpoint::Barrier);
+    }
+
+    #[test]
+    fn slow_disk_delays_restarts_under_load() {
+        let mut now = ms(1_000_000);
+        let mut checkpoints = Checkpoints::new(4 * MIB, now);
+        let mut pauses = Vec::new();
+        for _ in 0..7 {
+            checkpoints.note_slow_disk(now);
+            checkpoints.note_commits(now);
+            let due = checkpoints.next(50 * MIB, 0).unwrap().1;
+            pauses.push((due - now).as_secs());
+            now = due;
+        }
+        assert_eq!(pauses, [1, 2, 4, 8, 16, 30, 30]);
     }
 }

@@ -2,22 +2,24 @@
 
 use std::collections::VecDeque;
 use std::io;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot};
 
-use super::capture::Capture;
+use super::capture::{Barrier, Capture, LastClose};
 use super::checkpoints::{Checkpoint, Checkpoints};
 use super::claim::{Claimed, Continuing};
 use super::control::State;
+use super::delta::Difference;
+use super::foreign_wal::{self, Pair};
 use super::ledger::{FOLD_AT_ENTRIES, Ledger};
 use super::neighbours::Neighbour;
 use super::pace::Pace;
 use super::record::{Ignore, RecordError, Recorder, Start};
-use super::rest::{Opening, RESTS_AFTER, Rested, Seen, is_settled};
+use super::rest::{Opening, RESTS_AFTER, Rested, Seen, is_settled, until_settled};
 use super::ship::{Job, Progress};
 use super::snapshots::{Advance, Snapshots};
 use super::spool::{self, Spool, Spooled};
@@ -30,11 +32,19 @@ use crate::format::key::Span;
 use crate::sqlite::SqliteError;
 use crate::sqlite::header::{HEADER_LEN, schema_cookie};
 use crate::sqlite::live::LiveDatabase;
+use crate::sqlite::sidecar;
 
 /// It is seen this often whether the files are still those at the path, and whether too much waits for an epoch.
 const FILES_CHECK_INTERVAL: Duration = Duration::from_secs(1);
 /// Of page images no more than this are recorded for an epoch that is not claimed: their numbers are in memory.
 const UNCLAIMED_RAW_LIMIT: u64 = 4 << 30;
+/// After the application closed the database, the WAL is emptied this soon: before a person who stopped the application
+/// can have put another file in the database's place, and late enough for a connection that follows at once.
+const LAST_CLOSE_AFTER: Duration = Duration::from_millis(10);
+/// Shortest pause between two of these. Programs that open the database for each request close it all the time.
+const LAST_CLOSE_INTERVAL: Duration = Duration::from_millis(250);
+/// At a stop, the longest wait until a later write would show in the main file's times.
+const SETTLE_LIMIT: Duration = Duration::from_millis(250);
 /// A pin that protects frames does not stand longer than this, if the thread is awake.
 const PIN_MOVES_AFTER: Duration = Duration::from_millis(500);
 /// How soon a snapshot is read on when the store was not ready for more.
@@ -197,6 +207,11 @@ pub struct Following {
     /// Whether the main file was written to by ourselves since the last wait.
     has_checkpointed: bool,
     checkpoints: Checkpoints,
+    /// When to look whether the database is to be closed as SQLite closes the last connection.
+    last_close_due: Option<Duration>,
+    last_close_tried: Option<Duration>,
+    /// When to note that the main file is complete, after the WAL was emptied.
+    note_complete_due: Option<Duration>,
 }
 
 impl Following {
@@ -210,6 +225,7 @@ impl Following {
         directory: Arc<StateDirectory>,
         rested: Option<Box<Rested>>,
     ) -> Result<Self, DatabaseError> {
+        set_foreign_wal_aside(&around.settings.path, &directory);
         let live = LiveDatabase::open(&around.settings.path)?;
         if live.was_switched_to_wal {
             tracing::info!(database = %around.settings.path.display(), "switched to WAL mode");
@@ -243,6 +259,9 @@ impl Following {
             files_checked: now,
             has_checkpointed: false,
             checkpoints,
+            last_close_due: None,
+            last_close_tried: None,
+            note_complete_due: None,
         };
         let rested = rested.filter(|rested| continuing.as_ref().is_some_and(|left| left.is_of(&rested.claimed)));
         match (&mut following.recorder, rested) {
@@ -334,6 +353,12 @@ impl Following {
         if !is_confirmed || !files.may_rest(self.around.clock.as_ref()) || !self.capture.is_all_in_main()? {
             return Ok(None);
         }
+        // From here on SQLite removes the WAL when the last connection closes. If it was closed before, that is ours.
+        let files_open = self.capture.files();
+        if files_open.wal_len_bytes()? > 0 && !files_open.is_open_elsewhere()? {
+            self.last_close_due.get_or_insert(now);
+            return Ok(None);
+        }
         self.save_state(true)?;
         let (Some(claimed), snapshots) = (self.claimed.take(), self.snapshots.take()) else { return Ok(None) };
         let due_in = snapshots.due_in(now_ms);
@@ -349,20 +374,38 @@ impl Following {
         for event in events {
             is_stopping |= self.handle(event)?;
         }
+        let notices = self.around.mailbox.take_notices();
+        if notices.is_closed {
+            self.plan_last_close(LAST_CLOSE_AFTER);
+        }
         if !is_stopping
-            && (!self.pace.is_stirred() || self.now().saturating_sub(self.files_checked) >= FILES_CHECK_INTERVAL)
+            && (notices.is_renamed
+                || !self.pace.is_stirred()
+                || self.now().saturating_sub(self.files_checked) >= FILES_CHECK_INTERVAL)
         {
             self.check_files()?;
         }
+        match self.work(is_stopping) {
+            Err(DatabaseError::Sqlite(overwritten @ SqliteError::WrittenTo { .. })) => {
+                self.judge_overwritten(overwritten)?;
+            }
+            other => other?,
+        }
+        Ok(is_stopping)
+    }
+
+    /// Captures what there is, and does what is due.
+    fn work(&mut self, is_stopping: bool) -> Result<(), DatabaseError> {
         self.look()?;
         if is_stopping {
-            return Ok(true);
+            return Ok(());
         }
         self.answer_syncs()?;
         self.read_snapshot()?;
         self.cut_if_due()?;
         self.checkpoint_if_due()?;
-        Ok(false)
+        self.close_as_last_if_due()?;
+        self.note_complete_if_due()
     }
 
     /// Waits until there may be something to do. Under load every look finds something: to be woken for each would cost more than it does.
@@ -394,7 +437,8 @@ impl Following {
             false => self.snapshots.next_step(now, SNAPSHOT_PAUSE),
         };
         let snapshot_due = snapshot_due.filter(|_| self.claimed.is_some());
-        for due in [cut_due, checkpoint_due, snapshot_due].into_iter().flatten() {
+        let dues = [cut_due, checkpoint_due, snapshot_due, self.last_close_due, self.note_complete_due];
+        for due in dues.into_iter().flatten() {
             wait = wait.min(due.saturating_sub(now));
         }
         Ok(wait)
@@ -408,13 +452,148 @@ impl Following {
                 // What was committed to the files that are open nobody can read any more after us.
                 self.advance()?;
                 self.cut()?;
+                self.set_foreign_wal_aside();
                 return Err(replaced.into());
             }
             other => other?,
         }
+        let files = self.capture.files();
+        if files.is_exclusive_wanted()? {
+            // The application comes first: it waits for all others to leave.
+            let path = self.around.settings.path.clone();
+            self.advance()?;
+            self.cut()?;
+            return Err(SqliteError::Locked { path }.into());
+        }
+        if files.wal_len_bytes()? > 0 && !files.is_open_elsewhere()? {
+            self.plan_last_close(Duration::ZERO);
+        }
         match self.unclaimed_len_bytes()? {
             Some(recorded_bytes) => Err(DatabaseError::NotClaimed { recorded_bytes }),
             None => Ok(()),
+        }
+    }
+
+    /// Sets the WAL aside when another main file was put beside it: the next one to open it would apply the WAL to it.
+    fn set_foreign_wal_aside(&mut self) {
+        let files = self.capture.files();
+        let (Some(position), Some(recorder)) = (self.capture.follower().position(), &self.recorder) else { return };
+        let Ok(main) = files.main_identity() else { return };
+        let pair = Pair { main_inode: main.inode(), salts: position.salts };
+        let path = &self.around.settings.path;
+        report_set_aside(path, foreign_wal::set_aside_if_foreign(path, pair, &recorder.ledger));
+    }
+
+    /// The main file was changed, and not by SQLite. One that was only touched is followed on.
+    fn judge_overwritten(&mut self, overwritten: SqliteError) -> Result<(), DatabaseError> {
+        let database = self.around.settings.path.display();
+        if let Some(recorder) = self.recorder.as_ref().filter(|recorder| recorder.ledger.fingerprint().is_some()) {
+            match Difference::find(&self.capture, &recorder.ledger, 0) {
+                Ok(Some(found)) if found.is_nothing(&recorder.ledger) => {
+                    tracing::info!(%database, "the file's time changed, its pages did not");
+                    return Ok(());
+                }
+                Ok(_) | Err(RecordError::Sqlite(SqliteError::PageChanged { .. })) => {}
+                Err(other) => return Err(other.into()),
+            }
+        }
+        // What the WAL holds is of the file that was.
+        if !self.capture.drop_copied_wal()? && !self.capture.files().is_open_elsewhere()? {
+            report_set_aside(&self.around.settings.path, foreign_wal::set_aside(self.capture.files().path()).map(Some));
+        }
+        Err(overwritten.into())
+    }
+
+    /// Looks again after `wait` whether the application closed the database.
+    fn plan_last_close(&mut self, wait: Duration) {
+        if self.last_close_due.is_none() {
+            let earliest = self.last_close_tried.map_or(Duration::ZERO, |tried| tried + LAST_CLOSE_INTERVAL);
+            self.last_close_due = Some((self.now() + wait).max(earliest));
+        }
+    }
+
+    fn close_as_last_if_due(&mut self) -> Result<(), DatabaseError> {
+        if self.last_close_due.is_none_or(|due| due > self.now()) {
+            return Ok(());
+        }
+        self.last_close_due = None;
+        if self.close_as_last()? == LastClose::Blocked {
+            self.plan_last_close(LAST_CLOSE_INTERVAL);
+        }
+        Ok(())
+    }
+
+    /// Does what SQLite's last close does, if no other process has the database open: everything is captured, copied
+    /// into the main file, and the WAL is empty. What a segment holds is in the spool before its frames are gone.
+    fn close_as_last(&mut self) -> Result<LastClose, DatabaseError> {
+        if self.checkpoints.is_failing() {
+            return Ok(LastClose::Blocked);
+        }
+        let files = self.capture.files();
+        if files.wal_len_bytes()? == 0 {
+            return Ok(LastClose::Emptied);
+        }
+        if files.is_open_elsewhere()? {
+            return Ok(LastClose::OpenElsewhere);
+        }
+        self.advance_and_note()?;
+        self.cut()?;
+        let neighbour = self.around.neighbour.clone();
+        let Some(_turn) = neighbour.barrier() else { return Ok(LastClose::Blocked) };
+        let others_move = || neighbour.move_pins();
+        let captured = match &mut self.recorder {
+            Some(recorder) => {
+                recorder.make_room()?;
+                self.capture.close_as_last(recorder, others_move)
+            }
+            None => self.capture.close_as_last(&mut Ignore, others_move),
+        };
+        let now = self.now();
+        self.last_close_tried = Some(now);
+        self.has_checkpointed = true;
+        let Some(closed) = self.unless_failed(captured)? else { return Ok(LastClose::Blocked) };
+        tracing::debug!(?closed, "no other process has the database open");
+        if closed == LastClose::Emptied {
+            self.checkpoints.note_passive(now, true);
+            let wait = until_settled(self.capture.files().main_identity()?, self.around.clock.as_ref());
+            self.note_complete_due = (wait <= SETTLE_LIMIT).then_some(now + wait);
+        }
+        Ok(closed)
+    }
+
+    /// Saves that the main file is complete, so that the next start has nothing to compare.
+    fn note_complete_if_due(&mut self) -> Result<(), DatabaseError> {
+        if self.note_complete_due.is_none_or(|due| due > self.now()) {
+            return Ok(());
+        }
+        self.note_complete_due = None;
+        self.save_state(false)
+    }
+
+    /// The result of a checkpoint; `None` where another connection was in the way, or where it failed: then that is
+    /// reported, and following goes on with the WAL pinned.
+    fn unless_failed<T>(&mut self, done: Result<T, RecordError>) -> Result<Option<T>, DatabaseError> {
+        match done {
+            Err(RecordError::Sqlite(error @ SqliteError::CheckpointFailed { .. })) => {
+                self.note_checkpoint_failed(&error);
+                Ok(None)
+            }
+            Err(RecordError::Sqlite(error)) if error.is_busy() => Ok(None),
+            other => Ok(Some(other?)),
+        }
+    }
+
+    fn note_checkpoint_failed(&mut self, error: &SqliteError) {
+        let database = self.around.settings.path.display().to_string();
+        if self.checkpoints.note_failed(self.now()) {
+            tracing::error!(
+                database,
+                %error,
+                "the WAL is kept until a checkpoint succeeds, and grows; check the disk and its free space"
+            );
+            self.around.progress.board.note_error(error.to_string());
+        } else {
+            tracing::warn!(database, %error, "the checkpoint failed again");
         }
     }
 
@@ -771,7 +950,7 @@ impl Following {
         }
         // Looked at under the pin: nothing can be in the main file that is not captured.
         let main = self.capture.files().main_identity()?;
-        let is_whole = durably && is_settled(main, self.around.clock.as_ref()) && self.capture.is_all_in_main()?;
+        let is_whole = is_settled(main, self.around.clock.as_ref()) && self.capture.is_all_in_main()?;
         let state = LocalState {
             replica: claimed.replica.clone(),
             writer: claimed.record.writer.clone(),
@@ -806,13 +985,36 @@ impl Following {
             return Ok(());
         }
         match checkpoint {
-            Checkpoint::Barrier => {
-                let is_done = self.barrier()?;
-                self.checkpoints.note_barrier(self.now(), is_done);
-            }
+            Checkpoint::Barrier => match self.barrier()? {
+                Barrier::SlowDisk(took) => {
+                    tracing::debug!(?took, "the disk is slow: the WAL is not restarted");
+                    self.checkpoints.note_slow_disk(self.now());
+                }
+                done => self.checkpoints.note_barrier(self.now(), done == Barrier::Done),
+            },
             Checkpoint::Passive => {
                 let is_done = self.checkpoint_the_rest()?;
                 self.checkpoints.note_passive(self.now(), is_done);
+            }
+            Checkpoint::Retry => self.retry_checkpoint()?,
+        }
+        Ok(())
+    }
+
+    /// Tries again what failed. Until it succeeds the pin keeps the WAL, which may hold the only copy of a page.
+    fn retry_checkpoint(&mut self) -> Result<(), DatabaseError> {
+        match self.capture.retry_checkpoint() {
+            Err(error @ (SqliteError::CheckpointFailed { .. } | SqliteError::PageChanged { .. })) => {
+                self.note_checkpoint_failed(&error);
+            }
+            Err(error) if !error.is_busy() => return Err(error.into()),
+            Ok(true) => {
+                self.checkpoints.note_succeeded();
+                tracing::info!(database = %self.around.settings.path.display(), "checkpoints succeed again");
+            }
+            // Another checkpoint runs.
+            Ok(false) | Err(_) => {
+                self.checkpoints.note_failed(self.now());
             }
         }
         Ok(())
@@ -826,38 +1028,35 @@ impl Following {
         if !self.capture.has_frames_to_checkpoint()? {
             return Ok(true);
         }
-        let is_done = self.capture.passive_checkpoint()?;
+        let done = self.capture.passive_checkpoint().map_err(RecordError::Sqlite);
+        let is_done = self.unless_failed(done)?.unwrap_or(false);
         // Lets the pin go to mark 0, so that the next writer begins the WAL anew.
         self.advance()?;
         Ok(is_done)
     }
 
-    fn barrier(&mut self) -> Result<bool, DatabaseError> {
-        let attempt = |captured: Result<bool, RecordError>| -> Result<bool, DatabaseError> {
-            match captured {
-                Err(RecordError::Sqlite(error)) if error.is_busy() => Ok(false),
-                other => Ok(other?),
-            }
-        };
+    fn barrier(&mut self) -> Result<Barrier, DatabaseError> {
         let neighbour = self.around.neighbour.clone();
-        let Some(_turn) = neighbour.barrier() else { return Ok(false) };
+        let Some(_turn) = neighbour.barrier() else { return Ok(Barrier::Blocked) };
         let others_move = || neighbour.move_pins();
         let before = self.recorder.as_ref().map(|recorder| recorder.last().position.txid);
         let (begun, wal_len_bytes) = (self.now(), self.capture.wal_len_bytes());
-        let is_done = match &mut self.recorder {
+        let clock = self.around.clock.clone();
+        let done = match &mut self.recorder {
             Some(recorder) => {
                 recorder.make_room()?;
-                attempt(self.capture.barrier(recorder, others_move))?
+                self.capture.barrier(recorder, others_move, clock.as_ref())
             }
-            None => attempt(self.capture.barrier(&mut Ignore, others_move))?,
+            None => self.capture.barrier(&mut Ignore, others_move, clock.as_ref()),
         };
         self.pace.note_barrier(self.now());
         self.has_checkpointed = true;
-        tracing::debug!(is_done, wal_len_bytes, took = ?self.now().saturating_sub(begun), "barrier");
+        let done = self.unless_failed(done)?.unwrap_or(Barrier::Blocked);
+        tracing::debug!(?done, wal_len_bytes, took = ?self.now().saturating_sub(begun), "barrier");
         if self.recorder.as_ref().map(|recorder| recorder.last().position.txid) != before {
             self.note_commits();
         }
-        Ok(is_done)
+        Ok(done)
     }
 
     /// Captures and cuts what is left, and records a clean stop. Gives the last captured transaction, if an epoch was claimed.
@@ -867,15 +1066,75 @@ impl Following {
     pub fn end(mut self) -> Result<Option<Position>, DatabaseError> {
         for _ in 0..END_ATTEMPTS {
             self.advance()?;
-            if !self.capture.work()?.is_behind {
-                break;
+            match self.capture.work() {
+                Ok(work) if !work.is_behind => break,
+                Err(overwritten @ SqliteError::WrittenTo { .. }) => self.judge_overwritten(overwritten)?,
+                other => drop(other?),
             }
             // Another process recovers the WAL just now, or goes on writing.
             std::thread::sleep(END_ATTEMPT_INTERVAL);
         }
         self.cut()?;
         self.spool.sync()?;
+        let is_last = self.end_as_last()?;
         self.save_state(true)?;
-        Ok(self.claimed.as_ref().and(self.recorder.as_ref()).map(|recorder| recorder.last().position))
+        let captured = self.claimed.as_ref().and(self.recorder.as_ref()).map(|recorder| recorder.last().position);
+        if is_last {
+            // SQLite removes the empty WAL and the wal-index.
+            self.capture.close()?;
+        }
+        Ok(captured)
+    }
+
+    /// At the end: leaves the database as SQLite's last close does, if no other process has it open; returns whether.
+    fn end_as_last(&mut self) -> Result<bool, DatabaseError> {
+        for _ in 0..END_ATTEMPTS {
+            match self.close_as_last() {
+                Ok(LastClose::Emptied) => {
+                    self.cut()?;
+                    let wait = until_settled(self.capture.files().main_identity()?, self.around.clock.as_ref());
+                    if wait <= SETTLE_LIMIT {
+                        std::thread::sleep(wait);
+                    }
+                    return Ok(!self.capture.files().is_open_elsewhere()?);
+                }
+                Ok(LastClose::OpenElsewhere) => return Ok(false),
+                Ok(LastClose::Blocked) => std::thread::sleep(END_ATTEMPT_INTERVAL),
+                Err(DatabaseError::Sqlite(overwritten @ SqliteError::WrittenTo { .. })) => {
+                    self.judge_overwritten(overwritten)?;
+                }
+                Err(other) => return Err(other),
+            }
+        }
+        Ok(false)
+    }
+}
+
+/// Before the database is opened: sets a WAL aside that the saved state knows to be another file's.
+fn set_foreign_wal_aside(path: &Path, directory: &StateDirectory) {
+    let has_wal = std::fs::canonicalize(path)
+        .and_then(|file| std::fs::metadata(sidecar(&file, "-wal")))
+        .is_ok_and(|found| found.len() > 0);
+    // What can't be loaded proves nothing; the start reports it.
+    let Some((state, overlay)) = has_wal.then(|| directory.load().ok().flatten()).flatten() else { return };
+    let Some(position) = state.wal_position() else { return };
+    let known =
+        Ledger::open(&directory.ledger_path(), state.page_size, state.size_pages, state.fingerprint, overlay);
+    let Ok(known) = known else { return };
+    let pair = Pair { main_inode: state.main.inode(), salts: position.salts };
+    report_set_aside(path, foreign_wal::set_aside_if_foreign(path, pair, &known));
+}
+
+fn report_set_aside(path: &Path, set_aside: io::Result<Option<PathBuf>>) {
+    let database = path.display();
+    match set_aside {
+        Ok(None) => {}
+        Ok(Some(name)) => tracing::error!(
+            %database,
+            wal = %name.display(),
+            "the WAL beside the database belongs to the file that was there before; it was set aside, so that SQLite \
+             does not apply it to this one"
+        ),
+        Err(error) => tracing::error!(%database, %error, "the WAL could not be compared with the database beside it"),
     }
 }

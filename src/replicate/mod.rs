@@ -11,6 +11,7 @@ pub mod claim;
 pub mod control;
 pub mod database;
 pub mod delta;
+pub mod foreign_wal;
 pub mod handover;
 pub mod ledger;
 pub mod merge;

@@ -103,6 +103,12 @@ pub fn is_settled(file: FileIdentity, clock: &dyn Clock) -> bool {
     file.is_older_than(SETTLED_AFTER, clock.file_time_ms())
 }
 
+/// How long until [`is_settled`] holds, if nothing is written any more.
+#[must_use]
+pub fn until_settled(file: FileIdentity, clock: &dyn Clock) -> Duration {
+    file.until_older_than(SETTLED_AFTER, clock.file_time_ms())
+}
+
 /// What the main file and the WAL looked like; `None` for one that was not there.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Seen {

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use tokio::sync::{Notify, oneshot};
 
-use notify::event::ModifyKind;
+use notify::event::{AccessKind, AccessMode, ModifyKind};
 use notify::{EventKind, RecommendedWatcher, RecursiveMode, Watcher};
 
 use super::base::Base;
@@ -56,7 +56,23 @@ struct Inbox {
     is_urgent: bool,
     /// Whether the thread waits for what is urgent alone: to wake it for anything else would cost more than it does then.
     is_pausing: bool,
+    notices: Notices,
     events: VecDeque<Event>,
+}
+
+/// What happened to the files beside changes of their content.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Notices {
+    /// A descriptor of the main file was closed that could write: the application may have closed the database.
+    pub is_closed: bool,
+    /// The main file, the WAL or the wal-index was made, removed or renamed: the files may be other ones.
+    pub is_renamed: bool,
+}
+
+impl Notices {
+    fn is_any(self) -> bool {
+        self.is_closed || self.is_renamed
+    }
 }
 
 impl Mailbox {
@@ -84,6 +100,25 @@ impl Mailbox {
         }
     }
 
+    /// A descriptor of the main file was closed.
+    pub fn note_closed(&self) {
+        let mut inbox = self.inbox();
+        if !std::mem::replace(&mut inbox.notices.is_closed, true) {
+            self.changed.notify_one();
+        }
+    }
+
+    /// One of the files was made, removed or renamed.
+    pub fn note_renamed(&self) {
+        self.inbox().notices.is_renamed = true;
+        self.wake_at_once();
+    }
+
+    /// Takes what was noted of the files.
+    pub fn take_notices(&self) -> Notices {
+        std::mem::take(&mut self.inbox().notices)
+    }
+
     /// Something was decided elsewhere.
     pub fn send(&self, event: Event) {
         self.inbox().events.push_back(event);
@@ -103,7 +138,7 @@ impl Mailbox {
 
     /// Waits for a wake or an event, at most `timeout`; tells which file changed, and gives all events.
     pub fn wait(&self, timeout: Duration) -> (Changed, VecDeque<Event>) {
-        let is_empty = |inbox: &mut Inbox| !inbox.is_woken && inbox.events.is_empty();
+        let is_empty = |inbox: &mut Inbox| !inbox.is_woken && !inbox.notices.is_any() && inbox.events.is_empty();
         let waited = self.changed.wait_timeout_while(self.inbox(), timeout, is_empty);
         let (mut inbox, _) = waited.unwrap_or_else(PoisonError::into_inner);
         let changed = match (std::mem::take(&mut inbox.is_woken), std::mem::take(&mut inbox.is_urgent)) {
@@ -141,7 +176,7 @@ impl Mailbox {
     /// Takes the wake, if there is one; events stay, and the answer says what they are.
     pub fn take_wake(&self) -> Stirring {
         let mut inbox = self.inbox();
-        (inbox.is_woken, inbox.is_urgent) = (false, false);
+        (inbox.is_woken, inbox.is_urgent, inbox.notices) = (false, false, Notices::default());
         match inbox.events.iter().all(|event| matches!(event, Event::Stop)) {
             _ if inbox.events.is_empty() => Stirring::Nothing,
             true => Stirring::Stop,
@@ -169,13 +204,18 @@ type Mailboxes = HashMap<PathBuf, Vec<Weak<Mailbox>>>;
 struct Watched {
     main_files: Mailboxes,
     wals: Mailboxes,
+    wal_indexes: Mailboxes,
     directories: HashMap<PathBuf, Weak<Notify>>,
 }
 
 impl Watched {
     /// A database's files, and where each belongs.
-    fn files_of(&mut self, path: &Path) -> [(&mut Mailboxes, PathBuf); 2] {
-        [(&mut self.main_files, path.to_owned()), (&mut self.wals, sidecar(path, "-wal"))]
+    fn files_of(&mut self, path: &Path) -> [(&mut Mailboxes, PathBuf); 3] {
+        [
+            (&mut self.main_files, path.to_owned()),
+            (&mut self.wals, sidecar(path, "-wal")),
+            (&mut self.wal_indexes, sidecar(path, "-shm")),
+        ]
     }
 }
 
@@ -209,7 +249,7 @@ impl WatchHub {
         let (clock, mut paused) = (SystemClock::default(), None::<Duration>);
         let handler = move |event: notify::Result<notify::Event>| {
             if let Ok(event) = event
-                && !matches!(event.kind, EventKind::Access(_))
+                && (!matches!(event.kind, EventKind::Access(_)) || is_close(event.kind))
                 && dispatch(&shared, &event)
                 && let since = paused.map_or(Duration::MAX, |paused| clock.monotonic().saturating_sub(paused))
                 && since > EVENTS_BATCH
@@ -282,6 +322,11 @@ impl Default for WatchHub {
     }
 }
 
+/// Returns whether a descriptor that could write was closed.
+fn is_close(kind: EventKind) -> bool {
+    matches!(kind, EventKind::Access(AccessKind::Close(AccessMode::Write)))
+}
+
 /// Wakes who waits for a change of these files; tells whether somebody does.
 fn dispatch(watched: &Mutex<Watched>, event: &notify::Event) -> bool {
     let watched = locked(watched);
@@ -289,6 +334,18 @@ fn dispatch(watched: &Mutex<Watched>, event: &notify::Event) -> bool {
         matches!(event.kind, EventKind::Create(_) | EventKind::Remove(_) | EventKind::Modify(ModifyKind::Name(_)));
     let mut is_awaited = false;
     for path in &event.paths {
+        if is_name {
+            for files in [&watched.main_files, &watched.wals, &watched.wal_indexes] {
+                for mailbox in waiting(files, path) {
+                    mailbox.note_renamed();
+                    is_awaited = true;
+                }
+            }
+        }
+        if is_close(event.kind) {
+            waiting(&watched.main_files, path).for_each(|mailbox| mailbox.note_closed());
+            continue;
+        }
         for mailbox in waiting(&watched.main_files, path) {
             mailbox.wake_at_once();
             is_awaited = true;

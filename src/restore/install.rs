@@ -3,7 +3,6 @@
 
 use std::fs::{self, File, Metadata, Permissions, TryLockError};
 use std::io;
-use std::os::fd::AsRawFd;
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt, PermissionsExt, fchown};
 use std::path::{Path, PathBuf};
 
@@ -11,11 +10,8 @@ use rusqlite::{Connection, OpenFlags};
 use tempfile::{NamedTempFile, TempPath};
 
 use super::RestoreError;
-use crate::sqlite::sidecar;
+use crate::sqlite::{locks, sidecar};
 
-/// SQLite's lock bytes: pending, reserved, and the 510 that readers lock (file format, section 1.4, and `os.h`).
-const PENDING_BYTE: i64 = 0x4000_0000;
-const LOCK_BYTES_LEN: i64 = 512;
 /// No more links than this lead from one to the next (path_resolution(7)).
 const MOST_LINKS: usize = 40;
 
@@ -300,21 +296,13 @@ fn remove_if_there(path: &Path) -> Result<(), RestoreError> {
     }
 }
 
-/// Refuses a database that another process has open: every connection in WAL mode holds a lock on these bytes.
+/// Refuses a database that another process has open: every connection in WAL mode holds a lock on it.
 fn check_unused(target: &Path) -> Result<(), RestoreError> {
     let file = File::options().read(true).write(true).open(target).map_err(RestoreError::io(target, "open"))?;
-    // SAFETY: a plain structure of integers, for which all zeros is a value.
-    let mut lock: libc::flock = unsafe { std::mem::zeroed() };
-    lock.l_type = libc::F_WRLCK as libc::c_short;
-    lock.l_whence = libc::SEEK_SET as libc::c_short;
-    lock.l_start = PENDING_BYTE;
-    lock.l_len = LOCK_BYTES_LEN;
-    // SAFETY: the descriptor is open, and `lock` outlives the call.
-    let answer = unsafe { libc::fcntl(file.as_raw_fd(), libc::F_GETLK, &raw mut lock) };
-    if answer == -1 {
-        return Err(RestoreError::io(target, "ask for locks on")(io::Error::last_os_error()));
+    match locks::is_locked_elsewhere(&file).map_err(RestoreError::io(target, "ask for locks on"))? {
+        true => Err(RestoreError::TargetInUse(target.to_owned())),
+        false => Ok(()),
     }
-    if i32::from(lock.l_type) == libc::F_UNLCK { Ok(()) } else { Err(RestoreError::TargetInUse(target.to_owned())) }
 }
 
 /// A file that stood beside the old database and was given another name.

@@ -17,8 +17,26 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 /// Device and inode.
 type FileId = (u64, u64);
 
+/// The `-wal` and the `-shm` file that SQLite's connections of this process have open beside a main file.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Beside {
+    wal: FileId,
+    shm: FileId,
+}
+
+impl Beside {
+    /// Those that are at these paths; `None` where one is missing.
+    #[must_use]
+    pub fn at(wal: &Path, shm: &Path) -> Option<Self> {
+        let id = |path: &Path| fs::metadata(path).ok().map(|metadata| id_of(&metadata));
+        Some(Self { wal: id(wal)?, shm: id(shm)? })
+    }
+}
+
 struct Open {
     file: Arc<File>,
+    /// Of a main file, once connections to it are open.
+    beside: Option<Beside>,
     /// Opened by the way, when a path came to lead to a file that was open already; they must not be closed before it.
     others: Vec<File>,
     users: usize,
@@ -27,7 +45,7 @@ struct Open {
 impl Open {
     fn join(&mut self, id: FileId) -> SharedFile {
         self.users += 1;
-        SharedFile { file: self.file.clone(), _user: User(id) }
+        SharedFile { file: self.file.clone(), user: User(id) }
     }
 }
 
@@ -48,7 +66,7 @@ fn id_of(metadata: &Metadata) -> FileId {
 #[derive(Debug)]
 pub struct SharedFile {
     file: Arc<File>,
-    _user: User,
+    user: User,
 }
 
 /// One of those who have a file open.
@@ -75,9 +93,26 @@ impl SharedFile {
                 Ok(known.get_mut().join(id))
             }
             Entry::Vacant(entry) => {
-                Ok(entry.insert(Open { file: Arc::new(file), others: Vec::new(), users: 0 }).join(id))
+                Ok(entry.insert(Open { file: Arc::new(file), beside: None, others: Vec::new(), users: 0 }).join(id))
             }
         }
+    }
+}
+
+impl SharedFile {
+    /// The files that connections of this process have open beside this main file; `None` while none are open.
+    #[must_use]
+    pub fn beside(&self) -> Option<Beside> {
+        open_files().get(&self.user.0).and_then(|known| known.beside)
+    }
+
+    /// Records which files connections have open beside this main file. Returns whether they are those of all others
+    /// that use it: as long as one of them is open, SQLite joins it to the same wal-index.
+    #[must_use]
+    pub fn note_beside(&self, beside: Beside) -> bool {
+        let mut open = open_files();
+        let Some(known) = open.get_mut(&self.user.0) else { return false };
+        *known.beside.get_or_insert(beside) == beside
     }
 }
 

@@ -514,6 +514,28 @@ impl Follower {
         Ok(())
     }
 
+    /// Returns whether the pages that count as copied are in the main file as their last transaction wrote them. A page
+    /// whose newest frame is not copied yet is passed over.
+    ///
+    /// # Errors
+    /// [`SqliteError::PageChanged`] names the first that is not; as the operating system answers.
+    pub fn check_copied(&self, files: &Files, index: &WalIndex) -> Result<bool, SqliteError> {
+        if !self.is_in_generation_of(index) {
+            return Ok(index.frame_count == 0);
+        }
+        let mut page = vec![0; self.page_size as usize];
+        for (&page_number, known) in &self.in_wal {
+            if known.frame >= index.backfilled_frames {
+                continue;
+            }
+            files.read_main_pages(page_number, &mut page)?;
+            if (self.hash)(page_number, &page) != known.hash {
+                return Err(SqliteError::PageChanged { path: files.path().to_owned(), page_number });
+            }
+        }
+        Ok(index.backfilled_frames > 0)
+    }
+
     /// How many bytes of frames `index` publishes that were not read yet, and how many at all.
     #[must_use]
     pub fn unread_bytes(&self, index: &WalIndex) -> (u64, u64) {

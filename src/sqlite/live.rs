@@ -5,8 +5,15 @@
 //! A read transaction in WAL mode holds a read mark. With a mark ≥ 1 the WAL can't be restarted, so no frame is
 //! overwritten; with mark 0 (all of the WAL was in the main file when the transaction began) the WAL may be restarted
 //! once, but nothing new can be copied into the main file, so the new frames can't be overwritten in their turn
-//! (`walRestartLog`, `walCheckpoint` in SQLite's `wal.c`). A pin always stands; [`LiveDatabase::advance_pin`] begins the
-//! new one before it ends the old one.
+//! (`walRestartLog`, `walCheckpoint` in SQLite's `wal.c`). A pin is held at every moment:
+//! [`LiveDatabase::advance_pin`] begins the new one before it ends the old one.
+//!
+//! # Checkpoints
+//!
+//! Each of ours checks, with the checkpoint lock held and before the first page is written, that the three files at
+//! the paths are those that are open, and that nobody but SQLite wrote to the main file ([`super::checkpoint`]).
+//! While another process has the database open they are PASSIVE. Only when none has, [`LiveDatabase::empty_wal`]
+//! does what SQLite does when the last connection closes (`sqlite3WalClose`).
 //!
 //! # Descriptors
 //!
@@ -19,16 +26,18 @@ use std::fs::{self, File};
 use std::io;
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Duration;
 
 use rusqlite::config::DbConfig;
 use rusqlite::wal::CheckpointMode;
 use rusqlite::{Connection, OpenFlags};
 
-use super::descriptors::SharedFile;
+use super::checkpoint::{self, Checkpointed};
+use super::descriptors::{Beside, SharedFile};
 use super::header::{DatabaseHeader, HEADER_LEN};
-use super::wal_index::{WAL_INDEX_LEN, WalIndex};
-use super::{SqliteError, sidecar};
+use super::wal_index::{Backfill, WAL_INDEX_LEN, WalIndex};
+use super::{SqliteError, locks, sidecar};
 
 /// A database that is locked is tried to be opened so often, so soon after another.
 const OPEN_ATTEMPTS: u32 = 50;
@@ -80,6 +89,19 @@ impl FileIdentity {
     #[must_use]
     pub fn is_older_than(&self, age: Duration, now_ms: u64) -> bool {
         self.modified_ns < (i128::from(now_ms) - age.as_millis() as i128) * 1_000_000
+    }
+
+    /// The inode.
+    #[must_use]
+    pub fn inode(&self) -> u64 {
+        self.inode
+    }
+
+    /// How long until what was last written lies further back than `age`, as in [`FileIdentity::is_older_than`].
+    #[must_use]
+    pub fn until_older_than(&self, age: Duration, now_ms: u64) -> Duration {
+        let left_ns = self.modified_ns + age.as_nanos() as i128 - i128::from(now_ms) * 1_000_000;
+        Duration::from_nanos(u64::try_from(left_ns.max(-1) + 1).unwrap_or(u64::MAX))
     }
 
     /// Whether something was written to the file between this look at it and a `later` one.
@@ -172,6 +194,53 @@ impl Files {
         Ok(FileIdentity::from_metadata(&metadata))
     }
 
+    /// Length of the WAL file in bytes.
+    ///
+    /// # Errors
+    /// As the operating system answers.
+    pub fn wal_len_bytes(&self) -> Result<u64, SqliteError> {
+        Ok(self.wal.metadata().map_err(SqliteError::io(&self.path, "look at the WAL of"))?.len())
+    }
+
+    /// Returns whether another process has the database open.
+    ///
+    /// # Errors
+    /// As the operating system answers.
+    pub fn is_open_elsewhere(&self) -> Result<bool, SqliteError> {
+        locks::is_open_elsewhere(&self.main, Some(&self.shm)).map_err(SqliteError::io(&self.path, "ask for locks on"))
+    }
+
+    /// Returns whether another process wants the database for itself: see [`locks::is_exclusive_wanted`].
+    ///
+    /// # Errors
+    /// As the operating system answers.
+    pub fn is_exclusive_wanted(&self) -> Result<bool, SqliteError> {
+        locks::is_exclusive_wanted(&self.main).map_err(SqliteError::io(&self.path, "ask for locks on"))
+    }
+
+    /// Returns whether a read transaction that begins now may get a mark of 1 or more although all of the WAL is in
+    /// the main file: see [`locks::is_read_mark_zero_taken`].
+    ///
+    /// # Errors
+    /// As the operating system answers.
+    pub fn is_read_mark_zero_taken(&self) -> Result<bool, SqliteError> {
+        locks::is_read_mark_zero_taken(&self.shm).map_err(SqliteError::io(&self.path, "ask for locks on"))
+    }
+
+    /// Makes durable what was written to the WAL and the main file. Blocks for as long as the disk takes.
+    ///
+    /// # Errors
+    /// [`SqliteError::CheckpointFailed`]: what was copied into the main file before may not be on the disk.
+    pub fn sync(&self) -> Result<(), SqliteError> {
+        self.wal.sync_data().and_then(|()| self.main.sync_data()).map_err(|error| SqliteError::CheckpointFailed {
+            path: self.path.clone(),
+            source: rusqlite::Error::SqliteFailure(
+                rusqlite::ffi::Error::new(rusqlite::ffi::SQLITE_IOERR_FSYNC),
+                Some(error.to_string()),
+            ),
+        })
+    }
+
     /// Whether the files at the paths are still those that are open, and the path that was given still leads to them.
     ///
     /// # Errors
@@ -222,13 +291,17 @@ fn read_at_most(file: &File, offset: u64, buffer: &mut [u8]) -> io::Result<usize
     Ok(filled)
 }
 
-/// What a PASSIVE checkpoint found and did.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Checkpointed {
-    /// Frames in the WAL.
-    pub frame_count: u32,
-    /// Frames of them that are in the main file now.
-    pub backfilled_frames: u32,
+/// Outcome of [`LiveDatabase::barrier`].
+#[derive(Debug)]
+pub enum Restart {
+    /// The write lock was not available, or too much was left to be read.
+    NotTried,
+    /// Another reader or checkpointer is in the way.
+    Held,
+    /// The next writer restarts the WAL.
+    Ready,
+    /// The checkpoint failed or was refused; the pin stays at the newest frame.
+    Failed(SqliteError),
 }
 
 /// Our connections to a database, with a pin standing, and its open files.
@@ -239,8 +312,10 @@ pub struct LiveDatabase {
     pins: [Connection; 2],
     pinned: usize,
     control: Connection,
+    /// The main file as it was when frames were copied so far: see [`LiveDatabase::check_main`].
+    main_seen: Option<(Backfill, FileIdentity)>,
     /// The open files.
-    pub files: Files,
+    pub files: Arc<Files>,
     /// Whether the database was in another journal mode and has been switched to WAL by this call.
     pub was_switched_to_wal: bool,
 }
@@ -272,17 +347,53 @@ impl LiveDatabase {
         let path = &followed(given)?.ok_or_else(|| SqliteError::NotThere { path: given.to_owned() })?;
         let main = open_main(path)?;
         let header = read_header(path, &main)?;
+        let (wal, shm) = (sidecar(path, "-wal"), sidecar(path, "-shm"));
+        // SQLite joins the wal-index that this process has open for the main file (`unixOpenSharedMemory`), whatever
+        // file is at the path by now.
+        if main.beside().is_some_and(|open| Beside::at(&wal, &shm) != Some(open)) {
+            return Err(SqliteError::Replaced { path: path.clone() });
+        }
         let control = connect(path)?;
         let was_switched_to_wal = ensure_wal_mode(path, &control)?;
         let pins = [connect(path)?, connect(path)?];
         // The first read transaction makes `-wal` and `-shm` if they are not there.
         begin_read(path, &pins[0])?;
-        let (wal, shm) = (sidecar(path, "-wal"), sidecar(path, "-shm"));
+        let beside = Beside::at(&wal, &shm);
         let shm = SharedFile::open(&shm).map_err(SqliteError::io(&shm, "open"))?;
         let wal = File::open(&wal).map_err(SqliteError::io(&wal, "open"))?;
+        if !beside.is_some_and(|beside| main.note_beside(beside)) {
+            return Err(SqliteError::Replaced { path: path.clone() });
+        }
         let files = Files { given: given.to_owned(), path: path.clone(), main, wal, shm, page_size: header.page_size };
         files.check_still_there()?;
-        Ok(Self { pins, pinned: 0, control, files, was_switched_to_wal })
+        Ok(Self { pins, pinned: 0, control, main_seen: None, files: Arc::new(files), was_switched_to_wal })
+    }
+
+    /// Finds out a file that was overwritten in place, as `cp` does. SQLite does not notice that, and neither does
+    /// anything else here: the path, the WAL and its index are as they were.
+    ///
+    /// Only a checkpoint writes to the main file. It stores `nBackfillAttempted` before the first page is written, and
+    /// `nBackfill` after the last one (`walCheckpoint`). So as long as both are equal and as they were, another process
+    /// that changes the file is not SQLite.
+    ///
+    /// # Errors
+    /// [`SqliteError::Replaced`] when the file is not the open one any more; [`SqliteError::WrittenTo`] when its length
+    /// or time of modification is another one. Then compare its pages: it may only have been touched.
+    pub fn check_main(&mut self, index: &WalIndex) -> Result<(), SqliteError> {
+        let backfill = index.backfill();
+        let before = self.main_seen.take().filter(|(before, _)| Some(*before) == backfill);
+        let Some(backfill) = backfill else { return Ok(()) };
+        let main = self.files.main_identity()?;
+        // Between the look at the index and the one at the file there may have been a checkpoint.
+        if self.files.wal_index()?.backfill() != Some(backfill) {
+            return Ok(());
+        }
+        if before.is_some_and(|(_, before)| before.was_written_before(&main)) {
+            self.files.check_still_there()?;
+            return Err(SqliteError::WrittenTo { path: self.files.path().to_owned() });
+        }
+        self.main_seen = Some((backfill, main));
+        Ok(())
     }
 
     /// Begins a new pin, runs `capture`, and ends the old pin. If `capture` fails the old pin stays instead, because
@@ -303,58 +414,83 @@ impl LiveDatabase {
         captured
     }
 
-    /// Empties a WAL of which everything is in the main file already, unless another reader stands. Ends the pin: afterwards this is of
-    /// no use any more.
+    /// Copies into the main file what readers allow, ourselves among them, and waits for nobody. `None` when another
+    /// checkpoint is running.
     ///
-    /// Where the main file was written over, the frames belong to what it was. As long as somebody has the wal-index open, which says that
-    /// they are in the main file, SQLite does not look at them. But whoever opens the database as the first one makes that anew, and
-    /// then takes them for what comes after the file.
+    /// Durable: our connections run with `synchronous=FULL`, and what is copied is synced before it counts as copied.
     ///
     /// # Errors
-    /// What SQLite answers.
-    pub fn drop_backfilled_wal(&mut self) -> Result<(), SqliteError> {
-        let path = &self.files.path;
-        end_read(path, &self.pins[self.pinned])?;
-        let emptied = self.control.wal_checkpoint_v2(Some(rusqlite::MAIN_DB), CheckpointMode::TRUNCATE);
-        match emptied.map_err(SqliteError::sqlite(path, "empty the WAL")) {
-            Err(error) if !error.is_busy() => Err(error),
-            _ => Ok(()),
-        }
-    }
-
-    /// Copies into the main file what readers allow, ourselves among them, and waits for nobody.
-    ///
-    /// Durable: our connections run with `synchronous=FULL`. Anything less would let the application overwrite frames
-    /// whose pages are not on the disk yet.
-    ///
-    /// # Errors
-    /// What SQLite answers; `None` when another checkpoint is running.
+    /// See [`LiveDatabase::check_main`] and [`checkpoint::run`].
     pub fn passive_checkpoint(&mut self) -> Result<Option<Checkpointed>, SqliteError> {
-        passive_checkpoint(&self.files.path, &self.pins[1 - self.pinned])
+        self.checkpoint(&self.pins[1 - self.pinned], CheckpointMode::PASSIVE)
     }
 
-    /// With the write lock held, so that nobody can commit: runs `capture`, ends the pin, checkpoints, and begins the pin
-    /// again, which now takes mark 0, so that the next writer restarts the WAL. Writes nothing.
+    /// Runs a checkpoint that writes only if, at the last moment, the files are those that are open, and the main file
+    /// is as SQLite left it.
+    fn checkpoint(&self, connection: &Connection, mode: CheckpointMode) -> Result<Option<Checkpointed>, SqliteError> {
+        let check = || {
+            self.files.check_still_there()?;
+            let Some((backfill, before)) = self.main_seen else { return Ok(()) };
+            // The checkpoint lock is held: if frames were copied since the last look, it was before.
+            if self.files.wal_index()?.is_backfilled_as(backfill)
+                && before.was_written_before(&self.files.main_identity()?)
+            {
+                return Err(SqliteError::WrittenTo { path: self.files.path().to_owned() });
+            }
+            Ok(())
+        };
+        checkpoint::run(self.files.path(), connection, mode, &check)
+    }
+
+    /// Empties a WAL of which everything is in the main file, as SQLite does when the last connection closes. The pin
+    /// has mark 0: if another process commits meanwhile, its frames can't be copied, and nothing happens
+    /// (`walCheckpoint` needs read mark 0 for that). Returns whether the WAL is empty.
+    ///
+    /// Only to be called when no other process has the database open: a TRUNCATE checkpoint takes the write lock.
     ///
     /// # Errors
-    /// What `capture` answers, or SQLite. `Ok(None)` when the write lock was not to be had in `lock_attempts`, or `capture` tells that
-    /// it would take too long; `Ok(Some(false))` when frames are left that another reader holds back. `others_move` has those who have
-    /// a pin on the database, too, move it, and tells whether they have.
+    /// See [`LiveDatabase::passive_checkpoint`].
+    pub fn empty_wal(&mut self) -> Result<bool, SqliteError> {
+        self.files.check_still_there()?;
+        Ok(self.checkpoint(&self.control, CheckpointMode::TRUNCATE)?.is_some())
+    }
+
+    /// Closes the connections as SQLite closes the last one: an empty WAL and the wal-index are removed
+    /// (`sqlite3WalClose`), if no other process has the database open by now.
+    ///
+    /// # Errors
+    /// [`SqliteError::Replaced`]: then the files are closed and left alone.
+    pub fn close_as_last(self) -> Result<(), SqliteError> {
+        self.files.check_still_there()?;
+        let Self { pins, control, files, .. } = self;
+        drop(pins);
+        let set = control.set_db_config(DbConfig::SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, false);
+        drop(control);
+        set.map(drop).map_err(SqliteError::sqlite(files.path(), "close"))
+    }
+
+    /// With the write lock held, so that nobody can commit: runs `capture`, moves the pin to the newest frame, checkpoints,
+    /// and moves the pin to mark 0, so that the next writer restarts the WAL. Writes nothing into the WAL. `capture`
+    /// returns whether it has read all; `others_move` has those who have a pin on the database, too, move it, and
+    /// returns whether they have.
+    ///
+    /// # Errors
+    /// What `capture` answers, or SQLite.
     pub fn barrier<E: From<SqliteError>>(
         &mut self,
         lock_attempts: u32,
         capture: impl FnOnce(&Files) -> Result<bool, E>,
         others_move: impl Fn() -> bool,
-    ) -> Result<Option<bool>, E> {
+    ) -> Result<Restart, E> {
         let path = self.files.path.clone();
         if !self.take_write_lock(lock_attempts)? {
-            return Ok(None);
+            return Ok(Restart::NotTried);
         }
         let done = self.barrier_locked(capture, others_move);
         let released = self.control.prepare_cached("ROLLBACK").and_then(|mut rollback| rollback.execute([]));
-        let is_checkpointed = done?;
+        let restart = done?;
         released.map_err(SqliteError::sqlite(&path, "release the write lock"))?;
-        Ok(is_checkpointed)
+        Ok(restart)
     }
 
     /// Asks again and again, because a busy writer leaves the lock free only for moments; while we ask, nobody waits for us.
@@ -374,21 +510,42 @@ impl LiveDatabase {
         &mut self,
         capture: impl FnOnce(&Files) -> Result<bool, E>,
         others_move: impl Fn() -> bool,
-    ) -> Result<Option<bool>, E> {
+    ) -> Result<Restart, E> {
         if !capture(&self.files)? {
-            return Ok(None);
+            return Ok(Restart::NotTried);
         }
         if !others_move() {
-            return Ok(Some(false));
+            return Ok(Restart::Held);
         }
-        let path = &self.files.path;
-        end_read(path, &self.pins[self.pinned])?;
-        // No pin stands from here to `begin_read`; the write lock is what keeps the WAL from going on.
-        let checkpointed = checkpoint_after_others(path, &self.pins[1 - self.pinned]);
-        begin_read(path, &self.pins[self.pinned])?;
-        // To mark 0, where they hold up nobody. Whoever does not make it in time keeps the WAL from beginning anew this once.
+        // The new pin's mark is the newest frame, which holds up nothing. So a pin is held whatever the checkpoint answers.
+        let (path, free) = (self.files.path().to_owned(), self.pinned);
+        begin_read(&path, &self.pins[1 - free])?;
+        self.pinned = 1 - free;
+        end_read(&path, &self.pins[free])?;
+        match self.checkpoint_after_others(&self.pins[free]) {
+            Ok(Some(done)) if done.is_complete() => {}
+            Ok(_) => return Ok(Restart::Held),
+            Err(error) => return Ok(Restart::Failed(error)),
+        }
+        begin_read(&path, &self.pins[free])?;
+        self.pinned = free;
+        end_read(&path, &self.pins[1 - free])?;
+        // To mark 0, where they hold up nobody. Whoever does not make it in time keeps the WAL from restarting this once.
         others_move();
-        Ok(Some(checkpointed?.is_some_and(|done| done.backfilled_frames >= done.frame_count)))
+        Ok(Restart::Ready)
+    }
+
+    /// A writer whose WAL is longer than it likes checkpoints after each commit, with the write lock free: when we get the lock, it is
+    /// often in the middle of that. The frames that are left after it are few; without waiting for it a barrier would hardly ever
+    /// succeed under load, and the WAL would grow.
+    fn checkpoint_after_others(&self, connection: &Connection) -> Result<Option<Checkpointed>, SqliteError> {
+        for _ in 0..CHECKPOINT_ATTEMPTS {
+            match self.checkpoint(connection, CheckpointMode::PASSIVE)? {
+                None => std::thread::sleep(CHECKPOINT_ATTEMPT_INTERVAL),
+                done => return Ok(done),
+            }
+        }
+        Ok(None)
     }
 }
 
@@ -418,7 +575,9 @@ fn connect(path: &Path) -> Result<Connection, SqliteError> {
         connection.execute_batch("PRAGMA synchronous=FULL; PRAGMA mmap_size=0; PRAGMA cache_size=-64")?;
         Ok(connection)
     };
-    open().map_err(|error| explain(path, error))
+    let connection = open().map_err(|error| explain(path, error))?;
+    checkpoint::hook(path, &connection)?;
+    Ok(connection)
 }
 
 /// What stands in the way of using the database at all, and what to do about it.
@@ -469,31 +628,4 @@ fn begin_read(path: &Path, connection: &Connection) -> Result<(), SqliteError> {
 fn end_read(path: &Path, connection: &Connection) -> Result<(), SqliteError> {
     let end = || connection.prepare_cached("COMMIT")?.execute([]).map(|_| ());
     end().map_err(SqliteError::sqlite(path, "end a read transaction"))
-}
-
-/// A writer whose WAL is longer than it likes checkpoints after each commit, with the write lock free: when we get the lock, it is
-/// often in the middle of that. The frames that are left after it are few; without waiting for it a barrier would hardly ever
-/// succeed under load, and the WAL would grow.
-fn checkpoint_after_others(path: &Path, connection: &Connection) -> Result<Option<Checkpointed>, SqliteError> {
-    for _ in 0..CHECKPOINT_ATTEMPTS {
-        match passive_checkpoint(path, connection)? {
-            None => std::thread::sleep(CHECKPOINT_ATTEMPT_INTERVAL),
-            done => return Ok(done),
-        }
-    }
-    Ok(None)
-}
-
-/// Through SQLite's function and not its PRAGMA, which would parse the schema first.
-fn passive_checkpoint(path: &Path, connection: &Connection) -> Result<Option<Checkpointed>, SqliteError> {
-    match connection.wal_checkpoint_v2(Some(rusqlite::MAIN_DB), CheckpointMode::PASSIVE) {
-        Ok((frames, backfilled)) => Ok(Some(Checkpointed {
-            frame_count: u32::try_from(frames).unwrap_or(0),
-            backfilled_frames: u32::try_from(backfilled).unwrap_or(0),
-        })),
-        Err(error) => {
-            let error = SqliteError::sqlite(path, "checkpoint")(error);
-            if error.is_busy() { Ok(None) } else { Err(error) }
-        }
-    }
 }

@@ -1,13 +1,17 @@
 //! What SQLite's files are: database header, WAL, wal-index, locks. Knows nothing of storage.
 //!
 //! - [`header`], [`wal`], [`wal_index`]: bytes, pure.
+//! - [`locks`]: locks that other processes hold, found without taking one.
+//! - [`checkpoint`]: a checkpoint that refuses replaced files and syncs before it counts pages as copied.
 //! - [`live`]: a database that others have open: connections, the pin, descriptors and the rules of their lifetimes.
 //! - [`follow`]: reading published transactions out of the WAL, and single pages as of the last one read.
 
+pub mod checkpoint;
 pub mod descriptors;
 pub mod follow;
 pub mod header;
 pub mod live;
+pub mod locks;
 pub mod wal;
 pub mod wal_index;
 
@@ -89,6 +93,14 @@ pub enum SqliteError {
         /// The page.
         page_number: u32,
     },
+    /// A checkpoint, or the sync of what it copied, failed. SQLite counts none of its frames as copied.
+    #[error("a checkpoint of {} failed: {source}", path.display())]
+    CheckpointFailed {
+        /// The database.
+        path: PathBuf,
+        /// SQLite's error.
+        source: rusqlite::Error,
+    },
     /// SQLite answered an error.
     #[error("{} of {}: {source}", doing, path.display())]
     Sqlite {
@@ -125,7 +137,7 @@ impl SqliteError {
         move |source| Self::Io { path: path.to_owned(), doing, source }
     }
 
-    fn sqlite(path: &Path, doing: &'static str) -> impl FnOnce(rusqlite::Error) -> Self {
+    pub(crate) fn sqlite(path: &Path, doing: &'static str) -> impl FnOnce(rusqlite::Error) -> Self {
         move |source| Self::Sqlite { path: path.to_owned(), doing, source }
     }
 }

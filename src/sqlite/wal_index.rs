@@ -23,8 +23,20 @@ pub struct WalIndex {
     /// The generation of the WAL. Meaningful only where `frame_count` is not 0: until the first frame of a
     /// generation is written, the file may still hold the one before.
     pub salts: Salts,
-    /// How many of the published frames are in the main file already. The checkpointer writes it after its fsync.
+    /// How many of the published frames are in the main file already (`nBackfill`). A checkpointer stores it after
+    /// the last page is written.
     pub backfilled_frames: u32,
+    /// How many were to be copied by the last checkpoint (`nBackfillAttempted`). A checkpointer stores it before the
+    /// first page is written.
+    pub backfill_attempted_frames: u32,
+}
+
+/// How far the frames of one generation of the WAL are copied into the main file, and that no checkpoint is on its way
+/// or was cut off. As long as it is the same value, SQLite wrote nothing to the main file (`walCheckpoint`).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Backfill {
+    salts: Salts,
+    frames: u32,
 }
 
 impl WalIndex {
@@ -46,7 +58,22 @@ impl WalIndex {
             size_pages: native32(copy, 20),
             salts: Salts(salts),
             backfilled_frames: native32(bytes, 96),
+            backfill_attempted_frames: native32(bytes, 128),
         })
+    }
+
+    /// How far frames are copied; `None` while a checkpoint copies, or when one was cut off.
+    #[must_use]
+    pub fn backfill(&self) -> Option<Backfill> {
+        let is_settled = self.backfill_attempted_frames == self.backfilled_frames;
+        is_settled.then_some(Backfill { salts: self.salts, frames: self.backfilled_frames })
+    }
+
+    /// Whether a checkpoint other than the one that runs has copied frames since `before`. For the checkpointer itself:
+    /// it has stored what it attempts already.
+    #[must_use]
+    pub fn is_backfilled_as(&self, before: Backfill) -> bool {
+        (before.salts, before.frames) == (self.salts, self.backfilled_frames)
     }
 
     /// Whether all published frames are in the main file.

@@ -12,6 +12,7 @@ mod entry_point;
 mod fleet;
 mod format;
 mod garage;
+mod harm;
 mod health;
 mod install;
 mod lock_page;

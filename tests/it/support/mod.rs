@@ -1,5 +1,6 @@
 //! What the tests drive: the built program, real databases, a real S3 server.
 
+pub mod application;
 pub mod clock;
 pub mod gate;
 pub mod machine;

@@ -20,6 +20,8 @@ pub enum Verdict {
     Goes,
     /// It is not carried out, and gives this error.
     Fails(libc::c_int),
+    /// It is not carried out, and returns this value as if it had been.
+    Pretends(i64),
     /// It is not carried out: the process is killed.
     Kills,
 }
@@ -230,6 +232,7 @@ fn supervise(listener: &OwnedFd, mut decide: impl FnMut(&Call) -> Verdict) {
             match decide(&call) {
                 Verdict::Goes => answer.flags = libc::SECCOMP_USER_NOTIF_FLAG_CONTINUE as u32,
                 Verdict::Fails(errno) => answer.error = -errno,
+                Verdict::Pretends(value) => answer.val = value,
                 Verdict::Kills => {
                     // Of its whole process: any thread's number will do.
                     libc::kill(asked.pid as libc::pid_t, libc::SIGKILL);
