@@ -11,7 +11,7 @@ use rusqlite::Connection;
 use crate::support::application::Application;
 use crate::support::scene::{Scene, now_ms};
 use crate::support::syscalls::{Call, Verdict};
-use crate::support::{Daemon, content, create_database, number, open, run, stderr, wait_for};
+use crate::support::{Daemon, content, number, open, run, stderr, wait_for};
 
 const ROWS: i64 = 2000;
 
@@ -304,8 +304,7 @@ fn update_rows(application: &mut Application, until: Duration, commits: &AtomicU
 fn wrong_rows(path: &Path, expected: &[(i64, i64)]) -> usize {
     let database = open(path);
     let mut query = database.prepare("SELECT version FROM item WHERE id = ?1").unwrap();
-    let version = |id: i64| query.query_row([id], |row| row.get::<_, i64>(0)).unwrap();
-    let mut version = version;
+    let mut version = |id: i64| query.query_row([id], |row| row.get::<_, i64>(0)).unwrap();
     expected.iter().filter(|(id, expected)| version(*id) != *expected).count()
 }
 
@@ -517,13 +516,13 @@ fn two_replicas_join_no_removed_wal_index() {
 #[test]
 fn connection_for_each_request_meets_no_error() {
     let (scene, daemon) = scene(true);
-    let errors = Mutex::new(Vec::new());
+    let (errors, database) = (Mutex::new(Vec::new()), scene.database());
     std::thread::scope(|threads| {
         for _ in 0..3 {
             threads.spawn(|| {
                 for _ in 0..60 {
                     let output = std::process::Command::new("sqlite3")
-                        .args([scene.database().to_str().unwrap(), ".timeout 5000", "UPDATE counter SET n = n + 1"])
+                        .args([database.to_str().unwrap(), ".timeout 5000", "UPDATE counter SET n = n + 1"])
                         .output()
                         .unwrap();
                     if !output.status.success() {

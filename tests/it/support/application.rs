@@ -56,7 +56,7 @@ impl Application {
             if self.answers.read_line(&mut line).map_err(|error| error.to_string())? == 0 {
                 return Err("the application ended".into());
             }
-            let line = line.trim_end();
+            let line = line.trim_end_matches('\n');
             if let Some(answer) = line.strip_prefix("@ok ") {
                 return Ok(answer.to_owned());
             }
@@ -146,8 +146,8 @@ fn open_once<'a>(
 
 fn run(connection: &Connection, sql: &str) -> rusqlite::Result<String> {
     let mut answer = String::new();
-    let mut batch = rusqlite::Batch::new(connection, sql);
-    while let Some(mut statement) = batch.next()? {
+    for statement in sql.split(';').filter(|statement| !statement.trim().is_empty()) {
+        let mut statement = connection.prepare(statement)?;
         let has_columns = statement.column_count() > 0;
         let mut rows = statement.query([])?;
         while let Some(row) = rows.next()? {
