@@ -38,6 +38,7 @@ mod store;
 mod store_faults;
 mod supervise;
 mod support;
+mod suspended;
 mod torn_state;
 mod two_writers;
 mod verify;
