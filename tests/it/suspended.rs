@@ -88,3 +88,37 @@ fn log_lines_lost_are_reported_when_reader_continues() {
     assert!(!lost.is_empty() && lost.iter().all(|&lines| lines > 0), "{lost:?}");
     assert!(text.lines().last().unwrap().contains("stopped; everything is confirmed"));
 }
+
+/// What docs/OPERATIONS.md says of a daemon that is stopped and not ended.
+#[test]
+fn daemon_stopped_by_sigstop_holds_up_checkpoints_until_it_continues_or_ends() {
+    let scene = Scene::new();
+    let application = create_database(&scene.database(), 50, "PRAGMA wal_autocheckpoint=0");
+    let daemon = scene.start();
+    count_up(&application);
+    scene.wait_for(1);
+    let truncate = || number(&application, "PRAGMA wal_checkpoint(TRUNCATE)");
+    application.busy_timeout(Duration::from_millis(200)).unwrap();
+    let write_while_stopped = || {
+        count_up(&application);
+        std::thread::sleep(Duration::from_millis(50));
+        daemon.signal(libc::SIGSTOP);
+        let before_bytes = scene.wal_len();
+        for _ in 0..50 {
+            count_up(&application);
+        }
+        assert_eq!(truncate(), 1, "it is held up");
+        assert!(scene.wal_len() > before_bytes + 50 * 4096, "the WAL grows");
+    };
+    write_while_stopped();
+    daemon.signal(libc::SIGCONT);
+    sync(&scene);
+    wait_for("a checkpoint", || (truncate() == 0).then_some(()));
+    write_while_stopped();
+    daemon.kill();
+    assert_eq!(truncate(), 0, "the kernel has released its locks");
+    let daemon = scene.start();
+    wait_for("a sync", || run(["sync", scene.database().to_str().unwrap()]).status.success().then_some(()));
+    assert_eq!(daemon.terminate(), Some(0), "{}", scene.log());
+    assert_eq!(scene.restored_content(&[]), content(&scene.database()));
+}
