@@ -2,6 +2,7 @@
 
 pub mod ask;
 pub mod config;
+mod daemon_log;
 pub mod demo;
 pub mod doctor;
 pub mod exit_code;
@@ -29,11 +30,14 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand};
+use tracing::Dispatch;
 use tracing_subscriber::filter::{LevelFilter, Targets};
+use tracing_subscriber::fmt::MakeWriter;
 use tracing_subscriber::fmt::format::FmtSpan;
 use tracing_subscriber::layer::SubscriberExt;
 use tracing_subscriber::util::SubscriberInitExt;
 
+use self::daemon_log::FlushAtExit;
 use self::exit_code::Failure;
 use self::tell::tell;
 use crate::clock::SystemClock;
@@ -439,6 +443,7 @@ pub fn main() -> ExitCode {
             return if shown.use_stderr() { ExitCode::from(exit_code::USAGE) } else { ExitCode::SUCCESS };
         }
     };
+    let _flush = FlushAtExit;
     match run(arguments) {
         Ok(code) => ExitCode::from(code),
         Err(failure) => failure.report(),
@@ -462,17 +467,18 @@ impl Command {
     /// Carries the command out; gives the exit code. The two that go on and on log as their configuration says.
     async fn carry_out(self, flags: &LogConfig) -> Result<u8, Failure> {
         if !matches!(self, Self::Replicate(_) | Self::Run(_)) {
-            start_log(flags, None, LogLevel::Warn);
+            let (level, format) = log_settings(flags, None, LogLevel::Warn);
+            log_to(level, format, std::io::stderr).init();
         }
         match self {
             Self::Replicate(arguments) => {
                 let config = arguments.config()?;
-                start_log(flags, Some(&config.log), LogLevel::Info);
+                start_daemon_log(flags, &config.log);
                 replicate::run(config, arguments.reload()).await?;
             }
             Self::Run(arguments) => {
                 let config = arguments.config()?;
-                start_log(flags, Some(&config.log), LogLevel::Info);
+                start_daemon_log(flags, &config.log);
                 return run::run(arguments, config).await;
             }
             Self::Verify(arguments) => return verify::run(arguments).await,
@@ -496,10 +502,34 @@ impl Command {
     }
 }
 
-/// The log goes to standard error. Of the libraries only errors are shown: at finer levels they log requests whole.
-fn start_log(flags: &LogConfig, config: Option<&LogConfig>, default: LogLevel) {
+/// Returns how much to log, and how: what the command line says, else the configuration, else
+/// `default`, as text.
+fn log_settings(flags: &LogConfig, config: Option<&LogConfig>, default: LogLevel) -> (LogLevel, LogFormat) {
     let level = flags.level.or(config.and_then(|config| config.level)).unwrap_or(default);
     let format = flags.format.or(config.and_then(|config| config.format)).unwrap_or(LogFormat::Text);
+    (level, format)
+}
+
+/// Starts the log of a command that runs on and on: see [`daemon_log`].
+fn start_daemon_log(flags: &LogConfig, config: &LogConfig) {
+    let (level, format) = log_settings(flags, Some(config), LogLevel::Info);
+    // Written by the log's own thread, past the queue, whatever is logged otherwise.
+    let report_lost = move |lines: usize| {
+        tracing::dispatcher::with_default(&log_to(LogLevel::Warn, format, std::io::stderr), || {
+            tracing::warn!(
+                lines,
+                "log lines were lost: standard error was not read fast enough, or could not be written"
+            );
+        });
+    };
+    log_to(level, format, daemon_log::start(Box::new(report_lost))).init();
+}
+
+/// Returns a log in `format`. Libraries log errors only: at finer levels they log complete requests.
+fn log_to<W>(level: LogLevel, format: LogFormat, writer: W) -> Dispatch
+where
+    W: for<'writer> MakeWriter<'writer> + Send + Sync + 'static,
+{
     let level = match level {
         LogLevel::Error => LevelFilter::ERROR,
         LogLevel::Warn => LevelFilter::WARN,
@@ -509,7 +539,7 @@ fn start_log(flags: &LogConfig, config: Option<&LogConfig>, default: LogLevel) {
     };
     let filter = Targets::new().with_default(LevelFilter::ERROR).with_target("waltrail", level);
     let lines = tracing_subscriber::fmt::layer()
-        .with_writer(std::io::stderr)
+        .with_writer(writer)
         .with_target(false)
         // Each request is a span: at its end it is told, with the time it took.
         .with_span_events(FmtSpan::CLOSE)
@@ -517,7 +547,7 @@ fn start_log(flags: &LogConfig, config: Option<&LogConfig>, default: LogLevel) {
         .log_internal_errors(false);
     let log = tracing_subscriber::registry().with(filter);
     match format {
-        LogFormat::Text => log.with(lines.with_ansi(std::io::IsTerminal::is_terminal(&std::io::stderr()))).init(),
-        LogFormat::Json => log.with(lines.json()).init(),
+        LogFormat::Text => log.with(lines.with_ansi(std::io::IsTerminal::is_terminal(&std::io::stderr()))).into(),
+        LogFormat::Json => log.with(lines.json()).into(),
     }
 }

@@ -7,6 +7,7 @@ use clap::Args;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 
+use super::daemon_log;
 use super::exit_code::{Failure, NOT_CONFIRMED};
 use super::tell::tell;
 use super::{CONFIG_VARIABLE, ConfigArgument, SYSTEM_CONFIG, absolute, listen_variable};
@@ -159,6 +160,7 @@ fn watch_signals(stop: CancellationToken) -> Result<(), Failure> {
                 Some(at) if now.saturating_sub(at) < ONE_REQUEST => {}
                 Some(_) => {
                     tell("stopped at once; what was not confirmed is shipped by the next start");
+                    daemon_log::finish();
                     std::process::exit(i32::from(NOT_CONFIRMED));
                 }
             }

@@ -5,11 +5,17 @@ use std::io::{self, Write};
 
 use clap::ValueEnum;
 
+use super::daemon_log;
 use super::exit_code::Failure;
 
-/// Writes a line to standard error. That nobody reads it (`2>&1 | tee` got the same Ctrl-C) must not end what is being done.
+/// Writes a line to standard error; in a daemon as part of its log, without waiting for a reader. A
+/// reader that is gone (`2>&1 | tee` got the same Ctrl-C) must not end what is being done.
 pub fn tell(line: impl Display) {
-    writeln!(io::stderr(), "{line}").ok();
+    match daemon_log::writer() {
+        // One write is one line of the queue.
+        Some(mut log) => log.write_all(format!("{line}\n").as_bytes()).ok(),
+        None => writeln!(io::stderr(), "{line}").ok(),
+    };
 }
 
 /// Writes a line to standard output.

@@ -37,10 +37,11 @@ impl JobMaker {
 
     /// The order to replicate a database.
     pub async fn make(&mut self, database: DatabaseConfig, now_ms: u64) -> Order {
-        let store = Arc::new(Retrying::new(self.stores.open(&database.replica).await, QUICK));
+        let store = self.stores.open(&database.replica).await;
         tracing::info!(database = %database.path.display(), replica = %database.replica, "replicating");
         let (replica, replica_url) = (database.replica.to_string(), database.replica.with_parameters());
         let board = Arc::new(Board::new(database.path.clone(), replica, replica_url, now_ms));
+        let store = Arc::new(Retrying::new(store, QUICK).with_signal(board.retry_signal().clone()));
         let settings = DatabaseSettings {
             path: database.path,
             sync_interval: database.sync_interval,

@@ -719,6 +719,7 @@ impl Following {
             Event::SnapshotFailed => self.snapshots.note_failed(self.now()),
             Event::SyncWanted(reply) => {
                 self.syncs_wanted.push(reply);
+                self.snapshots.hurry_for_request(self.now());
                 self.answer_syncs()?;
             }
             Event::SnapshotWanted(reply) => self.snapshots.ask(self.now(), reply),

@@ -342,9 +342,13 @@ async fn follow(
     shared.boards.insert(state_dir.clone(), board.clone());
     let supervised = AssertUnwindSafe(supervise::supervise(&job, &shared, &ending)).catch_unwind();
     let mut supervised = std::pin::pin!(supervised);
-    let mut panicked = None;
+    let (mut panicked, mut is_stopping) = (None, false);
     let ended = loop {
         tokio::select! {
+            () = ending.let_go.cancelled(), if !is_stopping => {
+                is_stopping = true;
+                board.retry_signal().note_stop();
+            }
             ended = &mut supervised => break match ended {
                 Ok(ended) => ended,
                 Err(panic) => Err(panicked_here(&path, panic_text(panic))),

@@ -23,7 +23,7 @@ use crate::format::Position;
 use crate::format::key::{EpochKey, SnapshotKey, Span};
 use crate::format::record::EpochRecord;
 use crate::store::probe::{CONDITIONS_IGNORED, Finding, Weight, clock_finding};
-use crate::store::retry::RetryPolicy;
+use crate::store::retry::{RetryPolicy, RetryWaits, WaitEnd};
 use crate::store::upload::{Upload, put_file};
 use crate::store::{PutMode, SharedStore, StoreError, StoreErrorKind};
 
@@ -221,15 +221,15 @@ impl Shipper {
         continuing: Option<&Continuing>,
         leftovers: &[Spooled],
     ) -> Result<Claimed, ShipError> {
-        let mut complaint = self.complaint();
-        for attempt in 0.. {
+        let (mut complaint, mut attempts) = (self.complaint(), self.attempts());
+        loop {
+            attempts.begin();
             match self.try_claim(continuing, leftovers).await {
                 Err(ShipError::Claim(ClaimError::Store(error))) => complaint.hear(&error),
                 answer => return answer,
             }
-            tokio::time::sleep(FOREVER.wait(attempt)).await;
+            attempts.pause().await;
         }
-        Err(ClaimError::Contended(self.store.location()).into())
     }
 
     async fn try_claim(&self, continuing: Option<&Continuing>, leftovers: &[Spooled]) -> Result<Claimed, ShipError> {
@@ -273,8 +273,9 @@ impl Shipper {
         let key = spooled.key.to_string();
         let is_conditional = claimed.is_none_or(|claimed| claimed.has_conditional_puts);
         let mut mode = if is_conditional { PutMode::IfAbsent } else { PutMode::Overwrite };
-        let mut complaint = self.complaint();
-        for attempt in 0.. {
+        let (mut complaint, mut attempts) = (self.complaint(), self.attempts());
+        loop {
+            attempts.begin();
             match put_file(&self.store, &key, &spooled.path, mode).await {
                 Ok(_) => break,
                 // A store without conditions; what an earlier run left is shipped before a claim tells us.
@@ -295,7 +296,7 @@ impl Shipper {
                 }
                 Err(error) => complaint.hear(&error),
             }
-            tokio::time::sleep(FOREVER.wait(attempt)).await;
+            attempts.pause().await;
         }
         tracing::debug!(key, len_bytes = spooled.len_bytes, "confirmed");
         let kept = self.spool.keep(spooled).map_err(|error| ShipError::Spool(error.to_string()))?;
@@ -338,6 +339,10 @@ impl Shipper {
 
     fn complaint(&self) -> Complaint {
         Complaint { clock: self.clock.clone(), board: self.progress.board.clone(), last: None }
+    }
+
+    fn attempts(&self) -> Attempts {
+        Attempts { waits: self.progress.board.retry_signal().waits(), failures: 0 }
     }
 
     async fn check_successor(&self, claimed: Option<&Claimed>) -> Result<(), ShipError> {
@@ -456,6 +461,30 @@ async fn store_snapshot(
             upload.abort().await.ok();
             Err(error)
         }
+    }
+}
+
+/// The attempts at one operation, which is repeated until it succeeds.
+struct Attempts {
+    waits: RetryWaits,
+    /// Since the first attempt, or since the stop.
+    failures: u32,
+}
+
+impl Attempts {
+    fn begin(&mut self) {
+        self.waits.begin_attempt();
+    }
+
+    /// Waits until the next attempt is due, or asked for.
+    async fn pause(&mut self) {
+        let wait = FOREVER.wait(self.failures);
+        tracing::debug!(wait_ms = wait.as_millis() as u64, "waiting to ask the store again");
+        self.failures = match self.waits.pause(wait).await {
+            // Little time is left: the waits begin short again.
+            WaitEnd::Stopped => 0,
+            WaitEnd::Elapsed | WaitEnd::Requested => self.failures.saturating_add(1),
+        };
     }
 }
 

@@ -14,6 +14,7 @@ use super::record::{RecordError, Recorder};
 use super::scan::{SnapshotScan, Step, key_of};
 use super::ship::Piece;
 use crate::format::key::SnapshotKey;
+use crate::store::retry::REQUEST_PAUSE;
 
 /// A snapshot that could not be stored is tried again after this.
 const RETRY: Duration = Duration::from_secs(30);
@@ -139,6 +140,15 @@ impl Snapshots {
             self.due = Some(now);
         }
         is_later
+    }
+
+    /// A caller waits for the first one: if it failed, it is tried again now, unless it failed less
+    /// than a second ago. Requests must not become a busy loop.
+    pub fn hurry_for_request(&mut self, now: Duration) {
+        let failed_at = self.due.map_or(now, |due| due.saturating_sub(RETRY));
+        if self.confirmed.is_none() && now.saturating_sub(failed_at) >= REQUEST_PAUSE {
+            self.hurry(now);
+        }
     }
 
     /// Begins the one that is due: its base is to be looked up now.

@@ -12,6 +12,7 @@ use super::control::State;
 use super::locked;
 use super::wake::Mailbox;
 use crate::store::probe::{Finding, Weight};
+use crate::store::retry::RetrySignal;
 
 /// A database that failed has recovered when it has been followed for so long without a break.
 const STEADY: Duration = Duration::from_secs(60);
@@ -146,7 +147,8 @@ pub struct Link {
 #[derive(Debug, Default)]
 pub struct Board {
     status: Mutex<Status>,
-    link: Mutex<Option<Link>>,
+    link: watch::Sender<Option<Link>>,
+    retry_signal: Arc<RetrySignal>,
 }
 
 /// The boards of all databases that the process follows, or should.
@@ -199,7 +201,7 @@ impl Board {
     #[must_use]
     pub fn new(database: PathBuf, replica: String, replica_url: String, now_ms: u64) -> Self {
         let status = Status { database, replica, replica_url, phase_since_ms: now_ms, ..Status::default() };
-        Self { status: Mutex::new(status), link: Mutex::new(None) }
+        Self { status: Mutex::new(status), ..Self::default() }
     }
 
     /// What is known now.
@@ -208,15 +210,22 @@ impl Board {
         locked(&self.status).clone()
     }
 
-    /// How to reach the database's thread, if there is one.
+    /// Returns the link to the database's thread, `None` while there is no thread. Each attempt to
+    /// follow the database is a change, also one that fails at once.
     #[must_use]
-    pub fn link(&self) -> Option<Link> {
-        locked(&self.link).clone()
+    pub fn links(&self) -> watch::Receiver<Option<Link>> {
+        self.link.subscribe()
     }
 
     /// The database's thread begins or ends.
     pub fn set_link(&self, link: Option<Link>) {
-        *locked(&self.link) = link;
+        self.link.send_replace(link);
+    }
+
+    /// Returns what ends the waits of this database's retries early.
+    #[must_use]
+    pub fn retry_signal(&self) -> &Arc<RetrySignal> {
+        &self.retry_signal
     }
 
     /// Another phase, and what is wrong, if anything.

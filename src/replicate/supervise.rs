@@ -9,6 +9,8 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
+use futures_util::FutureExt;
+use futures_util::future::{BoxFuture, Shared};
 use tokio::sync::{mpsc, oneshot};
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
@@ -52,10 +54,20 @@ pub async fn supervise(job: &Job, shared: &Replication, ending: &Ending) -> Resu
     let mut failures = 0;
     let mut is_waiting = false;
     let mut panicked = None;
+    let mut waits = job.board.retry_signal().waits();
+    let out_of_time = out_of_time(ending.hurry.clone(), shared.shutdown_timeout);
     loop {
         let begun = clock.monotonic();
+        waits.begin_attempt();
+        // Serves a stop that came before. A later stop is served by the next attempt, if this one fails.
         let is_last_try = stop.is_cancelled();
-        match follow_once(job, &directory, shared, ending, place.is_ok()).await? {
+        let attempt = Attempt {
+            directory: &directory,
+            has_control: place.is_ok(),
+            is_last: is_last_try,
+            out_of_time: out_of_time.clone(),
+        };
+        match follow_once(job, shared, ending, attempt).await? {
             None => break,
             Some(DatabaseError::Sqlite(SqliteError::NotThere { .. })) => {
                 if !is_waiting {
@@ -65,14 +77,15 @@ pub async fn supervise(job: &Job, shared: &Replication, ending: &Ending) -> Resu
                 shared.standing.send(job.state_dir.clone()).ok();
                 is_waiting = true;
                 failures = 0;
-                sleep_or_stop(job.settings.poll_interval, stop).await;
                 // An application that makes it and ends at once would otherwise be stopped before anybody has looked.
                 if !is_last_try {
+                    waits.pause(job.settings.poll_interval).await;
                     continue;
                 }
                 if let Some(what) = left_in_spool(&directory) {
                     return Err(ReplicateError::NotConfirmed { database: path, what });
                 }
+                break;
             }
             Some(error) => {
                 is_waiting = false;
@@ -86,22 +99,15 @@ pub async fn supervise(job: &Job, shared: &Replication, ending: &Ending) -> Resu
                 if error.disproves_state() {
                     forget(&directory, &error);
                 }
-                sleep_or_stop(wait, stop).await;
                 if let DatabaseError::Panicked(what) = &error {
                     panicked = Some(what.clone());
                 }
-                if stop.is_cancelled() {
-                    // Of the file that is there now, if one is, nobody has seen anything.
-                    if is_replaced(&error) && !is_last_try {
-                        continue;
-                    }
-                    // What it holds may not be captured: that is no clean end.
+                // What it holds may not be captured: that is no clean end.
+                if is_last_try {
                     return Err(ReplicateError::Database { database: path, source: error });
                 }
+                waits.pause(wait).await;
             }
-        }
-        if stop.is_cancelled() {
-            break;
         }
     }
     // It went on after that; but somebody should hear of it.
@@ -200,15 +206,34 @@ async fn open_state_directory(
     }
 }
 
+/// Completes when the time for shipping at a stop is over. All attempts share it.
+fn out_of_time(hurry: CancellationToken, timeout: Duration) -> Shared<BoxFuture<'static, ()>> {
+    let passed = async move {
+        hurry.cancelled().await;
+        tokio::time::sleep(timeout).await;
+    };
+    passed.boxed().shared()
+}
+
+/// One attempt to follow a database.
+struct Attempt<'a> {
+    directory: &'a Arc<StateDirectory>,
+    /// Whether the control socket answers for the database.
+    has_control: bool,
+    /// Whether no other attempt follows if this one fails: the stop came before it.
+    is_last: bool,
+    out_of_time: Shared<BoxFuture<'static, ()>>,
+}
+
 /// Follows a database once. `Ok(None)` when it was told to stop and all is confirmed, `Ok(Some(_))` when it failed in a way
 /// that a new try may mend.
 async fn follow_once(
     job: &Job,
-    directory: &Arc<StateDirectory>,
     shared: &Replication,
     ending: &Ending,
-    has_control: bool,
+    attempt: Attempt<'_>,
 ) -> Result<Option<DatabaseError>, ReplicateError> {
+    let Attempt { directory, has_control, is_last, mut out_of_time } = attempt;
     let (database, stop) = (job.settings.path.clone(), &ending.let_go);
     // Events come from where SQLite keeps `-wal` and `-shm`: beside the file that a symbolic link leads to.
     let file = std::fs::canonicalize(&database).unwrap_or_else(|_| database.clone());
@@ -241,10 +266,6 @@ async fn follow_once(
         has_control,
     };
     let mut following = std::pin::pin!(follower.run(progress.clone(), shared, stop));
-    let mut out_of_time = std::pin::pin!(async {
-        ending.hurry.cancelled().await;
-        tokio::time::sleep(shared.shutdown_timeout).await;
-    });
     let mut claimed = progress.confirmed.subscribe();
     let (mut stands, mut is_stopped, mut is_out_of_time) = (false, false, false);
     let (mut shipped, mut panicked) = (None, None);
@@ -281,7 +302,9 @@ async fn follow_once(
             }
         };
     }
-    if shipped.is_none() && is_stopped {
+    // Otherwise the next attempt ships what is in the spool.
+    let is_the_end = captured.as_ref().map_or_else(|error| is_last || is_gone(error), |_| true);
+    if shipped.is_none() && is_stopped && is_the_end {
         shipped = tokio::select! {
             biased;
             ended = &mut shipping => Some(ended),
@@ -301,7 +324,7 @@ async fn follow_once(
         Some(Ok(Ok(()))) | None => {}
     }
     let captured = match captured {
-        Err(error) if !is_stopped || is_gone(&error) => return Ok(Some(error)),
+        Err(error) if !is_last || is_gone(&error) => return Ok(Some(error)),
         captured => captured.map_err(|source| ReplicateError::Database { database: database.clone(), source })?,
     };
     let confirmed_txid = *progress.confirmed.borrow();

@@ -6,12 +6,97 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use bytes::Bytes;
+use tokio::sync::watch;
 
 use super::{DeleteFailure, ObjectInfo, ObjectStore, PartTag, PutMode, SharedStore, StoreError, StoreErrorKind};
 use crate::clock::{Clock, jitter_below};
 
 /// A patient client begins no further attempt when so much time has gone by. Each attempt may hang for a minute.
 const PATIENCE: Duration = Duration::from_secs(120);
+
+/// Least time between a failed attempt and one that a request brings forward: a stream of requests
+/// must not become a busy loop.
+pub const REQUEST_PAUSE: Duration = Duration::from_secs(1);
+
+/// Calls for an attempt so far.
+#[derive(Debug, Clone, Copy, Default)]
+struct Calls {
+    requests: u64,
+    is_stopping: bool,
+}
+
+/// Ends waits between attempts early: at a request, whose caller waits for what is retried, and at
+/// a stop, after which there is little time left.
+#[derive(Debug, Default)]
+pub struct RetrySignal(watch::Sender<Calls>);
+
+impl RetrySignal {
+    /// Notes a request. It ends each wait once, but not within a second after the wait began.
+    pub fn note_request(&self) {
+        self.0.send_modify(|calls| calls.requests += 1);
+    }
+
+    /// Notes the stop. It ends each wait once, at once.
+    pub fn note_stop(&self) {
+        self.0.send_modify(|calls| calls.is_stopping = true);
+    }
+
+    /// Returns the waits of one piece of work, whose first attempt begins now.
+    #[must_use]
+    pub fn waits(&self) -> RetryWaits {
+        let calls = self.0.subscribe();
+        let served = *calls.borrow();
+        RetryWaits { calls, served }
+    }
+}
+
+/// The waits between the attempts of one piece of work.
+#[derive(Debug)]
+pub struct RetryWaits {
+    calls: watch::Receiver<Calls>,
+    /// Calls before the current attempt began: that attempt serves them.
+    served: Calls,
+}
+
+/// The reason why a wait ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum WaitEnd {
+    /// It took its time.
+    Elapsed,
+    /// A request came after the last attempt had begun.
+    Requested,
+    /// The stop came after the last attempt had begun.
+    Stopped,
+}
+
+impl RetryWaits {
+    /// Begins an attempt, which serves every call that came before.
+    pub fn begin_attempt(&mut self) {
+        self.served = *self.calls.borrow();
+    }
+
+    /// Waits for `wait`, or less if a call came after the last attempt had begun, or comes now.
+    pub async fn pause(&self, wait: Duration) -> WaitEnd {
+        let served = self.served;
+        let requested = async {
+            tokio::time::sleep(REQUEST_PAUSE).await;
+            self.call(|calls| calls.requests != served.requests).await;
+        };
+        tokio::select! {
+            biased;
+            () = self.call(|calls| calls.is_stopping && !served.is_stopping) => WaitEnd::Stopped,
+            () = tokio::time::sleep(wait) => WaitEnd::Elapsed,
+            () = requested => WaitEnd::Requested,
+        }
+    }
+
+    async fn call(&self, is_meant: impl FnMut(&Calls) -> bool) {
+        if self.calls.clone().wait_for(is_meant).await.is_err() {
+            // Without a sender no call can come.
+            std::future::pending().await
+        }
+    }
+}
 
 /// How often to ask, and how long to wait in between.
 #[derive(Debug, Clone, Copy)]
@@ -56,6 +141,7 @@ pub struct Retrying {
     policy: RetryPolicy,
     /// Measures the patience of somebody who waits and wants to know for what.
     patience: Option<Arc<dyn Clock>>,
+    signal: Arc<RetrySignal>,
 }
 
 impl fmt::Debug for Retrying {
@@ -68,13 +154,19 @@ impl Retrying {
     /// Stacks retry on `inner`.
     #[must_use]
     pub fn new(inner: SharedStore, policy: RetryPolicy) -> Self {
-        Self { inner, policy, patience: None }
+        Self { inner, policy, patience: None, signal: Arc::default() }
+    }
+
+    /// The same, with waits that `signal` ends early.
+    #[must_use]
+    pub fn with_signal(self, signal: Arc<RetrySignal>) -> Self {
+        Self { signal, ..self }
     }
 
     /// The same for a person or a job that waits: each failure is told in the log, and after two minutes there is no further attempt.
     #[must_use]
     pub fn patient(inner: SharedStore, clock: Arc<dyn Clock>) -> Self {
-        Self { inner, policy: RetryPolicy::PATIENT, patience: Some(clock) }
+        Self { patience: Some(clock), ..Self::new(inner, RetryPolicy::PATIENT) }
     }
 
     /// For an upload that has begun. Where nobody waits, in a simulation, all requests are asked alike.
@@ -97,9 +189,11 @@ impl Retrying {
     ) -> Result<T, StoreError> {
         let now = || self.patience.as_ref().map(|clock| clock.monotonic());
         let begun = now();
-        let mut attempt = 0;
+        let (mut attempt, mut is_again) = (0, false);
+        let mut waits = self.signal.waits();
         loop {
-            match request(attempt > 0).await {
+            waits.begin_attempt();
+            match request(is_again).await {
                 Err(error) if error.is_retryable() && attempt + 1 < policy.attempts => {
                     let wait = policy.wait(attempt);
                     match now().zip(begun) {
@@ -110,8 +204,11 @@ impl Retrying {
                         }
                         None => tracing::debug!(%error, attempt, "asking the store again"),
                     }
-                    policy.pause(wait).await;
-                    attempt += 1;
+                    is_again = true;
+                    // Attempts that requests bring forward do not count: the limit stands for time.
+                    if policy.base_ms == 0 || waits.pause(wait).await != WaitEnd::Requested {
+                        attempt += 1;
+                    }
                 }
                 answer => return answer,
             }
@@ -226,5 +323,47 @@ impl ObjectStore for Retrying {
 
     async fn abort_multipart(&self, key: &str, upload_id: &str) -> Result<(), StoreError> {
         self.repeat(|_| self.inner.abort_multipart(key, upload_id)).await
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Instant;
+
+    use super::*;
+
+    const LONG: Duration = Duration::from_secs(60);
+    const SHORT: Duration = Duration::from_millis(1);
+
+    async fn end_of_long_wait(waits: &RetryWaits) -> WaitEnd {
+        tokio::time::timeout(LONG / 2, waits.pause(LONG)).await.expect("a wait that is cut short")
+    }
+
+    #[tokio::test]
+    async fn wait_at_stop_ends_once() {
+        let signal = RetrySignal::default();
+        let mut waits = signal.waits();
+        signal.note_stop();
+        assert_eq!(waits.pause(LONG).await, WaitEnd::Stopped);
+        waits.begin_attempt();
+        assert_eq!(waits.pause(SHORT).await, WaitEnd::Elapsed, "the attempt after the stop was made");
+    }
+
+    #[tokio::test]
+    #[allow(clippy::disallowed_methods)]
+    async fn wait_at_request_ends_once_and_after_a_second() {
+        let signal = RetrySignal::default();
+        signal.note_request();
+        let mut waits = signal.waits();
+        assert_eq!(waits.pause(SHORT).await, WaitEnd::Elapsed, "it came before the attempt");
+        for _ in 0..2 {
+            let begun = Instant::now();
+            signal.note_request();
+            assert_eq!(end_of_long_wait(&waits).await, WaitEnd::Requested);
+            assert!(begun.elapsed() >= REQUEST_PAUSE, "{:?}", begun.elapsed());
+            waits.begin_attempt();
+        }
+        let longer = REQUEST_PAUSE + Duration::from_millis(100);
+        assert_eq!(waits.pause(longer).await, WaitEnd::Elapsed, "each request was served");
     }
 }

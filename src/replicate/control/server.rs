@@ -23,9 +23,8 @@ const CONNECTIONS: usize = 512;
 /// So many of them may wait for something. The others are for those who ask how things are, which is answered at once.
 const WAITING: usize = 256;
 
-/// For a database that is about to be followed it is looked so often, so long apart.
-const START_LOOKS: u32 = 600;
-const START_LOOK_INTERVAL: Duration = Duration::from_millis(50);
+/// Limit of the time that a request waits for an attempt to follow the database.
+const ATTEMPT_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// Who is answered for, and where the socket has a name.
 type Served = Arc<Mutex<HashMap<DirectoryId, (PathBuf, Arc<Board>)>>>;
@@ -147,7 +146,7 @@ async fn carry_out(request: Request, board: &Board) -> Answer {
     drop(mailbox);
     let Ok(state) = replied.await else {
         return Answer::Failed(match is_snapshot {
-            false => "the database can't be followed just now; its log says why".into(),
+            false => not_followed(board),
             true => "the snapshot was not stored; the log says why, and it is tried again".into(),
         });
     };
@@ -161,19 +160,23 @@ async fn carry_out(request: Request, board: &Board) -> Answer {
     }
 }
 
-/// How to reach the database's thread; one that is about to begin is waited for.
+/// Returns the link to the database's thread. Without a thread it asks for an attempt to follow the
+/// database, and waits for it; `None` if that attempt failed already.
 async fn link(board: &Board) -> Option<Link> {
-    for _ in 0..START_LOOKS {
-        match board.link() {
-            None if board.status().phase == Phase::Starting => tokio::time::sleep(START_LOOK_INTERVAL).await,
-            link => return link,
-        }
+    let mut links = board.links();
+    // Before the request: an attempt that follows it is a change.
+    let link = links.borrow_and_update().clone();
+    board.retry_signal().note_request();
+    if link.is_some() || board.status().phase == Phase::Stopped {
+        return link;
     }
-    None
+    tokio::time::timeout(ATTEMPT_TIMEOUT, links.changed()).await.ok()?.ok()?;
+    let link = links.borrow();
+    link.clone()
 }
 
 fn not_followed(board: &Board) -> String {
-    let why = board.status().error.map_or(String::new(), |error| format!(": {error}"));
+    let why = board.status().error.map_or("; its log says why".into(), |error| format!(": {error}"));
     format!("the database is not followed just now{why}")
 }
 

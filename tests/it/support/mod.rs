@@ -10,6 +10,7 @@ pub mod s3;
 pub mod scene;
 pub mod syscalls;
 
+use std::io::PipeWriter;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
@@ -63,10 +64,18 @@ impl Daemon {
     }
 
     fn command(arguments: &[&str], log: &Path) -> Command {
-        let file = std::fs::File::options().create(true).append(true).open(log).unwrap();
+        Self::command_to(arguments, std::fs::File::options().create(true).append(true).open(log).unwrap())
+    }
+
+    fn command_to(arguments: &[&str], log: impl Into<Stdio>) -> Command {
         let mut command = waltrail();
-        command.arg("replicate").args(arguments).stdout(Stdio::null()).stderr(file);
+        command.arg("replicate").args(arguments).stdout(Stdio::null()).stderr(log);
         command
+    }
+
+    /// The same, with a log that goes into a pipe.
+    pub fn start_piped(arguments: &[&str], log: PipeWriter) -> Self {
+        Self { child: Self::command_to(arguments, log).spawn().unwrap() }
     }
 
     /// The same, bound by the permissions of files even where root runs the tests.
