@@ -6,7 +6,7 @@ use crate::clock::Clock;
 use crate::format::page_hash;
 use crate::sqlite::SqliteError;
 use crate::sqlite::follow::{Follower, Images, WalPosition, WalTransaction};
-use crate::sqlite::live::{Files, LiveDatabase, Restart};
+use crate::sqlite::live::{FileIdentity, Files, LiveDatabase, Restart};
 
 /// How often a read of the WAL is begun again when the WAL changes under it.
 const SETTLE_ATTEMPTS: usize = 20;
@@ -112,6 +112,15 @@ impl Capture {
             is_behind: self.follower.is_behind(&index),
             holds_up_a_checkpoint: index.is_checkpointed() && !self.pin_is_at_zero,
         })
+    }
+
+    /// Returns the state of the main file, if nobody but SQLite has written to it.
+    ///
+    /// # Errors
+    /// See [`LiveDatabase::check_main`].
+    pub fn main_identity(&mut self) -> Result<FileIdentity, SqliteError> {
+        let index = self.live.files.wal_index()?;
+        self.live.check_main(&index)
     }
 
     /// Whether all that was captured, and nothing else, stands in the main file.

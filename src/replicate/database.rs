@@ -949,8 +949,8 @@ impl Following {
             // Transactions that are in no segment are not captured yet, as far as the state goes: it stays at the last cut.
             return Ok(());
         }
-        // Looked at under the pin: nothing can be in the main file that is not captured.
-        let main = self.capture.files().main_identity()?;
+        // Under the pin: SQLite can't have copied into the main file what is not captured.
+        let main = self.capture.main_identity()?;
         let is_whole = is_settled(main, self.around.clock.as_ref()) && self.capture.is_all_in_main()?;
         let state = LocalState {
             replica: claimed.replica.clone(),

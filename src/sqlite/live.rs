@@ -374,26 +374,26 @@ impl LiveDatabase {
     ///
     /// Only a checkpoint writes to the main file. It stores `nBackfillAttempted` before the first page is written, and
     /// `nBackfill` after the last one (`walCheckpoint`). So as long as both are equal and as they were, another process
-    /// that changes the file is not SQLite.
+    /// that changes the file is not SQLite. Returns the state that the file is in.
     ///
     /// # Errors
     /// [`SqliteError::Replaced`] when the file is not the open one any more; [`SqliteError::WrittenTo`] when its length
     /// or time of modification is another one. Then compare its pages: it may only have been touched.
-    pub fn check_main(&mut self, index: &WalIndex) -> Result<(), SqliteError> {
+    pub fn check_main(&mut self, index: &WalIndex) -> Result<FileIdentity, SqliteError> {
         let backfill = index.backfill();
         let before = self.main_seen.take().filter(|(before, _)| Some(*before) == backfill);
-        let Some(backfill) = backfill else { return Ok(()) };
         let main = self.files.main_identity()?;
+        let Some(backfill) = backfill else { return Ok(main) };
         // Between the look at the index and the one at the file there may have been a checkpoint.
         if self.files.wal_index()?.backfill() != Some(backfill) {
-            return Ok(());
+            return Ok(main);
         }
         if before.is_some_and(|(_, before)| before.was_written_before(&main)) {
             self.files.check_still_there()?;
             return Err(SqliteError::WrittenTo { path: self.files.path().to_owned() });
         }
         self.main_seen = Some((backfill, main));
-        Ok(())
+        Ok(main)
     }
 
     /// Begins a new pin, runs `capture`, and ends the old pin. If `capture` fails the old pin stays instead, because
@@ -422,7 +422,15 @@ impl LiveDatabase {
     /// # Errors
     /// See [`LiveDatabase::check_main`] and [`checkpoint::run`].
     pub fn passive_checkpoint(&mut self) -> Result<Option<Checkpointed>, SqliteError> {
-        self.checkpoint(&self.pins[1 - self.pinned], CheckpointMode::PASSIVE)
+        let done = self.checkpoint(&self.pins[1 - self.pinned], CheckpointMode::PASSIVE)?;
+        self.note_main()?;
+        Ok(done)
+    }
+
+    /// Notes the main file as our checkpoint has left it, before anybody else can have changed it.
+    fn note_main(&mut self) -> Result<(), SqliteError> {
+        let index = self.files.wal_index()?;
+        self.check_main(&index).map(drop)
     }
 
     /// Runs a checkpoint that writes only if, at the last moment, the files are those that are open, and the main file
@@ -452,7 +460,9 @@ impl LiveDatabase {
     /// See [`LiveDatabase::passive_checkpoint`].
     pub fn empty_wal(&mut self) -> Result<bool, SqliteError> {
         self.files.check_still_there()?;
-        Ok(self.checkpoint(&self.control, CheckpointMode::TRUNCATE)?.is_some())
+        let is_empty = self.checkpoint(&self.control, CheckpointMode::TRUNCATE)?.is_some();
+        self.note_main()?;
+        Ok(is_empty)
     }
 
     /// Closes the connections as SQLite closes the last one: an empty WAL and the wal-index are removed
@@ -527,6 +537,7 @@ impl LiveDatabase {
             Ok(_) => return Ok(Restart::Held),
             Err(error) => return Ok(Restart::Failed(error)),
         }
+        self.note_main()?;
         begin_read(&path, &self.pins[free])?;
         self.pinned = free;
         end_read(&path, &self.pins[1 - free])?;

@@ -175,6 +175,7 @@ fn database_renamed_into_place_after_a_clean_stop_stays_as_it_is() {
         std::thread::sleep(Duration::from_millis(until_start_ms));
         let case = format!("{quiet_ms} {until_start_ms}\n{}", scene.log());
         assert!(std::fs::read(scene.database()).unwrap() == bytes, "written to before anybody opened it: {case}");
+        let case = format!("{case}\n{} bytes of WAL", scene.wal_len());
         let mut application = Application::open(&scene.database());
         assert_eq!(application.run("PRAGMA integrity_check(1)"), "ok", "{case}");
         application.run("UPDATE counter SET n = 77");
