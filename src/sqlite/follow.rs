@@ -1,10 +1,11 @@
 //! Reading published transactions out of the WAL, each frame checked, and single pages as of the last one read.
 
 use std::collections::{BTreeMap, HashMap};
+use std::ops::Range;
 
 use super::SqliteError;
 use super::live::Files;
-use super::wal::{Checksum, FRAME_HEADER_LEN, Salts, WAL_HEADER_LEN, WalHeader};
+use super::wal::{Checksum, FRAME_HEADER_LEN, Salts, WAL_HEADER_LEN, WalHeader, is_commit_frame};
 use super::wal_index::WalIndex;
 
 /// How much of the WAL is read at a time, in bytes. A transaction that fits is never read twice.
@@ -199,8 +200,6 @@ pub struct Follower {
     commit_counter: Option<u32>,
     /// Transactions read since then.
     seen: u32,
-    /// Commit frames since then that only repeat the one before.
-    repeated: u32,
     /// Page and hash of the commit frame before, in this generation.
     last_commit: Option<(u32, u64)>,
     /// Whether a generation was begun since then.
@@ -238,7 +237,6 @@ impl Follower {
                 size_pages: 0,
                 commit_counter: None,
                 seen: 0,
-                repeated: 0,
                 last_commit: None,
                 generation_is_new: false,
                 in_wal: HashMap::new(),
@@ -278,12 +276,12 @@ impl Follower {
             && is_left(left_at)
             && left_at.frame_count <= index.frame_count
         {
-            match self.read_frames(files, left_at.frame_count, ignore) {
+            match self.read_frames(files, left_at.frame_count, None, ignore) {
                 // After a power failure the WAL may have gone on from an earlier place: then the place lies inside of a transaction.
                 Err(SqliteError::Unsettled { .. }) => {}
                 other => drop(other?),
             }
-            (self.seen, self.repeated) = (0, 0);
+            self.seen = 0;
             if (self.frame_count, self.checksum) == (left_at.frame_count, left_at.checksum) {
                 if self.frame_count == index.frame_count {
                     // A pin that began when all of this was in the main file protects it from nobody: the next generation may begin
@@ -294,9 +292,9 @@ impl Follower {
                 return Ok(true);
             }
         }
-        self.read_frames(files, index.frame_count, ignore)?;
+        self.read_frames(files, index.frame_count, None, ignore)?;
         self.forget_backfilled(&index);
-        (self.seen, self.repeated) = (0, 0);
+        self.seen = 0;
         self.commit_counter = Some(index.commit_counter);
         Ok(false)
     }
@@ -363,7 +361,8 @@ impl Follower {
             self.generation_is_new = true;
         }
         let before = self.frame_count;
-        let transactions = self.read_frames(files, index.frame_count, deliver)?;
+        let committed = self.commit_counter.map(|before| index.commit_counter.wrapping_sub(before));
+        let transactions = self.read_frames(files, index.frame_count, committed, deliver)?;
         self.check_count(files, &index, index.frame_count < before)?;
         Ok(transactions)
     }
@@ -372,10 +371,10 @@ impl Follower {
     /// was read to its end, and SQLite's own count of commits shows it.
     fn check_count(&mut self, files: &Files, index: &WalIndex, went_back: bool) -> Result<(), SqliteError> {
         let before = self.commit_counter.replace(index.commit_counter);
-        let (seen, repeated) = (std::mem::take(&mut self.seen), std::mem::take(&mut self.repeated));
+        let seen = std::mem::take(&mut self.seen);
         let needs_proof = std::mem::take(&mut self.generation_is_new) || went_back;
         let committed = before.map(|before| index.commit_counter.wrapping_sub(before));
-        if !needs_proof || committed.is_some_and(|committed| committed.wrapping_sub(seen) <= repeated) {
+        if !needs_proof || committed == Some(seen) {
             return Ok(());
         }
         Err(SqliteError::Gap { path: files.path().to_owned(), seen, committed: committed.unwrap_or(u32::MAX) })
@@ -405,10 +404,16 @@ impl Follower {
     }
 
     /// Delivers the transactions up to frame `end_frame`, which ends one.
+    ///
+    /// `committed` is SQLite's count of the commits since the last one that was counted, up to that frame; `None` if no
+    /// earlier count is known. It tells commits that change nothing from copies of a commit frame: both repeat the frame
+    /// before. Where a device may damage a sector's other bytes, `walFrames` pads a transaction to the end of the sector
+    /// with copies of its commit frame, and adds one to `iChange`. A commit that changes nothing adds one as well.
     fn read_frames<E: From<SqliteError>>(
         &mut self,
         files: &Files,
         end_frame: u32,
+        committed: Option<u32>,
         deliver: &mut impl FnMut(&WalTransaction<'_>, &mut Images<'_>) -> Result<(), E>,
     ) -> Result<u32, E> {
         let unsettled = || SqliteError::Unsettled { path: files.path().to_owned() };
@@ -417,6 +422,8 @@ impl Follower {
         let mut checksum = self.checksum;
         let mut images = BTreeMap::new();
         let mut transactions = 0;
+        // Commit frames from the current one to the end; counted when the first repeated one is met.
+        let mut commit_frames = None;
         // What an earlier call read may have been overwritten since.
         self.window.len = 0;
         while next < end_frame {
@@ -431,12 +438,19 @@ impl Follower {
             (next, checksum) = (next + 1, frame.checksum);
             if frame.commit_size_pages != 0 {
                 let is_alone = next == self.frame_count + 1 && frame.commit_size_pages == self.size_pages;
-                if is_alone && self.last_commit == Some((frame.page_number, hash)) {
-                    // Where a device may damage a sector's other bytes, SQLite fills the sector up with copies of the commit frame,
-                    // and counts one commit.
+                let is_repeated = is_alone && self.last_commit == Some((frame.page_number, hash));
+                commit_frames = match commit_frames {
+                    None if is_repeated && committed.is_some() => {
+                        Some(1 + self.count_commit_frames(files, &header, next..end_frame)?)
+                    }
+                    counted => counted.map(|frames: u32| frames.saturating_sub(1)),
+                };
+                // If as many commits as commit frames are left, none of these frames is a copy. As long as fewer are left,
+                // a repeated frame is skipped. So exactly the counted commits are delivered.
+                let commits = committed.and_then(|committed| committed.checked_sub(self.seen));
+                if is_repeated && (commits.is_none() || commits != commit_frames) {
                     images.clear();
                     (self.frame_count, self.checksum) = (next, checksum);
-                    self.repeated = self.repeated.wrapping_add(1);
                     continue;
                 }
                 self.last_commit = Some((frame.page_number, hash));
@@ -450,6 +464,21 @@ impl Follower {
             }
         }
         if images.is_empty() { Ok(transactions) } else { Err(unsettled().into()) }
+    }
+
+    /// Counts the commit frames among `frames` by their headers, which are not checked here.
+    fn count_commit_frames(&self, files: &Files, header: &WalHeader, frames: Range<u32>) -> Result<u32, SqliteError> {
+        let mut count = 0;
+        let mut bytes = [0; FRAME_HEADER_LEN];
+        for index in frames {
+            match self.window.frame(header, index) {
+                Some(frame) => bytes.copy_from_slice(&frame[..FRAME_HEADER_LEN]),
+                None if files.read_wal(header.frame_offset(index), &mut bytes)? == bytes.len() => {}
+                None => return Err(SqliteError::Unsettled { path: files.path().to_owned() }),
+            }
+            count += u32::from(is_commit_frame(&bytes));
+        }
+        Ok(count)
     }
 
     fn deliver_transaction<E: From<SqliteError>>(
@@ -600,7 +629,45 @@ mod tests {
         }
     }
 
-    /// With `psow=0` SQLite fills each sector up with copies of the commit frame, which it does not count.
+    /// Reads what is published; returns how many transactions that were, by the follower and by SQLite's count.
+    fn count(live: &mut LiveDatabase, follower: &mut Follower) -> [u32; 2] {
+        let before = follower.commit_counter.unwrap();
+        let mut transactions = 0;
+        let mut deliver = |_: &WalTransaction<'_>, _: &mut Images<'_>| {
+            transactions += 1;
+            Ok::<(), SqliteError>(())
+        };
+        live.advance_pin(|files| follower.read_published(files, &mut deliver)).unwrap();
+        [transactions, live.files.wal_index().unwrap().commit_counter.wrapping_sub(before)]
+    }
+
+    /// Writes a page and leaves it as it was. (An UPDATE to the same value would write none: `btreeOverwriteContent`.)
+    const NO_OP: &str = "BEGIN; DELETE FROM item WHERE n = 7; INSERT INTO item(n) VALUES(7); COMMIT";
+
+    #[test]
+    fn commit_that_changes_nothing_is_a_transaction() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("app.db");
+        let application = Connection::open(&path).unwrap();
+        application.execute_batch("PRAGMA journal_mode=WAL; CREATE TABLE item(n)").unwrap();
+        application.execute_batch(NO_OP).unwrap();
+        let mut live = LiveDatabase::open(&path).unwrap();
+        let mut follower = Follower::attach(&live.files, hash, None, false).unwrap().0;
+        for _ in 0..3 {
+            for no_ops in [1, 3] {
+                for _ in 0..no_ops {
+                    application.execute_batch(NO_OP).unwrap();
+                }
+                application.execute_batch("INSERT INTO item VALUES(1); DELETE FROM item WHERE n = 1").unwrap();
+                assert_eq!(count(&mut live, &mut follower), [no_ops + 2; 2]);
+            }
+            application.execute_batch("PRAGMA wal_checkpoint(PASSIVE)").unwrap();
+            count(&mut live, &mut follower);
+        }
+    }
+
+    /// With `psow=0` SQLite pads each transaction to the end of the sector with copies of the commit frame, which it does
+    /// not count.
     #[test]
     fn commit_frames_that_fill_a_sector_up_are_no_commits() {
         let directory = tempfile::tempdir().unwrap();
@@ -612,18 +679,41 @@ mod tests {
         let mut follower = Follower::attach(&live.files, hash, None, false).unwrap().0;
         for _ in 0..3 {
             application.execute_batch("PRAGMA wal_checkpoint(PASSIVE)").unwrap();
-            let mut transactions = 0;
-            let mut deliver = |_: &WalTransaction<'_>, _: &mut Images<'_>| {
-                transactions += 1;
-                Ok::<(), SqliteError>(())
-            };
-            live.advance_pin(|files| follower.read_published(files, &mut deliver)).unwrap();
+            count(&mut live, &mut follower);
             for _ in 0..4 {
                 application.execute_batch("INSERT INTO item VALUES(1)").unwrap();
             }
-            live.advance_pin(|files| follower.read_published(files, &mut deliver)).unwrap();
-            assert_eq!(transactions, 4);
+            assert_eq!(count(&mut live, &mut follower), [4; 2]);
             assert!(follower.frame_count > 4, "{} frames", follower.frame_count);
+        }
+    }
+
+    #[test]
+    fn commit_that_changes_nothing_is_counted_among_copies() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("app.db");
+        let padding = Connection::open(format!("file:{}?psow=0", path.display())).unwrap();
+        padding.execute_batch("PRAGMA page_size=512; PRAGMA journal_mode=WAL; CREATE TABLE item(n)").unwrap();
+        padding.execute_batch("PRAGMA synchronous=FULL; PRAGMA wal_autocheckpoint=0").unwrap();
+        padding.execute_batch(NO_OP).unwrap();
+        let bare = Connection::open(&path).unwrap();
+        bare.execute_batch("PRAGMA synchronous=OFF; PRAGMA wal_autocheckpoint=0").unwrap();
+        let mut live = LiveDatabase::open(&path).unwrap();
+        let mut follower = Follower::attach(&live.files, hash, None, false).unwrap().0;
+        let window_frames = WINDOW_LEN as u32 / (FRAME_HEADER_LEN as u32 + 512);
+        for (round, commits) in [5, 600, 12].into_iter().enumerate() {
+            padding.execute_batch("PRAGMA wal_checkpoint(PASSIVE)").unwrap();
+            count(&mut live, &mut follower);
+            for n in 0..commits {
+                let application = if n % 5 == 3 { &bare } else { &padding };
+                let sql = if n % 3 == 1 { "UPDATE item SET n = n + 1 WHERE n > 7" } else { NO_OP };
+                application.execute_batch(sql).unwrap();
+            }
+            padding.execute_batch("INSERT INTO item VALUES(8)").unwrap();
+            let [delivered, counted] = count(&mut live, &mut follower);
+            assert_eq!(delivered, counted, "round {round}");
+            assert!(follower.frame_count > 4 * commits, "{} frames", follower.frame_count);
+            assert_eq!(follower.frame_count > window_frames, commits == 600, "the scan goes beyond the window");
         }
     }
 }

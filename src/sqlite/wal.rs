@@ -123,6 +123,12 @@ pub struct Frame {
     pub checksum: Checksum,
 }
 
+/// Returns whether a frame with this header is the last one of a transaction.
+#[must_use]
+pub fn is_commit_frame(header: &[u8; FRAME_HEADER_LEN]) -> bool {
+    be32(header, 4) != 0
+}
+
 fn be32(bytes: &[u8], at: usize) -> u32 {
     u32::from_be_bytes([bytes[at], bytes[at + 1], bytes[at + 2], bytes[at + 3]])
 }
