@@ -202,6 +202,8 @@ pub struct Follower {
     seen: u32,
     /// Page and hash of the commit frame before, in this generation.
     last_commit: Option<(u32, u64)>,
+    /// The generation that was read then; `None` while no frame of any was seen.
+    counted_generation: Option<Salts>,
     /// Whether a generation was begun since then.
     generation_is_new: bool,
     /// Every page of the current generation's frames that were read, so that pages can be read as of now.
@@ -238,6 +240,7 @@ impl Follower {
                 commit_counter: None,
                 seen: 0,
                 last_commit: None,
+                counted_generation: None,
                 generation_is_new: false,
                 in_wal: HashMap::new(),
                 is_pinned: false,
@@ -266,6 +269,7 @@ impl Follower {
             return Ok(main_is_whole);
         }
         self.begin_generation(files, &index)?;
+        self.counted_generation = Some(index.salts);
         let is_left = |left_at: WalPosition| self.header.is_some_and(|header| header.salts == left_at.salts);
         if main_is_whole && !left_at.is_some_and(is_left) {
             self.size_pages = files.main_size_pages()?;
@@ -367,14 +371,24 @@ impl Follower {
         Ok(transactions)
     }
 
-    /// Within a generation the chain of checksums proves that nothing is missing. Where one ended, the pin promises that it
-    /// was read to its end, and SQLite's own count of commits shows it.
+    /// Checks SQLite's count of commits where it is needed. Within a generation the chain of checksums proves that nothing
+    /// is missing. Where one ended, the pin promises that it was read to its end, and the count confirms it.
     fn check_count(&mut self, files: &Files, index: &WalIndex, went_back: bool) -> Result<(), SqliteError> {
         let before = self.commit_counter.replace(index.commit_counter);
         let seen = std::mem::take(&mut self.seen);
+        let generation = self.header.map(|header| header.salts);
+        let counted_generation = std::mem::replace(&mut self.counted_generation, generation);
         let needs_proof = std::mem::take(&mut self.generation_is_new) || went_back;
         let committed = before.map(|before| index.commit_counter.wrapping_sub(before));
         if !needs_proof || committed == Some(seen) {
+            return Ok(());
+        }
+        let is_next = counted_generation.zip(generation).is_some_and(|(before, now)| now.is_next_after(before));
+        if before.is_some() && is_next && self.has_read_all(index) && index.commit_counter <= seen {
+            // `walIndexRecover` sets the count to 0. All that it counted since was read; what it counted before in this
+            // generation was read from the first frame on. Left to the pin alone is the end of the generation before,
+            // after which SQLite restarted the WAL once only.
+            tracing::info!(database = %files.path().display(), "SQLite recovered the wal-index; no transaction is missing");
             return Ok(());
         }
         Err(SqliteError::Gap { path: files.path().to_owned(), seen, committed: committed.unwrap_or(u32::MAX) })
@@ -555,7 +569,12 @@ impl Follower {
     /// Whether `index` publishes a transaction that was not read yet.
     #[must_use]
     pub fn is_behind(&self, index: &WalIndex) -> bool {
-        index.frame_count != 0 && !(self.is_in_generation_of(index) && index.frame_count == self.frame_count)
+        index.frame_count != 0 && !self.has_read_all(index)
+    }
+
+    /// Whether `index` publishes frames up to the last one read, and no others.
+    fn has_read_all(&self, index: &WalIndex) -> bool {
+        self.is_in_generation_of(index) && index.frame_count == self.frame_count
     }
 
     fn is_in_generation_of(&self, index: &WalIndex) -> bool {
@@ -565,10 +584,14 @@ impl Follower {
 
 #[cfg(test)]
 mod tests {
+    use std::path::Path;
+    use std::process::Command;
+
     use rusqlite::Connection;
 
     use super::*;
     use crate::sqlite::live::LiveDatabase;
+    use crate::sqlite::sidecar;
 
     fn hash(page_number: u32, page: &[u8]) -> u64 {
         page.iter().fold(u64::from(page_number), |sum, &byte| sum.wrapping_mul(31).wrapping_add(u64::from(byte)))
@@ -714,6 +737,98 @@ mod tests {
             assert_eq!(delivered, counted, "round {round}");
             assert!(follower.frame_count > 4 * commits, "{} frames", follower.frame_count);
             assert_eq!(follower.frame_count > window_frames, commits == 600, "the scan goes beyond the window");
+        }
+    }
+
+    fn application_and_follower(path: &Path) -> (Connection, LiveDatabase, Follower) {
+        let application = Connection::open(path).unwrap();
+        application.execute_batch("PRAGMA journal_mode=WAL; CREATE TABLE item(n)").unwrap();
+        let live = LiveDatabase::open(path).unwrap();
+        let follower = Follower::attach(&live.files, hash, None, false).unwrap().0;
+        (application, live, follower)
+    }
+
+    fn insert(application: &Connection, times: u32) {
+        for _ in 0..times {
+            application.execute_batch("INSERT INTO item VALUES(1)").unwrap();
+        }
+    }
+
+    /// Lets the next writer restart the WAL: all of it is in the main file, and the pin is at mark 0.
+    fn release_wal(application: &Connection, live: &mut LiveDatabase, follower: &mut Follower) {
+        for _ in 0..2 {
+            application.execute_batch("PRAGMA wal_checkpoint(PASSIVE)").unwrap();
+            count(live, follower);
+        }
+    }
+
+    /// Leaves the wal-index as a writer that dies in `walIndexWriteHdr`: its copies differ, and the next one to read it calls
+    /// `walIndexRecover`. Another process writes it: to close the file here would drop SQLite's locks.
+    fn tear_wal_index(path: &Path) {
+        let shm = sidecar(path, "-shm");
+        let mut command = Command::new("dd");
+        command.args(["if=/dev/zero", "bs=1", "seek=8", "count=8", "conv=notrunc", "status=none"]);
+        assert!(command.arg(format!("of={}", shm.display())).status().unwrap().success());
+    }
+
+    #[test]
+    fn recovery_of_the_wal_index_between_generations_is_no_gap() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("app.db");
+        let (application, mut live, mut follower) = application_and_follower(&path);
+        insert(&application, 9);
+        assert_eq!(count(&mut live, &mut follower), [9; 2]);
+        let commits_counted = |live: &LiveDatabase| live.files.wal_index().unwrap().commit_counter;
+        for round in 0..3 {
+            // Within a generation: the chain of checksums is the proof.
+            insert(&application, 2);
+            tear_wal_index(&path);
+            insert(&application, 3);
+            assert_eq!(commits_counted(&live), 3, "round {round}: recovered");
+            assert_eq!(count(&mut live, &mut follower)[0], 5, "round {round}");
+            // The count goes on from there.
+            release_wal(&application, &mut live, &mut follower);
+            insert(&application, 4);
+            assert_eq!(count(&mut live, &mut follower), [4; 2], "round {round}");
+            // Behind a restart: the chain from the first frame on, and the salt.
+            release_wal(&application, &mut live, &mut follower);
+            let generation = follower.position().unwrap().salts;
+            insert(&application, 3);
+            tear_wal_index(&path);
+            insert(&application, round);
+            application.execute_batch("SELECT * FROM item").unwrap();
+            assert_eq!(commits_counted(&live), round, "round {round}: recovered");
+            assert_eq!(count(&mut live, &mut follower)[0], 3 + round, "round {round}");
+            assert!(follower.position().unwrap().salts.is_next_after(generation));
+        }
+    }
+
+    #[test]
+    fn recovery_of_the_wal_index_does_not_hide_a_gap() {
+        for is_recovered_first in [false, true] {
+            let directory = tempfile::tempdir().unwrap();
+            let path = directory.path().join("app.db");
+            let (application, mut live, mut follower) = application_and_follower(&path);
+            // The pin moves for the other follower; this one does not read.
+            let mut left_behind = Follower::attach(&live.files, hash, None, false).unwrap().0;
+            if is_recovered_first {
+                tear_wal_index(&path);
+            }
+            insert(&application, 2);
+            count(&mut live, &mut follower);
+            release_wal(&application, &mut live, &mut follower);
+            insert(&application, 3);
+            if !is_recovered_first {
+                count(&mut live, &mut follower);
+                release_wal(&application, &mut live, &mut follower);
+                insert(&application, 3);
+                tear_wal_index(&path);
+                insert(&application, 2);
+            }
+            let mut ignore = |_: &WalTransaction<'_>, _: &mut Images<'_>| Ok::<(), SqliteError>(());
+            let read = left_behind.read_published(&live.files, &mut ignore);
+            assert!(matches!(read, Err(SqliteError::Gap { .. })), "{is_recovered_first}: {read:?}");
+            count(&mut live, &mut follower);
         }
     }
 }
