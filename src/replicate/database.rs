@@ -22,7 +22,7 @@ use super::ship::{Job, Progress};
 use super::snapshots::{Advance, Snapshots};
 use super::spool::{self, Spool, Spooled};
 use super::start::{Started, start};
-use super::state::{LocalState, StateDirectory, StateDirectoryError, boot_id, wal_field};
+use super::state::{LocalState, StateDirectory, StateDirectoryError, wal_field};
 use super::wake::{Changed, Event, Mailbox};
 use crate::clock::Clock;
 use crate::format::Position;
@@ -771,7 +771,8 @@ impl Following {
         }
         // Looked at under the pin: nothing can be in the main file that is not captured.
         let main = self.capture.files().main_identity()?;
-        let is_whole = durably && is_settled(main, self.around.clock.as_ref()) && self.capture.is_all_in_main()?;
+        let is_main_complete =
+            durably && is_settled(main, self.around.clock.as_ref()) && self.capture.is_all_in_main()?;
         let state = LocalState {
             replica: claimed.replica.clone(),
             writer: claimed.record.writer.clone(),
@@ -783,7 +784,8 @@ impl Following {
             fingerprint,
             wal: wal_field(self.capture.follower().position()),
             main,
-            whole_in_boot: if is_whole { boot_id() } else { None },
+            boot_id: self.around.clock.boot_id(),
+            is_main_complete,
             snapshot: self.snapshots.confirmed(),
             is_restored: false,
         };
