@@ -40,3 +40,4 @@ mod support;
 mod torn_state;
 mod two_writers;
 mod verify;
+mod wal_index;
