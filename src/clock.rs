@@ -1,4 +1,5 @@
-//! Time, randomness and the boot id: the one place that reads them, so that everything above can be driven by a simulator.
+//! Time, randomness and the boot id: the one place that reads them, so that everything above can be
+//! driven by a simulator.
 //!
 //! `clippy.toml` bans `SystemTime::now` and `Instant::now` everywhere else.
 

@@ -48,7 +48,8 @@ pub struct LocalState {
     pub main: FileIdentity,
     /// The boot of the machine in which the state was written; `None` if the kernel provides no id.
     pub boot_id: Option<String>,
-    /// Whether `main` holds everything that was captured, and a write since would have changed its times.
+    /// Whether `main` holds everything that was captured, and a write since would have changed its
+    /// times.
     pub is_main_complete: bool,
     /// The last snapshot that is confirmed and that the line of this epoch can be restored from; `None` when there is none.
     pub snapshot: Option<SnapshotNote>,
@@ -67,9 +68,10 @@ impl LocalState {
         })
     }
 
-    /// Returns whether the main file, which is `main` now, is proven to hold what it held when the state was written. Within one
-    /// boot an equal identity is the proof. A power failure can lose or reorder writes that were not synced
-    /// (`PRAGMA synchronous=OFF`) and leave the identity as it was: in another boot only the pages themselves are proof.
+    /// Returns whether the main file, which is `main` now, is proven to hold what it held when the
+    /// state was written. Within one boot an equal identity is the proof. A power failure can lose
+    /// or reorder writes that were not synced (`PRAGMA synchronous=OFF`) and leave the identity as
+    /// it was: in another boot only the pages themselves are proof.
     #[must_use]
     pub fn is_main_untouched(&self, main: FileIdentity, boot_id: Option<&str>) -> bool {
         boot_id.is_some() && self.boot_id.as_deref() == boot_id && self.main == main

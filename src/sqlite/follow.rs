@@ -371,8 +371,9 @@ impl Follower {
         Ok(transactions)
     }
 
-    /// Checks SQLite's count of commits where it is needed. Within a generation the chain of checksums proves that nothing
-    /// is missing. Where one ended, the pin promises that it was read to its end, and the count confirms it.
+    /// Checks SQLite's count of commits where it is needed. Within a generation the chain of
+    /// checksums proves that nothing is missing. Where one ended, the pin promises that it was read
+    /// to its end, and the count confirms it.
     fn check_count(&mut self, files: &Files, index: &WalIndex, went_back: bool) -> Result<(), SqliteError> {
         let before = self.commit_counter.replace(index.commit_counter);
         let seen = std::mem::take(&mut self.seen);
@@ -385,9 +386,10 @@ impl Follower {
         }
         let is_next = counted_generation.zip(generation).is_some_and(|(before, now)| now.is_next_after(before));
         if before.is_some() && is_next && self.has_read_all(index) && index.commit_counter <= seen {
-            // `walIndexRecover` sets the count to 0. All that it counted since was read; what it counted before in this
-            // generation was read from the first frame on. Left to the pin alone is the end of the generation before,
-            // after which SQLite restarted the WAL once only.
+            // `walIndexRecover` sets the count to 0. All that it counted since was read; what it
+            // counted before in this generation was read from the first frame on. Left to the pin
+            // alone is the end of the generation before, after which SQLite restarted the WAL once
+            // only.
             tracing::info!(database = %files.path().display(), "SQLite recovered the wal-index; no transaction is missing");
             return Ok(());
         }
@@ -419,10 +421,11 @@ impl Follower {
 
     /// Delivers the transactions up to frame `end_frame`, which ends one.
     ///
-    /// `committed` is SQLite's count of the commits since the last one that was counted, up to that frame; `None` if no
-    /// earlier count is known. It tells commits that change nothing from copies of a commit frame: both repeat the frame
-    /// before. Where a device may damage a sector's other bytes, `walFrames` pads a transaction to the end of the sector
-    /// with copies of its commit frame, and adds one to `iChange`. A commit that changes nothing adds one as well.
+    /// `committed` is SQLite's count of the commits since the last one that was counted, up to that
+    /// frame; `None` if no earlier count is known. It tells commits that change nothing from copies
+    /// of a commit frame: both repeat the frame before. Where a device may damage a sector's other
+    /// bytes, `walFrames` pads a transaction to the end of the sector with copies of its commit
+    /// frame, and adds one to `iChange`. A commit that changes nothing adds one as well.
     fn read_frames<E: From<SqliteError>>(
         &mut self,
         files: &Files,
@@ -436,7 +439,8 @@ impl Follower {
         let mut checksum = self.checksum;
         let mut images = BTreeMap::new();
         let mut transactions = 0;
-        // Commit frames from the current one to the end; counted when the first repeated one is met.
+        // Commit frames from the current one to the end; counted when the first repeated one is
+        // met.
         let mut commit_frames = None;
         // What an earlier call read may have been overwritten since.
         self.window.len = 0;
@@ -459,8 +463,9 @@ impl Follower {
                     }
                     counted => counted.map(|frames: u32| frames.saturating_sub(1)),
                 };
-                // If as many commits as commit frames are left, none of these frames is a copy. As long as fewer are left,
-                // a repeated frame is skipped. So exactly the counted commits are delivered.
+                // If as many commits as commit frames are left, none of these frames is a copy. As
+                // long as fewer are left, a repeated frame is skipped. So exactly the counted
+                // commits are delivered.
                 let commits = committed.and_then(|committed| committed.checked_sub(self.seen));
                 if is_repeated && (commits.is_none() || commits != commit_frames) {
                     images.clear();
@@ -652,7 +657,8 @@ mod tests {
         }
     }
 
-    /// Reads what is published; returns how many transactions that were, by the follower and by SQLite's count.
+    /// Reads what is published; returns how many transactions that were, by the follower and by
+    /// SQLite's count.
     fn count(live: &mut LiveDatabase, follower: &mut Follower) -> [u32; 2] {
         let before = follower.commit_counter.unwrap();
         let mut transactions = 0;
@@ -664,7 +670,8 @@ mod tests {
         [transactions, live.files.wal_index().unwrap().commit_counter.wrapping_sub(before)]
     }
 
-    /// Writes a page and leaves it as it was. (An UPDATE to the same value would write none: `btreeOverwriteContent`.)
+    /// Writes a page and leaves it as it was. (An UPDATE to the same value would write none:
+    /// `btreeOverwriteContent`.)
     const NO_OP: &str = "BEGIN; DELETE FROM item WHERE n = 7; INSERT INTO item(n) VALUES(7); COMMIT";
 
     #[test]
@@ -689,8 +696,8 @@ mod tests {
         }
     }
 
-    /// With `psow=0` SQLite pads each transaction to the end of the sector with copies of the commit frame, which it does
-    /// not count.
+    /// With `psow=0` SQLite pads each transaction to the end of the sector with copies of the
+    /// commit frame, which it does not count.
     #[test]
     fn commit_frames_that_fill_a_sector_up_are_no_commits() {
         let directory = tempfile::tempdir().unwrap();
@@ -754,7 +761,8 @@ mod tests {
         }
     }
 
-    /// Lets the next writer restart the WAL: all of it is in the main file, and the pin is at mark 0.
+    /// Lets the next writer restart the WAL: all of it is in the main file, and the pin is at mark
+    /// 0.
     fn release_wal(application: &Connection, live: &mut LiveDatabase, follower: &mut Follower) {
         for _ in 0..2 {
             application.execute_batch("PRAGMA wal_checkpoint(PASSIVE)").unwrap();
@@ -762,8 +770,9 @@ mod tests {
         }
     }
 
-    /// Leaves the wal-index as a writer that dies in `walIndexWriteHdr`: its copies differ, and the next one to read it calls
-    /// `walIndexRecover`. Another process writes it: to close the file here would drop SQLite's locks.
+    /// Leaves the wal-index as a writer that dies in `walIndexWriteHdr`: its copies differ, and the
+    /// next one to read it calls `walIndexRecover`. Another process writes it: to close the file
+    /// here would drop SQLite's locks.
     fn tear_wal_index(path: &Path) {
         let shm = sidecar(path, "-shm");
         let mut command = Command::new("dd");

@@ -15,8 +15,9 @@ const VERSION: u32 = 3_007_000;
 pub struct Salts(pub [u8; 8]);
 
 impl Salts {
-    /// Returns whether SQLite restarted the WAL exactly once since the generation `earlier`: `walRestartHdr` adds one to the
-    /// first salt each time. Not the reverse: after a WAL was truncated, `walFrames` may take random salts.
+    /// Returns whether SQLite restarted the WAL exactly once since the generation `earlier`:
+    /// `walRestartHdr` adds one to the first salt each time. Not the reverse: after a WAL was
+    /// truncated, `walFrames` may take random salts.
     #[must_use]
     pub fn is_next_after(self, earlier: Self) -> bool {
         let restarts = |salts: Self| be32(&salts.0, 0);

@@ -325,9 +325,9 @@ fn a_file_of_the_local_state_that_can_not_be_read_for_a_while() {
     }
 }
 
-/// Overwrites a few bytes of a page of the main file, and gives the saved state the identity that the file has then: what a
-/// power failure does to a file that is not synced. Another process writes, because to close the file here would drop
-/// SQLite's locks.
+/// Overwrites a few bytes of a page of the main file, and gives the saved state the identity that
+/// the file has then: what a power failure does to a file that is not synced. Another process
+/// writes, because to close the file here would drop SQLite's locks.
 fn change_page_unseen(machine: &Machine, page_number: u64) {
     let offset = page_number * 4096 - 8;
     let database = machine.database();

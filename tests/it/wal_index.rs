@@ -1,5 +1,5 @@
-//! A wal-index that SQLite recovers while the database is replicated: what a writer that dies while it publishes a commit
-//! leaves behind.
+//! A wal-index that SQLite recovers while the database is replicated: what a writer that dies while
+//! it publishes a commit leaves behind.
 
 use std::process::Command;
 
@@ -9,8 +9,9 @@ use crate::support::machine::Machine;
 
 const INSERT: &str = "INSERT INTO item(body, n) VALUES(randomblob(2000), random())";
 
-/// Makes the two copies of the wal-index's header differ, so that the next reader recovers it (`walIndexRecover`). Another
-/// process writes, because to close the file here would drop SQLite's locks.
+/// Makes the two copies of the wal-index's header differ, so that the next reader recovers it
+/// (`walIndexRecover`). Another process writes, because to close the file here would drop SQLite's
+/// locks.
 fn tear_wal_index(machine: &Machine) {
     let target = format!("of={}-shm", machine.database().display());
     let mut command = Command::new("dd");
@@ -27,7 +28,8 @@ fn recovered_wal_index_keeps_the_epoch() {
     machine.commit(INSERT);
     let before = machine.sync();
     for _ in 0..2 {
-        // All of the WAL is in the main file, and the pin is at mark 0: the next commit restarts the WAL.
+        // All of the WAL is in the main file, and the pin is at mark 0: the next commit restarts
+        // the WAL.
         machine.application().query_row("PRAGMA wal_checkpoint(PASSIVE)", [], |_| Ok(())).unwrap();
         machine.turns(2);
     }
