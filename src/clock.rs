@@ -1,4 +1,5 @@
-//! Time and randomness: the one place that reads them, so that everything above can be driven by a simulator.
+//! Time, randomness and the boot id: the one place that reads them, so that everything above can be
+//! driven by a simulator.
 //!
 //! `clippy.toml` bans `SystemTime::now` and `Instant::now` everywhere else.
 
@@ -21,6 +22,11 @@ pub trait Clock: Send + Sync + 'static {
     /// When the operating system has no source of randomness.
     fn random_id(&self) -> Result<[u8; 16], getrandom::Error> {
         random_bytes()
+    }
+    /// The id of this boot of the machine (random(4)); `None` if the kernel does not provide one.
+    fn boot_id(&self) -> Option<String> {
+        let id = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").ok()?;
+        Some(id.trim().to_owned()).filter(|id| !id.is_empty())
     }
 }
 

@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use super::exit_code::Failure;
+use crate::clock::SystemClock;
 use crate::replicate::control::somebody_listens;
 use crate::replicate::handover::{Handover, Restored};
 use crate::replicate::snapshots::SnapshotNote;
@@ -62,7 +63,9 @@ impl Recovery<'_> {
         let left = match handover {
             Ok(handover) => {
                 let restored = self.restored(done.extents_len_bytes);
-                handover.complete(&restored, done.page_hashes, self.output).map_err(|error| error.to_string())
+                handover
+                    .complete(&restored, done.page_hashes, self.output, &SystemClock::new())
+                    .map_err(|error| error.to_string())
             }
             Err(error) => Err(error.to_string()),
         };

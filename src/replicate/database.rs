@@ -24,7 +24,7 @@ use super::ship::{Job, Progress};
 use super::snapshots::{Advance, Snapshots};
 use super::spool::{self, Spool, Spooled};
 use super::start::{Started, start};
-use super::state::{LocalState, StateDirectory, StateDirectoryError, boot_id, wal_field};
+use super::state::{LocalState, StateDirectory, StateDirectoryError, wal_field};
 use super::wake::{Changed, Event, Mailbox};
 use crate::clock::Clock;
 use crate::format::Position;
@@ -378,24 +378,20 @@ impl Following {
         if notices.is_closed {
             self.plan_last_close(LAST_CLOSE_AFTER);
         }
-        if !is_stopping
+        let must_check_files = !is_stopping
             && (notices.is_renamed
                 || !self.pace.is_stirred()
-                || self.now().saturating_sub(self.files_checked) >= FILES_CHECK_INTERVAL)
-        {
-            self.check_files()?;
-        }
-        match self.work(is_stopping) {
-            Err(DatabaseError::Sqlite(overwritten @ SqliteError::WrittenTo { .. })) => {
-                self.judge_overwritten(overwritten)?;
-            }
-            other => other?,
-        }
+                || self.now().saturating_sub(self.files_checked) >= FILES_CHECK_INTERVAL);
+        let done = self.work(must_check_files, is_stopping);
+        self.unless_replaced(done)?;
         Ok(is_stopping)
     }
 
     /// Captures what there is, and does what is due.
-    fn work(&mut self, is_stopping: bool) -> Result<(), DatabaseError> {
+    fn work(&mut self, must_check_files: bool, is_stopping: bool) -> Result<(), DatabaseError> {
+        if must_check_files {
+            self.check_files()?;
+        }
         self.look()?;
         if is_stopping {
             return Ok(());
@@ -406,6 +402,24 @@ impl Following {
         self.checkpoint_if_due()?;
         self.close_as_last_if_due()?;
         self.note_complete_if_due()
+    }
+
+    /// Takes care of files that are not those that are open any more, or were overwritten, wherever that was found out.
+    /// Following goes on where a file was only touched.
+    fn unless_replaced(&mut self, done: Result<(), DatabaseError>) -> Result<(), DatabaseError> {
+        match done {
+            Err(DatabaseError::Sqlite(replaced @ SqliteError::Replaced { .. })) => {
+                // What was committed to the files that are open nobody can read any more after us.
+                let captured = self.advance().and_then(|_| self.cut());
+                self.set_foreign_wal_aside();
+                captured?;
+                Err(replaced.into())
+            }
+            Err(DatabaseError::Sqlite(overwritten @ SqliteError::WrittenTo { .. })) => {
+                self.judge_overwritten(overwritten)
+            }
+            other => other,
+        }
     }
 
     /// Waits until there may be something to do. Under load every look finds something: to be woken for each would cost more than it does.
@@ -447,16 +461,7 @@ impl Following {
     /// Looks whether the files are still those at the path, and whether what waits for an epoch has room.
     fn check_files(&mut self) -> Result<(), DatabaseError> {
         self.files_checked = self.now();
-        match self.capture.files().check_still_there() {
-            Err(replaced @ SqliteError::Replaced { .. }) => {
-                // What was committed to the files that are open nobody can read any more after us.
-                self.advance()?;
-                self.cut()?;
-                self.set_foreign_wal_aside();
-                return Err(replaced.into());
-            }
-            other => other?,
-        }
+        self.capture.files().check_still_there()?;
         let files = self.capture.files();
         if files.is_exclusive_wanted()? {
             // The application comes first: it waits for all others to leave.
@@ -484,7 +489,7 @@ impl Following {
         report_set_aside(path, foreign_wal::set_aside_if_foreign(path, pair, &recorder.ledger));
     }
 
-    /// The main file was changed, and not by SQLite. One that was only touched is followed on.
+    /// The main file was changed, and not by SQLite. Following goes on where it was only touched.
     fn judge_overwritten(&mut self, overwritten: SqliteError) -> Result<(), DatabaseError> {
         let database = self.around.settings.path.display();
         if let Some(recorder) = self.recorder.as_ref().filter(|recorder| recorder.ledger.fingerprint().is_some()) {
@@ -951,7 +956,7 @@ impl Following {
         }
         // Under the pin: SQLite can't have copied into the main file what is not captured.
         let main = self.capture.main_identity()?;
-        let is_whole = is_settled(main, self.around.clock.as_ref()) && self.capture.is_all_in_main()?;
+        let is_main_complete = is_settled(main, self.around.clock.as_ref()) && self.capture.is_all_in_main()?;
         let state = LocalState {
             replica: claimed.replica.clone(),
             writer: claimed.record.writer.clone(),
@@ -963,7 +968,8 @@ impl Following {
             fingerprint,
             wal: wal_field(self.capture.follower().position()),
             main,
-            whole_in_boot: if is_whole { boot_id() } else { None },
+            boot_id: self.around.clock.boot_id(),
+            is_main_complete,
             snapshot: self.snapshots.confirmed(),
             is_restored: false,
         };
@@ -1066,11 +1072,11 @@ impl Following {
     /// See [`DatabaseError`].
     pub fn end(mut self) -> Result<Option<Position>, DatabaseError> {
         for _ in 0..END_ATTEMPTS {
-            self.advance()?;
-            match self.capture.work() {
-                Ok(work) if !work.is_behind => break,
-                Err(overwritten @ SqliteError::WrittenTo { .. }) => self.judge_overwritten(overwritten)?,
-                other => drop(other?),
+            let behind = self.advance().and_then(|_| Ok(self.capture.work()?.is_behind));
+            let is_behind = *behind.as_ref().unwrap_or(&true);
+            self.unless_replaced(behind.map(drop))?;
+            if !is_behind {
+                break;
             }
             // Another process recovers the WAL just now, or goes on writing.
             std::thread::sleep(END_ATTEMPT_INTERVAL);
@@ -1078,7 +1084,8 @@ impl Following {
         self.cut()?;
         self.spool.sync()?;
         let is_last = self.end_as_last()?;
-        self.save_state(true)?;
+        let saved = self.save_state(true);
+        self.unless_replaced(saved)?;
         let captured = self.claimed.as_ref().and(self.recorder.as_ref()).map(|recorder| recorder.last().position);
         if is_last {
             // SQLite removes the empty WAL and the wal-index.
@@ -1101,10 +1108,7 @@ impl Following {
                 }
                 Ok(LastClose::OpenElsewhere) => return Ok(false),
                 Ok(LastClose::Blocked) => std::thread::sleep(END_ATTEMPT_INTERVAL),
-                Err(DatabaseError::Sqlite(overwritten @ SqliteError::WrittenTo { .. })) => {
-                    self.judge_overwritten(overwritten)?;
-                }
-                Err(other) => return Err(other),
+                Err(error) => self.unless_replaced(Err(error))?,
             }
         }
         Ok(false)

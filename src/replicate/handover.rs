@@ -10,6 +10,7 @@ use std::path::{Path, PathBuf};
 use super::snapshots::SnapshotNote;
 use super::spool;
 use super::state::{LocalState, StateDirectory, StateDirectoryError};
+use crate::clock::Clock;
 use crate::format::Position;
 use crate::sqlite::header::{HEADER_LEN, schema_cookie};
 use crate::sqlite::live::FileIdentity;
@@ -83,8 +84,14 @@ impl Handover {
     ///
     /// # Errors
     /// As the operating system answers. Then the next start finds no state, and takes the database as it is.
-    pub fn complete(self, restored: &Restored, hashes: File, target: &Path) -> io::Result<Option<String>> {
-        let left = self.leave(restored, hashes, target);
+    pub fn complete(
+        self,
+        restored: &Restored,
+        hashes: File,
+        target: &Path,
+        clock: &dyn Clock,
+    ) -> io::Result<Option<String>> {
+        let left = self.leave(restored, hashes, target, clock.boot_id());
         let owner = self.owner_beside(&fs::metadata(target)?);
         let given = self.give_to(owner);
         left?;
@@ -96,7 +103,7 @@ impl Handover {
         }))
     }
 
-    fn leave(&self, restored: &Restored, mut hashes: File, target: &Path) -> io::Result<()> {
+    fn leave(&self, restored: &Restored, mut hashes: File, target: &Path, boot_id: Option<String>) -> io::Result<()> {
         // Anew: the directory may be somebody else's, and what is called so there may be a link to anything.
         spool::remove(&self.directory.ledger_path())?;
         let ledger = File::options().write(true).create_new(true).mode(0o600).open(self.directory.ledger_path());
@@ -118,7 +125,8 @@ impl Handover {
             fingerprint: restored.fingerprint,
             wal: None,
             main: FileIdentity::of(target)?,
-            whole_in_boot: None,
+            boot_id,
+            is_main_complete: false,
             snapshot: Some(restored.snapshot),
             is_restored: true,
         };

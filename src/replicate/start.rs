@@ -1,7 +1,8 @@
 //! Taking up a database: what can be proven of the time when nobody watched. In this order, the first that holds:
 //!
 //! - *resume*: the WAL goes on from the place we left, and the main file was not touched, or holds page for page what we know; or
-//!   the main file held everything and was not touched, and the WAL was begun anew;
+//!   the main file held everything and was not touched, and the WAL was begun anew; that it was not touched is known only within one
+//!   boot of the machine;
 //! - *delta*: the ledger tells what the database was; what differs now is recorded as one transaction;
 //! - *re-anchor*: nothing is known; a new epoch begins with the database as it is.
 
@@ -15,7 +16,7 @@ use super::ledger::Ledger;
 use super::record::{Recorder, Start};
 use super::snapshots::SnapshotNote;
 use super::spool::{Spool, is_lost};
-use super::state::{LocalState, StateDirectory, StateDirectoryError, boot_id};
+use super::state::{LocalState, StateDirectory, StateDirectoryError};
 use crate::clock::Clock;
 use crate::sqlite::live::LiveDatabase;
 
@@ -52,8 +53,10 @@ pub fn start(
     let left_at = saved.as_ref().and_then(|(state, _)| state.wal_position());
     // The pin stands already: the main file that is looked at here is the one that the WAL belongs to.
     let main = live.files.main_identity()?;
-    let is_whole = |state: &LocalState| state.whole_in_boot.is_some() && state.whole_in_boot == boot_id();
-    let main_is_whole = saved.as_ref().is_some_and(|(state, _)| is_whole(state) && state.main == main);
+    let boot_id = clock.boot_id();
+    let boot_id = boot_id.as_deref();
+    let is_whole = |state: &LocalState| state.is_main_complete && state.is_main_untouched(main, boot_id);
+    let main_is_whole = saved.as_ref().is_some_and(|(state, _)| is_whole(state));
     let (mut capture, wal_continues) = Capture::attach(live, left_at, main_is_whole)?;
     let Some((state, overlay)) = saved else { return Ok(Started { capture, resumed: None }) };
     let ledger_path = directory.ledger_path();
@@ -73,8 +76,8 @@ pub fn start(
     // The epoch to come is not known yet.
     recorder.set_epoch(0);
     let is_taken_up = match wal_continues {
-        true => resume(&mut capture, &mut recorder, &state, settings)?,
-        false => catch_up(&capture, &mut recorder, &state, settings)?,
+        true => resume(&mut capture, &mut recorder, &state, boot_id, settings)?,
+        false => catch_up(&capture, &mut recorder, &state, boot_id, settings)?,
     };
     let continuing = Continuing {
         replica: state.replica,
@@ -91,9 +94,10 @@ fn resume(
     capture: &mut Capture,
     recorder: &mut Recorder,
     state: &LocalState,
+    boot_id: Option<&str>,
     settings: &DatabaseSettings,
 ) -> Result<bool, DatabaseError> {
-    let is_untouched = capture.files().main_identity()? == state.main;
+    let is_untouched = state.is_main_untouched(capture.files().main_identity()?, boot_id);
     capture.advance(recorder)?;
     let is_proven = is_untouched
         || Difference::find(capture, &recorder.ledger, 0)?.is_some_and(|found| found.is_nothing(&recorder.ledger));
@@ -112,12 +116,13 @@ fn catch_up(
     capture: &Capture,
     recorder: &mut Recorder,
     state: &LocalState,
+    boot_id: Option<&str>,
     settings: &DatabaseSettings,
 ) -> Result<bool, DatabaseError> {
     let database = settings.path.display();
     let txid = state.captured.txid;
     let has_no_wal = state.wal.is_none() && capture.follower().position().is_none();
-    if has_no_wal && capture.files().main_identity()? == state.main {
+    if has_no_wal && state.is_main_untouched(capture.files().main_identity()?, boot_id) {
         tracing::info!(%database, txid, "nothing was missed: the file was not touched");
         return Ok(true);
     }

@@ -46,9 +46,11 @@ pub struct LocalState {
     pub wal: Option<([u8; 8], u32, (u32, u32))>,
     /// The main file when the state was written.
     pub main: FileIdentity,
-    /// Set when `main` holds everything that was captured, and a write since would have changed its times: to the boot in which it
-    /// was so. After another boot nobody knows what of it had reached the disk.
-    pub whole_in_boot: Option<String>,
+    /// The boot of the machine in which the state was written; `None` if the kernel provides no id.
+    pub boot_id: Option<String>,
+    /// Whether `main` holds everything that was captured, and a write since would have changed its
+    /// times.
+    pub is_main_complete: bool,
     /// The last snapshot that is confirmed and that the line of this epoch can be restored from; `None` when there is none.
     pub snapshot: Option<SnapshotNote>,
     /// Whether a restore left this state: then the next start forks an epoch here, whatever came after in the replica.
@@ -65,12 +67,15 @@ impl LocalState {
             checksum: Checksum(first, second),
         })
     }
-}
 
-/// The id of this boot of the machine (random(4)); `None` where the kernel does not tell.
-#[must_use]
-pub fn boot_id() -> Option<String> {
-    Some(fs::read_to_string("/proc/sys/kernel/random/boot_id").ok()?.trim().to_owned()).filter(|id| !id.is_empty())
+    /// Returns whether the main file, which is `main` now, is proven to hold what it held when the
+    /// state was written. Within one boot an equal identity is the proof. A power failure can lose
+    /// or reorder writes that were not synced (`PRAGMA synchronous=OFF`) and leave the identity as
+    /// it was: in another boot only the pages themselves are proof.
+    #[must_use]
+    pub fn is_main_untouched(&self, main: FileIdentity, boot_id: Option<&str>) -> bool {
+        boot_id.is_some() && self.boot_id.as_deref() == boot_id && self.main == main
+    }
 }
 
 /// The form that [`LocalState::wal`] has.

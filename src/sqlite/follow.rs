@@ -1,10 +1,11 @@
 //! Reading published transactions out of the WAL, each frame checked, and single pages as of the last one read.
 
 use std::collections::{BTreeMap, HashMap};
+use std::ops::Range;
 
 use super::SqliteError;
 use super::live::Files;
-use super::wal::{Checksum, FRAME_HEADER_LEN, Salts, WAL_HEADER_LEN, WalHeader};
+use super::wal::{Checksum, FRAME_HEADER_LEN, Salts, WAL_HEADER_LEN, WalHeader, is_commit_frame};
 use super::wal_index::WalIndex;
 
 /// How much of the WAL is read at a time, in bytes. A transaction that fits is never read twice.
@@ -199,10 +200,10 @@ pub struct Follower {
     commit_counter: Option<u32>,
     /// Transactions read since then.
     seen: u32,
-    /// Commit frames since then that only repeat the one before.
-    repeated: u32,
     /// Page and hash of the commit frame before, in this generation.
     last_commit: Option<(u32, u64)>,
+    /// The generation that was read then; `None` while no frame of any was seen.
+    counted_generation: Option<Salts>,
     /// Whether a generation was begun since then.
     generation_is_new: bool,
     /// Every page of the current generation's frames that were read, so that pages can be read as of now.
@@ -238,8 +239,8 @@ impl Follower {
                 size_pages: 0,
                 commit_counter: None,
                 seen: 0,
-                repeated: 0,
                 last_commit: None,
+                counted_generation: None,
                 generation_is_new: false,
                 in_wal: HashMap::new(),
                 is_pinned: false,
@@ -268,6 +269,7 @@ impl Follower {
             return Ok(main_is_whole);
         }
         self.begin_generation(files, &index)?;
+        self.counted_generation = Some(index.salts);
         let is_left = |left_at: WalPosition| self.header.is_some_and(|header| header.salts == left_at.salts);
         if main_is_whole && !left_at.is_some_and(is_left) {
             self.size_pages = files.main_size_pages()?;
@@ -278,12 +280,12 @@ impl Follower {
             && is_left(left_at)
             && left_at.frame_count <= index.frame_count
         {
-            match self.read_frames(files, left_at.frame_count, ignore) {
+            match self.read_frames(files, left_at.frame_count, None, ignore) {
                 // After a power failure the WAL may have gone on from an earlier place: then the place lies inside of a transaction.
                 Err(SqliteError::Unsettled { .. }) => {}
                 other => drop(other?),
             }
-            (self.seen, self.repeated) = (0, 0);
+            self.seen = 0;
             if (self.frame_count, self.checksum) == (left_at.frame_count, left_at.checksum) {
                 if self.frame_count == index.frame_count {
                     // A pin that began when all of this was in the main file protects it from nobody: the next generation may begin
@@ -294,9 +296,9 @@ impl Follower {
                 return Ok(true);
             }
         }
-        self.read_frames(files, index.frame_count, ignore)?;
+        self.read_frames(files, index.frame_count, None, ignore)?;
         self.forget_backfilled(&index);
-        (self.seen, self.repeated) = (0, 0);
+        self.seen = 0;
         self.commit_counter = Some(index.commit_counter);
         Ok(false)
     }
@@ -363,19 +365,32 @@ impl Follower {
             self.generation_is_new = true;
         }
         let before = self.frame_count;
-        let transactions = self.read_frames(files, index.frame_count, deliver)?;
+        let committed = self.commit_counter.map(|before| index.commit_counter.wrapping_sub(before));
+        let transactions = self.read_frames(files, index.frame_count, committed, deliver)?;
         self.check_count(files, &index, index.frame_count < before)?;
         Ok(transactions)
     }
 
-    /// Within a generation the chain of checksums proves that nothing is missing. Where one ended, the pin promises that it
-    /// was read to its end, and SQLite's own count of commits shows it.
+    /// Checks SQLite's count of commits where it is needed. Within a generation the chain of
+    /// checksums proves that nothing is missing. Where one ended, the pin promises that it was read
+    /// to its end, and the count confirms it.
     fn check_count(&mut self, files: &Files, index: &WalIndex, went_back: bool) -> Result<(), SqliteError> {
         let before = self.commit_counter.replace(index.commit_counter);
-        let (seen, repeated) = (std::mem::take(&mut self.seen), std::mem::take(&mut self.repeated));
+        let seen = std::mem::take(&mut self.seen);
+        let generation = self.header.map(|header| header.salts);
+        let counted_generation = std::mem::replace(&mut self.counted_generation, generation);
         let needs_proof = std::mem::take(&mut self.generation_is_new) || went_back;
         let committed = before.map(|before| index.commit_counter.wrapping_sub(before));
-        if !needs_proof || committed.is_some_and(|committed| committed.wrapping_sub(seen) <= repeated) {
+        if !needs_proof || committed == Some(seen) {
+            return Ok(());
+        }
+        let is_next = counted_generation.zip(generation).is_some_and(|(before, now)| now.is_next_after(before));
+        if before.is_some() && is_next && self.has_read_all(index) && index.commit_counter <= seen {
+            // `walIndexRecover` sets the count to 0. All that it counted since was read; what it
+            // counted before in this generation was read from the first frame on. Left to the pin
+            // alone is the end of the generation before, after which SQLite restarted the WAL once
+            // only.
+            tracing::info!(database = %files.path().display(), "SQLite recovered the wal-index; no transaction is missing");
             return Ok(());
         }
         Err(SqliteError::Gap { path: files.path().to_owned(), seen, committed: committed.unwrap_or(u32::MAX) })
@@ -405,10 +420,17 @@ impl Follower {
     }
 
     /// Delivers the transactions up to frame `end_frame`, which ends one.
+    ///
+    /// `committed` is SQLite's count of the commits since the last one that was counted, up to that
+    /// frame; `None` if no earlier count is known. It tells commits that change nothing from copies
+    /// of a commit frame: both repeat the frame before. Where a device may damage a sector's other
+    /// bytes, `walFrames` pads a transaction to the end of the sector with copies of its commit
+    /// frame, and adds one to `iChange`. A commit that changes nothing adds one as well.
     fn read_frames<E: From<SqliteError>>(
         &mut self,
         files: &Files,
         end_frame: u32,
+        committed: Option<u32>,
         deliver: &mut impl FnMut(&WalTransaction<'_>, &mut Images<'_>) -> Result<(), E>,
     ) -> Result<u32, E> {
         let unsettled = || SqliteError::Unsettled { path: files.path().to_owned() };
@@ -417,6 +439,9 @@ impl Follower {
         let mut checksum = self.checksum;
         let mut images = BTreeMap::new();
         let mut transactions = 0;
+        // Commit frames from the current one to the end; counted when the first repeated one is
+        // met.
+        let mut commit_frames = None;
         // What an earlier call read may have been overwritten since.
         self.window.len = 0;
         while next < end_frame {
@@ -431,12 +456,20 @@ impl Follower {
             (next, checksum) = (next + 1, frame.checksum);
             if frame.commit_size_pages != 0 {
                 let is_alone = next == self.frame_count + 1 && frame.commit_size_pages == self.size_pages;
-                if is_alone && self.last_commit == Some((frame.page_number, hash)) {
-                    // Where a device may damage a sector's other bytes, SQLite fills the sector up with copies of the commit frame,
-                    // and counts one commit.
+                let is_repeated = is_alone && self.last_commit == Some((frame.page_number, hash));
+                commit_frames = match commit_frames {
+                    None if is_repeated && committed.is_some() => {
+                        Some(1 + self.count_commit_frames(files, &header, next..end_frame)?)
+                    }
+                    counted => counted.map(|frames: u32| frames.saturating_sub(1)),
+                };
+                // If as many commits as commit frames are left, none of these frames is a copy. As
+                // long as fewer are left, a repeated frame is skipped. So exactly the counted
+                // commits are delivered.
+                let commits = committed.and_then(|committed| committed.checked_sub(self.seen));
+                if is_repeated && (commits.is_none() || commits != commit_frames) {
                     images.clear();
                     (self.frame_count, self.checksum) = (next, checksum);
-                    self.repeated = self.repeated.wrapping_add(1);
                     continue;
                 }
                 self.last_commit = Some((frame.page_number, hash));
@@ -450,6 +483,21 @@ impl Follower {
             }
         }
         if images.is_empty() { Ok(transactions) } else { Err(unsettled().into()) }
+    }
+
+    /// Counts the commit frames among `frames` by their headers, which are not checked here.
+    fn count_commit_frames(&self, files: &Files, header: &WalHeader, frames: Range<u32>) -> Result<u32, SqliteError> {
+        let mut count = 0;
+        let mut bytes = [0; FRAME_HEADER_LEN];
+        for index in frames {
+            match self.window.frame(header, index) {
+                Some(frame) => bytes.copy_from_slice(&frame[..FRAME_HEADER_LEN]),
+                None if files.read_wal(header.frame_offset(index), &mut bytes)? == bytes.len() => {}
+                None => return Err(SqliteError::Unsettled { path: files.path().to_owned() }),
+            }
+            count += u32::from(is_commit_frame(&bytes));
+        }
+        Ok(count)
     }
 
     fn deliver_transaction<E: From<SqliteError>>(
@@ -548,7 +596,12 @@ impl Follower {
     /// Whether `index` publishes a transaction that was not read yet.
     #[must_use]
     pub fn is_behind(&self, index: &WalIndex) -> bool {
-        index.frame_count != 0 && !(self.is_in_generation_of(index) && index.frame_count == self.frame_count)
+        index.frame_count != 0 && !self.has_read_all(index)
+    }
+
+    /// Whether `index` publishes frames up to the last one read, and no others.
+    fn has_read_all(&self, index: &WalIndex) -> bool {
+        self.is_in_generation_of(index) && index.frame_count == self.frame_count
     }
 
     fn is_in_generation_of(&self, index: &WalIndex) -> bool {
@@ -558,10 +611,14 @@ impl Follower {
 
 #[cfg(test)]
 mod tests {
+    use std::path::Path;
+    use std::process::Command;
+
     use rusqlite::Connection;
 
     use super::*;
     use crate::sqlite::live::LiveDatabase;
+    use crate::sqlite::sidecar;
 
     fn hash(page_number: u32, page: &[u8]) -> u64 {
         page.iter().fold(u64::from(page_number), |sum, &byte| sum.wrapping_mul(31).wrapping_add(u64::from(byte)))
@@ -622,7 +679,47 @@ mod tests {
         }
     }
 
-    /// With `psow=0` SQLite fills each sector up with copies of the commit frame, which it does not count.
+    /// Reads what is published; returns how many transactions that were, by the follower and by
+    /// SQLite's count.
+    fn count(live: &mut LiveDatabase, follower: &mut Follower) -> [u32; 2] {
+        let before = follower.commit_counter.unwrap();
+        let mut transactions = 0;
+        let mut deliver = |_: &WalTransaction<'_>, _: &mut Images<'_>| {
+            transactions += 1;
+            Ok::<(), SqliteError>(())
+        };
+        live.advance_pin(|files| follower.read_published(files, &mut deliver)).unwrap();
+        [transactions, live.files.wal_index().unwrap().commit_counter.wrapping_sub(before)]
+    }
+
+    /// Writes a page and leaves it as it was. (An UPDATE to the same value would write none:
+    /// `btreeOverwriteContent`.)
+    const NO_OP: &str = "BEGIN; DELETE FROM item WHERE n = 7; INSERT INTO item(n) VALUES(7); COMMIT";
+
+    #[test]
+    fn commit_that_changes_nothing_is_a_transaction() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("app.db");
+        let application = Connection::open(&path).unwrap();
+        application.execute_batch("PRAGMA journal_mode=WAL; CREATE TABLE item(n)").unwrap();
+        application.execute_batch(NO_OP).unwrap();
+        let mut live = LiveDatabase::open(&path).unwrap();
+        let mut follower = Follower::attach(&live.files, hash, None, false).unwrap().0;
+        for _ in 0..3 {
+            for no_ops in [1, 3] {
+                for _ in 0..no_ops {
+                    application.execute_batch(NO_OP).unwrap();
+                }
+                application.execute_batch("INSERT INTO item VALUES(1); DELETE FROM item WHERE n = 1").unwrap();
+                assert_eq!(count(&mut live, &mut follower), [no_ops + 2; 2]);
+            }
+            application.execute_batch("PRAGMA wal_checkpoint(PASSIVE)").unwrap();
+            count(&mut live, &mut follower);
+        }
+    }
+
+    /// With `psow=0` SQLite pads each transaction to the end of the sector with copies of the
+    /// commit frame, which it does not count.
     #[test]
     fn commit_frames_that_fill_a_sector_up_are_no_commits() {
         let directory = tempfile::tempdir().unwrap();
@@ -634,18 +731,135 @@ mod tests {
         let mut follower = Follower::attach(&live.files, hash, None, false).unwrap().0;
         for _ in 0..3 {
             application.execute_batch("PRAGMA wal_checkpoint(PASSIVE)").unwrap();
-            let mut transactions = 0;
-            let mut deliver = |_: &WalTransaction<'_>, _: &mut Images<'_>| {
-                transactions += 1;
-                Ok::<(), SqliteError>(())
-            };
-            live.advance_pin(|files| follower.read_published(files, &mut deliver)).unwrap();
+            count(&mut live, &mut follower);
             for _ in 0..4 {
                 application.execute_batch("INSERT INTO item VALUES(1)").unwrap();
             }
-            live.advance_pin(|files| follower.read_published(files, &mut deliver)).unwrap();
-            assert_eq!(transactions, 4);
+            assert_eq!(count(&mut live, &mut follower), [4; 2]);
             assert!(follower.frame_count > 4, "{} frames", follower.frame_count);
+        }
+    }
+
+    #[test]
+    fn commit_that_changes_nothing_is_counted_among_copies() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("app.db");
+        let padding = Connection::open(format!("file:{}?psow=0", path.display())).unwrap();
+        padding.execute_batch("PRAGMA page_size=512; PRAGMA journal_mode=WAL; CREATE TABLE item(n)").unwrap();
+        padding.execute_batch("PRAGMA synchronous=FULL; PRAGMA wal_autocheckpoint=0").unwrap();
+        padding.execute_batch(NO_OP).unwrap();
+        let bare = Connection::open(&path).unwrap();
+        bare.execute_batch("PRAGMA synchronous=OFF; PRAGMA wal_autocheckpoint=0").unwrap();
+        let mut live = LiveDatabase::open(&path).unwrap();
+        let mut follower = Follower::attach(&live.files, hash, None, false).unwrap().0;
+        let window_frames = WINDOW_LEN as u32 / (FRAME_HEADER_LEN as u32 + 512);
+        for (round, commits) in [5, 600, 12].into_iter().enumerate() {
+            padding.execute_batch("PRAGMA wal_checkpoint(PASSIVE)").unwrap();
+            count(&mut live, &mut follower);
+            for n in 0..commits {
+                let application = if n % 5 == 3 { &bare } else { &padding };
+                let sql = if n % 3 == 1 { "UPDATE item SET n = n + 1 WHERE n > 7" } else { NO_OP };
+                application.execute_batch(sql).unwrap();
+            }
+            padding.execute_batch("INSERT INTO item VALUES(8)").unwrap();
+            let [delivered, counted] = count(&mut live, &mut follower);
+            assert_eq!(delivered, counted, "round {round}");
+            assert!(follower.frame_count > 4 * commits, "{} frames", follower.frame_count);
+            assert_eq!(follower.frame_count > window_frames, commits == 600, "the scan goes beyond the window");
+        }
+    }
+
+    fn application_and_follower(path: &Path) -> (Connection, LiveDatabase, Follower) {
+        let application = Connection::open(path).unwrap();
+        application.execute_batch("PRAGMA journal_mode=WAL; CREATE TABLE item(n)").unwrap();
+        let live = LiveDatabase::open(path).unwrap();
+        let follower = Follower::attach(&live.files, hash, None, false).unwrap().0;
+        (application, live, follower)
+    }
+
+    fn insert(application: &Connection, times: u32) {
+        for _ in 0..times {
+            application.execute_batch("INSERT INTO item VALUES(1)").unwrap();
+        }
+    }
+
+    /// Lets the next writer restart the WAL: all of it is in the main file, and the pin is at mark
+    /// 0.
+    fn release_wal(application: &Connection, live: &mut LiveDatabase, follower: &mut Follower) {
+        for _ in 0..2 {
+            application.execute_batch("PRAGMA wal_checkpoint(PASSIVE)").unwrap();
+            count(live, follower);
+        }
+    }
+
+    /// Leaves the wal-index as a writer that dies in `walIndexWriteHdr`: its copies differ, and the
+    /// next one to read it calls `walIndexRecover`. Another process writes it: to close the file
+    /// here would drop SQLite's locks.
+    fn tear_wal_index(path: &Path) {
+        let shm = sidecar(path, "-shm");
+        let mut command = Command::new("dd");
+        command.args(["if=/dev/zero", "bs=1", "seek=8", "count=8", "conv=notrunc", "status=none"]);
+        assert!(command.arg(format!("of={}", shm.display())).status().unwrap().success());
+    }
+
+    #[test]
+    fn recovery_of_the_wal_index_between_generations_is_no_gap() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("app.db");
+        let (application, mut live, mut follower) = application_and_follower(&path);
+        insert(&application, 9);
+        assert_eq!(count(&mut live, &mut follower), [9; 2]);
+        let commits_counted = |live: &LiveDatabase| live.files.wal_index().unwrap().commit_counter;
+        for round in 0..3 {
+            // Within a generation: the chain of checksums is the proof.
+            insert(&application, 2);
+            tear_wal_index(&path);
+            insert(&application, 3);
+            assert_eq!(commits_counted(&live), 3, "round {round}: recovered");
+            assert_eq!(count(&mut live, &mut follower)[0], 5, "round {round}");
+            // The count goes on from there.
+            release_wal(&application, &mut live, &mut follower);
+            insert(&application, 4);
+            assert_eq!(count(&mut live, &mut follower), [4; 2], "round {round}");
+            // Behind a restart: the chain from the first frame on, and the salt.
+            release_wal(&application, &mut live, &mut follower);
+            let generation = follower.position().unwrap().salts;
+            insert(&application, 3);
+            tear_wal_index(&path);
+            insert(&application, round);
+            application.execute_batch("SELECT * FROM item").unwrap();
+            assert_eq!(commits_counted(&live), round, "round {round}: recovered");
+            assert_eq!(count(&mut live, &mut follower)[0], 3 + round, "round {round}");
+            assert!(follower.position().unwrap().salts.is_next_after(generation));
+        }
+    }
+
+    #[test]
+    fn recovery_of_the_wal_index_does_not_hide_a_gap() {
+        for is_recovered_first in [false, true] {
+            let directory = tempfile::tempdir().unwrap();
+            let path = directory.path().join("app.db");
+            let (application, mut live, mut follower) = application_and_follower(&path);
+            // The pin moves for the other follower; this one does not read.
+            let mut left_behind = Follower::attach(&live.files, hash, None, false).unwrap().0;
+            if is_recovered_first {
+                tear_wal_index(&path);
+            }
+            insert(&application, 2);
+            count(&mut live, &mut follower);
+            release_wal(&application, &mut live, &mut follower);
+            insert(&application, 3);
+            if !is_recovered_first {
+                count(&mut live, &mut follower);
+                release_wal(&application, &mut live, &mut follower);
+                insert(&application, 3);
+                tear_wal_index(&path);
+                insert(&application, 2);
+            }
+            let mut ignore = |_: &WalTransaction<'_>, _: &mut Images<'_>| Ok::<(), SqliteError>(());
+            let read = left_behind.read_published(&live.files, &mut ignore);
+            assert!(matches!(read, Err(SqliteError::Gap { .. })), "{is_recovered_first}: {read:?}");
+            count(&mut live, &mut follower);
         }
     }
 }

@@ -14,6 +14,17 @@ const VERSION: u32 = 3_007_000;
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct Salts(pub [u8; 8]);
 
+impl Salts {
+    /// Returns whether SQLite restarted the WAL exactly once since the generation `earlier`:
+    /// `walRestartHdr` adds one to the first salt each time. Not the reverse: after a WAL was
+    /// truncated, `walFrames` may take random salts.
+    #[must_use]
+    pub fn is_next_after(self, earlier: Self) -> bool {
+        let restarts = |salts: Self| be32(&salts.0, 0);
+        restarts(self) == restarts(earlier).wrapping_add(1)
+    }
+}
+
 /// The running checksum over a WAL: each frame's continues the one before.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Checksum(pub u32, pub u32);
@@ -121,6 +132,12 @@ pub struct Frame {
     pub commit_size_pages: u32,
     /// The running checksum up to and including this frame.
     pub checksum: Checksum,
+}
+
+/// Returns whether a frame with this header is the last one of a transaction.
+#[must_use]
+pub fn is_commit_frame(header: &[u8; FRAME_HEADER_LEN]) -> bool {
+    be32(header, 4) != 0
 }
 
 fn be32(bytes: &[u8], at: usize) -> u32 {

@@ -43,3 +43,4 @@ mod suspended;
 mod torn_state;
 mod two_writers;
 mod verify;
+mod wal_index;

@@ -129,3 +129,23 @@ fn who_has_something_to_do_does_not_rest() {
     machine.turns(3);
     assert!(machine.rest());
 }
+
+#[test]
+fn complete_main_file_is_trusted_within_one_boot_only() {
+    for is_rebooted in [false, true] {
+        let (mut machine, before) = at_rest();
+        machine.crash();
+        for _ in 0..2 {
+            machine.commit(INSERT);
+        }
+        if is_rebooted {
+            machine.clock.reboot();
+        }
+        machine.start();
+        let after = machine.sync();
+        let seen = if is_rebooted { 1 } else { 2 };
+        assert_eq!(after.txid, before.txid + seen, "rebooted: {is_rebooted}: what differs is one transaction");
+        machine.check(after);
+        machine.check(before);
+    }
+}

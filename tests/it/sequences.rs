@@ -151,7 +151,7 @@ impl Play {
         let id = self.numbers.below(300);
         let (len, count) = (1 + self.numbers.below(3000), 1 + self.numbers.below(40));
         let table = self.trace.len();
-        // Each text is one transaction, and changes something.
+        // Each text is one transaction.
         let sql = match self.numbers.below(16) {
             0 => format!("BEGIN; DELETE FROM item WHERE id > {id}; INSERT INTO item(n) VALUES(1); COMMIT"),
             1 => "VACUUM".to_owned(),

@@ -2,10 +2,14 @@
 
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
+use std::process::Command;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::time::Duration;
 
+use waltrail::format::Position;
+use waltrail::replicate::state::{LocalState, StateDirectory};
+use waltrail::sqlite::live::FileIdentity;
 use waltrail::store::faults::{Fault, Faulty};
 use waltrail::store::{Operation, SharedStore, StoreErrorKind};
 
@@ -318,5 +322,100 @@ fn a_file_of_the_local_state_that_can_not_be_read_for_a_while() {
         scene.wait_for(2);
         assert_eq!(daemon.terminate(), Some(0), "{}", scene.log());
         assert_eq!(scene.objects("snap").len(), 1, "it went on: {}", scene.log());
+    }
+}
+
+/// Overwrites a few bytes of a page of the main file, and gives the saved state the identity that
+/// the file has then: what a power failure does to a file that is not synced. Another process
+/// writes, because to close the file here would drop SQLite's locks.
+fn change_page_unseen(machine: &Machine, page_number: u64) {
+    let offset = page_number * 4096 - 8;
+    let database = machine.database();
+    let change = format!("head -c 8 /dev/urandom | dd of='{}' bs=1 seek={offset} conv=notrunc", database.display());
+    assert!(Command::new("sh").args(["-c", &change]).output().unwrap().status.success());
+    let directory = StateDirectory::open(&machine.state_dir()).unwrap();
+    let (state, overlay) = directory.load().unwrap().unwrap();
+    let state = LocalState { main: FileIdentity::of(&database).unwrap(), ..state };
+    directory.save(&state, &overlay, true).unwrap();
+}
+
+fn snapshot_count(machine: &Machine) -> usize {
+    machine.stored().iter().filter(|object| object.key.starts_with("snap/")).count()
+}
+
+/// A machine with a database of 50 pages, of which the WAL holds a few.
+fn machine_with_pages() -> (Machine, Position) {
+    let mut machine = Machine::new("PRAGMA page_size=4096", |store| store);
+    machine.start();
+    machine.commit("INSERT INTO item(body) VALUES(zeroblob(200000))");
+    machine.sync();
+    machine.application().query_row("PRAGMA wal_checkpoint(PASSIVE)", [], |_| Ok(())).unwrap();
+    machine.turns(2);
+    machine.commit("INSERT INTO item(n) VALUES(1)");
+    let position = machine.sync();
+    machine.stop();
+    let directory = StateDirectory::open(&machine.state_dir()).unwrap();
+    let (state, _) = directory.load().unwrap().unwrap();
+    assert!(state.wal_position().unwrap().frame_count < 10, "the WAL was restarted");
+    (machine, position)
+}
+
+#[test]
+fn untouched_main_file_is_trusted_within_one_boot_only() {
+    let (mut machine, before) = machine_with_pages();
+    change_page_unseen(&machine, 20);
+    machine.start();
+    let same_boot = machine.ship();
+    assert_eq!((same_boot.txid, snapshot_count(&machine)), (before.txid, 1), "no page was compared");
+    machine.stop();
+    machine.clock.reboot();
+    machine.start();
+    let next_boot = machine.sync();
+    assert_eq!((next_boot.txid, snapshot_count(&machine)), (before.txid + 1, 2), "an epoch that does not continue");
+    machine.check(next_boot);
+    machine.check(before);
+    // The comparison is made once in a boot.
+    machine.stop();
+    change_page_unseen(&machine, 21);
+    machine.start();
+    assert_eq!((machine.ship().txid, snapshot_count(&machine)), (next_boot.txid, 2), "no page was compared");
+    machine.stop();
+    machine.clock.reboot();
+    machine.start();
+    let next_boot = machine.sync();
+    assert_eq!(snapshot_count(&machine), 3);
+    machine.check(next_boot);
+}
+
+#[test]
+fn unchanged_database_resumes_after_a_reboot() {
+    let (mut machine, before) = machine_with_pages();
+    machine.clock.reboot();
+    machine.start();
+    machine.commit("INSERT INTO item(n) VALUES(2)");
+    let after = machine.sync();
+    assert_eq!((after.txid, snapshot_count(&machine)), (before.txid + 1, 1), "the epoch continues");
+    machine.check(after);
+}
+
+#[test]
+fn restored_main_file_is_trusted_within_one_boot_only() {
+    for is_rebooted in [false, true] {
+        let (mut machine, before) = machine_with_pages();
+        machine.restore(before, true);
+        change_page_unseen(&machine, 20);
+        if is_rebooted {
+            machine.clock.reboot();
+        }
+        machine.start();
+        let after = machine.ship();
+        let difference = u64::from(is_rebooted);
+        assert_eq!(after.txid, before.txid + difference, "rebooted: {is_rebooted}: what differs is one transaction");
+        assert_eq!(snapshot_count(&machine), 1);
+        if is_rebooted {
+            let after = machine.sync();
+            machine.check(after);
+        }
+        machine.check(before);
     }
 }

@@ -56,6 +56,7 @@ pub struct ManualClock {
     ahead_ms: AtomicI64,
     latest_ms: AtomicU64,
     names: AtomicU64,
+    boots: AtomicU64,
 }
 
 impl ManualClock {
@@ -71,6 +72,11 @@ impl ManualClock {
     /// The latest time that anybody was told.
     pub fn latest_ms(&self) -> u64 {
         self.latest_ms.load(Ordering::SeqCst).max(self.now_ms())
+    }
+
+    /// The machine boots again: what was not synced may be lost.
+    pub fn reboot(&self) {
+        self.boots.fetch_add(1, Ordering::SeqCst);
     }
 
     /// Somebody sets the clock.
@@ -97,6 +103,10 @@ impl Clock for ManualClock {
 
     fn random_id(&self) -> Result<[u8; 16], getrandom::Error> {
         Ok(u128::from(self.names.fetch_add(1, Ordering::SeqCst)).to_be_bytes())
+    }
+
+    fn boot_id(&self) -> Option<String> {
+        Some(format!("boot {}", self.boots.load(Ordering::SeqCst)))
     }
 }
 
@@ -276,7 +286,7 @@ impl Machine {
         std::fs::read(copy).unwrap()
     }
 
-    /// One transaction of the application. It has to change something.
+    /// One transaction of the application.
     pub fn commit(&mut self, sql: &str) {
         self.application().execute_batch(sql).unwrap_or_else(|error| panic!("{sql}: {error}"));
         let bytes = Arc::new(self.image());
@@ -634,7 +644,7 @@ impl Machine {
                     fingerprint: plan.fingerprint,
                     snapshot: SnapshotNote { begun_ms: plan.time_ms, extents_len_bytes: 0, log_len_bytes: 0 },
                 };
-                handover.complete(&restored, done.page_hashes, &database).unwrap();
+                handover.complete(&restored, done.page_hashes, &database, self.clock.as_ref()).unwrap();
             }
         });
         // What was committed since the sync may be in storage, too.
