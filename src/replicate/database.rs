@@ -315,10 +315,12 @@ impl Following {
             if is_taken_up && !self.around.opening.should_rest() || self.now() - begun > START_PATIENCE {
                 *start = None;
             }
-            if self.around.opening.should_rest()
-                && let Some(rested) = self.rest()?
-            {
-                return Ok(Ended::AtRest(Box::new(rested)));
+            if self.around.opening.should_rest() {
+                match self.rest() {
+                    Ok(None) => {}
+                    Ok(Some(rested)) => return Ok(Ended::AtRest(Box::new(rested))),
+                    Err(error) => self.unless_replaced(Err(error))?,
+                }
             }
             let (changed, events) = self.await_work()?;
             self.pace.note_change(changed);
@@ -529,7 +531,8 @@ impl Following {
     }
 
     /// Does what SQLite's last close does, if no other process has the database open: everything is captured, copied
-    /// into the main file, and the WAL is empty. What a segment holds is in the spool before its frames are gone.
+    /// into the main file, and the WAL is empty. What was captured is in the spool before its frames are gone; with a
+    /// backlog not, because each transaction would make a file.
     fn close_as_last(&mut self) -> Result<LastClose, DatabaseError> {
         if self.checkpoints.is_failing() {
             return Ok(LastClose::Blocked);
@@ -542,7 +545,9 @@ impl Following {
             return Ok(LastClose::OpenElsewhere);
         }
         self.advance_and_note()?;
-        self.cut()?;
+        if !self.is_backlog() {
+            self.cut()?;
+        }
         let neighbour = self.around.neighbour.clone();
         let Some(_turn) = neighbour.barrier() else { return Ok(LastClose::Blocked) };
         let others_move = || neighbour.move_pins();
@@ -596,10 +601,10 @@ impl Following {
                 %error,
                 "the WAL is kept until a checkpoint succeeds, and grows; check the disk and its free space"
             );
-            self.around.progress.board.note_error(error.to_string());
         } else {
             tracing::warn!(database, %error, "the checkpoint failed again");
         }
+        self.around.progress.board.note_checkpoints(Some(error.to_string()), self.around.clock.now_ms());
     }
 
     /// What is recorded for an epoch that could not be claimed yet, if it is more than may wait: nothing can be cut before.
@@ -872,9 +877,14 @@ impl Following {
         self.save_state_and_fold(true, true)
     }
 
+    /// Whether so much waits for storage that segments are cut seldom.
+    fn is_backlog(&self) -> bool {
+        self.around.progress.waiting_bytes.load(Ordering::Relaxed) > BACKLOG_BYTES
+    }
+
     /// When the segment that is being written is to be cut.
     fn cut_due(&self, open_len_bytes: u64) -> Duration {
-        let is_backlog = self.around.progress.waiting_bytes.load(Ordering::Relaxed) > BACKLOG_BYTES;
+        let is_backlog = self.is_backlog();
         let sync_interval = self.around.settings.sync_interval;
         let interval = match open_len_bytes {
             SEGMENT_RAW_LIMIT.. => Duration::ZERO,
@@ -1017,6 +1027,7 @@ impl Following {
             Err(error) if !error.is_busy() => return Err(error.into()),
             Ok(true) => {
                 self.checkpoints.note_succeeded();
+                self.around.progress.board.note_checkpoints(None, self.around.clock.now_ms());
                 tracing::info!(database = %self.around.settings.path.display(), "checkpoints succeed again");
             }
             // Another checkpoint runs.

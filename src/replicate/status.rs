@@ -73,6 +73,9 @@ pub struct Status {
     pub segments_len_bytes: u64,
     /// Snapshots that were confirmed since the process started.
     pub snapshots: u64,
+    /// Why checkpoints fail, and since when, in milliseconds since 1970. The WAL grows meanwhile.
+    #[serde(default)]
+    pub checkpoint_problem: Option<(String, u64)>,
     /// What is wrong just now, in a sentence.
     pub error: Option<String>,
     /// What was found of the store that is otherwise than it should be, by what was looked at; see [`crate::store::probe`].
@@ -114,6 +117,8 @@ impl Status {
     #[must_use]
     pub fn trouble(&self, now_ms: u64, limit: Duration) -> Option<String> {
         let because = || self.error.as_ref().map_or(String::new(), |error| format!(": {error}"));
+        let since_ms = self.checkpoint_problem.as_ref().map_or(now_ms, |&(_, since_ms)| since_ms);
+        let checkpoints_failing = Duration::from_millis(now_ms.saturating_sub(since_ms));
         let (in_phase, failing) = (self.in_phase(now_ms), self.failing_for(now_ms).unwrap_or_default());
         match self.phase {
             Phase::Stopped => Some(format!("it is not replicated any more{}", because())),
@@ -128,6 +133,9 @@ impl Status {
             }
             Phase::Following if self.snapshot_ms.is_none() && in_phase > limit => {
                 Some(format!("there has been no snapshot for {} s{}", in_phase.as_secs(), because()))
+            }
+            Phase::Following if checkpoints_failing > limit => {
+                Some(format!("checkpoints have failed for {} s{}", checkpoints_failing.as_secs(), because()))
             }
             _ => self.verify_trouble.as_ref().map(|trouble| format!("it could not be verified: {trouble}")),
         }
@@ -279,7 +287,7 @@ impl Board {
         if status.phase != Phase::Following {
             return;
         }
-        status.error = None;
+        status.error = status.checkpoint_problem.as_ref().map(|(problem, _)| problem.clone());
         status.confirmed = Some(state);
         let is_all = status.captured.is_none_or(|captured| captured.position.txid <= state.position.txid);
         // What is left was committed after this.
@@ -317,6 +325,14 @@ impl Board {
         }
         let before = status.notes.insert(finding.what.to_owned(), finding.text.clone());
         before.as_deref() != Some(finding.text.as_str())
+    }
+
+    /// Checkpoints fail, or succeed again (`None`). The problem is shown until then, whatever else succeeds.
+    pub fn note_checkpoints(&self, problem: Option<String>, now_ms: u64) {
+        let mut status = locked(&self.status);
+        status.error.clone_from(&problem);
+        let since_ms = status.checkpoint_problem.as_ref().map_or(now_ms, |&(_, since_ms)| since_ms);
+        status.checkpoint_problem = problem.map(|problem| (problem, since_ms));
     }
 
     /// Something does not work, and is tried again.

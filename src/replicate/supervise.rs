@@ -34,6 +34,9 @@ use crate::store::retry::RetryPolicy;
 /// How a database that fails is taken up again.
 const RESTART: RetryPolicy = RetryPolicy { attempts: u32::MAX, base_ms: 1000, max_ms: 30_000 };
 
+/// Shortest pause before a database is attached again.
+const RESTART_MIN: Duration = Duration::from_secs(1);
+
 /// What was captured of a file that was replaced may take so long to be shipped until the new one is taken up; what is left then is
 /// shipped when that is done.
 const REPLACED_PATIENCE: Duration = Duration::from_secs(5);
@@ -92,8 +95,9 @@ pub async fn supervise(job: &Job, shared: &Replication, ending: &Ending) -> Resu
                 if clock.monotonic().saturating_sub(begun) > Duration::from_secs(60) {
                     failures = 0;
                 }
-                let wait = RESTART.wait(failures).max(Duration::from_secs(1));
-                failures += 1;
+                // Files that were replaced are no failure of this database: the new ones are attached soon, however often.
+                let wait = if is_replaced(&error) { RESTART_MIN } else { RESTART.wait(failures).max(RESTART_MIN) };
+                failures += u32::from(!is_replaced(&error));
                 report(&database, &error, wait);
                 job.board.enter(Phase::Failing, Some(error.to_string()), clock.now_ms());
                 if error.disproves_state() {

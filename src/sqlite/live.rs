@@ -101,7 +101,8 @@ impl FileIdentity {
     #[must_use]
     pub fn until_older_than(&self, age: Duration, now_ms: u64) -> Duration {
         let left_ns = self.modified_ns + age.as_nanos() as i128 - i128::from(now_ms) * 1_000_000;
-        Duration::from_nanos(u64::try_from(left_ns.max(-1) + 1).unwrap_or(u64::MAX))
+        // The clock counts whole milliseconds.
+        Duration::from_nanos(u64::try_from(left_ns.max(0)).unwrap_or(u64::MAX)) + Duration::from_millis(2)
     }
 
     /// Whether something was written to the file between this look at it and a `later` one.

@@ -133,14 +133,14 @@ fn a_reader_that_pins_the_wal() {
     assert!(grown > 4 * threshold_bytes, "the reader holds nothing: {grown}");
     assert_eq!(reader.query_row("SELECT count(*) FROM item", [], |row| row.get::<_, i64>(0)).unwrap(), 1);
     drop(reader);
-    // The barriers that were held up come now; the WAL's file keeps its length, and is used from its beginning again.
+    // The restarts that were held up come now; the WAL is used from its beginning again, or emptied.
     for turn in 0..30 {
         machine.pass(Duration::from_secs(1));
         machine.turns(2);
         machine.commit(&format!("UPDATE item SET n = {turn} WHERE id = 2"));
     }
     machine.sync();
-    assert_eq!(len(), grown, "the WAL went on growing");
+    assert!(len() <= grown, "the WAL went on growing: {} after {grown}", len());
     for &position in machine.states.keys() {
         machine.check(position);
     }

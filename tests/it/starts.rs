@@ -335,7 +335,7 @@ fn change_page_unseen(machine: &Machine, page_number: u64) {
     assert!(Command::new("sh").args(["-c", &change]).output().unwrap().status.success());
     let directory = StateDirectory::open(&machine.state_dir()).unwrap();
     let (state, overlay) = directory.load().unwrap().unwrap();
-    let state = LocalState { main: FileIdentity::of(&database).unwrap(), ..state };
+    let state = LocalState { main: FileIdentity::of(&database).unwrap(), is_main_complete: true, ..state };
     directory.save(&state, &overlay, true).unwrap();
 }
 

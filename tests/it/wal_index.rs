@@ -23,7 +23,7 @@ fn tear_wal_index(machine: &Machine) {
 fn recovered_wal_index_keeps_the_epoch() {
     let mut machine = Machine::new("PRAGMA page_size=1024", |store| store);
     let wal = format!("{}-wal", machine.database().display());
-    let salts = || std::fs::read(&wal).unwrap()[16..24].to_vec();
+    let salts = || std::fs::read(&wal).unwrap().get(16..24).map(<[u8]>::to_vec);
     machine.start();
     machine.commit(INSERT);
     let before = machine.sync();

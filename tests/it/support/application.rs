@@ -171,9 +171,9 @@ fn lock_byte(path: &Path, offset: i64, locked: &mut Vec<std::fs::File>) -> std::
     lock.l_whence = libc::SEEK_SET as libc::c_short;
     (lock.l_start, lock.l_len) = (offset, 1);
     // SAFETY: the descriptor is open, and `lock` outlives the call.
-    if unsafe { libc::fcntl(file.as_raw_fd(), libc::F_SETLK, &raw const lock) } != 0 {
-        return Err(std::io::Error::last_os_error());
-    }
+    let answer = unsafe { libc::fcntl(file.as_raw_fd(), libc::F_SETLK, &raw const lock) };
+    let error = std::io::Error::last_os_error();
+    // Closing it would drop what is locked already.
     locked.push(file);
-    Ok(String::new())
+    if answer == 0 { Ok(String::new()) } else { Err(error) }
 }

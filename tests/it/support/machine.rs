@@ -371,6 +371,8 @@ impl Machine {
             file.set_modified(while_ago).unwrap();
             (file, modified)
         });
+        // The daemon that still follows sees that the files were only touched.
+        self.turn();
         let Some(daemon) = &mut self.daemon else { return false };
         daemon.rested = daemon.following.as_mut().unwrap().rest().unwrap().map(Box::new);
         if daemon.rested.is_none() {
