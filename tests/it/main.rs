@@ -33,6 +33,7 @@ mod retain;
 mod schema_changes;
 mod sequences;
 mod starts;
+mod state_directory;
 mod store;
 mod store_faults;
 mod supervise;
