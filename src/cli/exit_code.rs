@@ -257,7 +257,10 @@ impl From<ControlError> for Failure {
             ControlError::NoDaemon { .. } => (
                 FAILED,
                 Some(
-                    "start `waltrail replicate`; if it keeps its state elsewhere, name that with --state-dir or --config",
+                    "a daemon may be running without its socket: if its state directory was removed \
+                     or replaced, it makes the socket anew within a minute; check with \
+                     `pgrep -a waltrail`, and start `waltrail replicate` only if none is running; if \
+                     it keeps its state elsewhere, name that with --state-dir or --config",
                 ),
             ),
             ControlError::TimedOut { .. } => {

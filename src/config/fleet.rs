@@ -2,8 +2,7 @@
 
 use std::collections::{BTreeSet, HashSet};
 use std::fs::File;
-use std::io::{self, Read};
-use std::os::unix::fs::MetadataExt;
+use std::io;
 use std::path::{Path, PathBuf};
 
 use globset::{Glob, GlobBuilder};
@@ -11,6 +10,7 @@ use walkdir::{DirEntry, WalkDir};
 
 use super::DatabaseConfig;
 use super::replica_url::ReplicaUrl;
+use crate::sqlite::descriptors::read_start;
 use crate::sqlite::header::MAGIC;
 use crate::store::{SharedStore, StoreError};
 
@@ -47,6 +47,17 @@ pub struct Found {
     pub directories: BTreeSet<PathBuf>,
     /// What could not be looked at, a sentence each.
     pub troubles: Vec<String>,
+    /// Paths that are left out because they lead to a file that is followed by another one.
+    pub second_names: BTreeSet<SecondName>,
+}
+
+/// A path to a file that is followed by another path: a hard link or a bind mount.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+pub struct SecondName {
+    /// The path that is left out.
+    pub path: PathBuf,
+    /// The path that the file is followed by.
+    pub followed: PathBuf,
 }
 
 impl FleetConfig {
@@ -84,10 +95,10 @@ impl FleetConfig {
         self.has_state_dir.then_some(self.template.state_dir.as_path())
     }
 
-    /// The databases that there are. Those in `known` are not opened: closing a file drops every lock that the process has on it,
-    /// those of SQLite's connections as well.
+    /// The databases that there are. Those in `followed` are not read: they stay databases while a
+    /// copy is written over them.
     #[must_use]
-    pub fn find(&self, known: &HashSet<PathBuf>) -> Found {
+    pub fn find(&self, followed: &HashSet<PathBuf>) -> Found {
         let matcher = self.glob.compile_matcher();
         let mut found = Found::default();
         let depth = self.depth.unwrap_or(usize::MAX);
@@ -102,7 +113,7 @@ impl FleetConfig {
                 Ok(entry) => {
                     let path = entry.path();
                     let is_meant = path.strip_prefix(&self.root).is_ok_and(|below| matcher.is_match(below));
-                    if is_meant && (known.contains(path) || is_database(&entry)) {
+                    if is_meant && (followed.contains(path) || is_database(path)) {
                         match self.database(path) {
                             Some(database) => found.databases.push(database),
                             None => found.troubles.push(format!("'{}' is no name that can be stored", path.display())),
@@ -226,17 +237,10 @@ fn is_name(name: &str) -> bool {
     !name.is_empty() && !name.starts_with('.')
 }
 
-/// Whether a file is a database, as its first bytes tell. One with several names may be followed by another one, and is not
-/// opened: it is taken for one by its size.
-fn is_database(entry: &DirEntry) -> bool {
-    let Ok(metadata) = entry.metadata() else { return false };
-    if metadata.nlink() > 1 {
-        return metadata.len() > 0 && metadata.len().is_multiple_of(512);
-    }
+/// Whether a file is a database, as its first bytes tell.
+fn is_database(path: &Path) -> bool {
     let mut begins = [0; MAGIC.len()];
-    metadata.len() > 0
-        && File::open(entry.path()).and_then(|mut file| file.read_exact(&mut begins)).is_ok()
-        && &begins == MAGIC
+    read_start(path, &mut begins).is_ok() && &begins == MAGIC
 }
 
 #[cfg(test)]

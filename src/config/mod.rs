@@ -10,12 +10,13 @@ mod variables;
 
 use std::collections::{HashMap, HashSet};
 use std::net::SocketAddr;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use hyper::Uri;
 
-use self::fleet::{FleetConfig, Found};
+use self::fleet::{FleetConfig, Found, SecondName};
 use self::replica_url::ReplicaUrl;
 use crate::health::DEFAULT_HEALTHY_LAG;
 use crate::retain::RetentionSettings;
@@ -59,10 +60,41 @@ impl Config {
         }
     }
 
-    /// All databases, those of the fleets as far as they are there. `known` as in [`FleetConfig::find`].
+    /// All databases, those of the fleets as far as they are there, each file once. `followed` as
+    /// in [`FleetConfig::find`].
     #[must_use]
-    pub fn find(&self, known: &HashSet<PathBuf>) -> Found {
-        self.joined(self.fleets.iter().map(|fleet| fleet.find(known)))
+    pub fn find(&self, followed: &HashSet<PathBuf>) -> Found {
+        let mut found = self.joined(self.fleets.iter().map(|fleet| fleet.find(followed)));
+        self.leave_out_second_names(&mut found, followed);
+        found
+    }
+
+    /// Leaves one path of several that lead to one file (device and inode): that of a database that
+    /// is called by name, then one that is followed already, then the first in sorted order. By two
+    /// paths SQLite would give the file two WALs.
+    fn leave_out_second_names(&self, found: &mut Found, followed: &HashSet<PathBuf>) {
+        let file_at = |path: &Path| std::fs::metadata(path).ok().map(|it| (it.dev(), it.ino()));
+        let (named, of_fleets) = found.databases.split_at(self.databases.len());
+        let mut of_fleets: Vec<&Path> = of_fleets.iter().map(|database| database.path.as_path()).collect();
+        of_fleets.sort_by_key(|&path| (!followed.contains(path), path));
+        let mut chosen: HashMap<(u64, u64), PathBuf> = HashMap::new();
+        for path in named.iter().map(|database| database.path.as_path()).chain(of_fleets) {
+            if let Some(file) = file_at(path) {
+                chosen.entry(file).or_insert_with(|| path.to_owned());
+            }
+        }
+        // Several replicas of one database have one path. What is called by name was chosen by a
+        // person.
+        for database in found.databases.split_off(self.databases.len()) {
+            let first = file_at(&database.path).and_then(|file| chosen.get(&file));
+            match first.filter(|first| identity(first) != identity(&database.path)) {
+                Some(first) => {
+                    let (path, followed) = (database.path, first.clone());
+                    found.second_names.insert(SecondName { path, followed });
+                }
+                None => found.databases.push(database),
+            }
+        }
     }
 
     /// All databases, with what was found of each fleet, in their order. What one of them is called by name comes first.

@@ -17,7 +17,7 @@ use tokio_util::sync::CancellationToken;
 
 use self::job::JobMaker;
 use crate::clock::{Clock, SystemClock};
-use crate::config::fleet::Found;
+use crate::config::fleet::{Found, SecondName};
 use crate::config::{Config, ConfigError, DatabaseConfig};
 use crate::health::server::HealthServer;
 use crate::health::systemd;
@@ -98,11 +98,11 @@ pub async fn start(
         maker: JobMaker::new(clock.clone()),
         hub,
         followed: BTreeMap::new(),
-        ever_followed: HashSet::new(),
         watched: BTreeSet::new(),
         names_changed_at: Vec::new(),
         changed: Arc::new(Notify::new()),
         troubles: Vec::new(),
+        second_names: BTreeSet::new(),
         boards: boards.clone(),
         clock: clock.clone(),
     };
@@ -135,14 +135,14 @@ struct Roster {
     hub: Arc<WatchHub>,
     /// By their state directories: a database may be followed twice, for two replicas.
     followed: BTreeMap<PathBuf, DatabaseConfig>,
-    /// Not to be opened any more to see what they are: see [`crate::config::fleet::FleetConfig::find`].
-    ever_followed: HashSet<PathBuf>,
     watched: BTreeSet<PathBuf>,
     /// What the directories' times were when they were read; `None` for one that could not be looked at.
     names_changed_at: Vec<Option<SystemTime>>,
     changed: Arc<Notify>,
     /// What the last look could not look at.
     troubles: Vec<String>,
+    /// What the last look left out.
+    second_names: BTreeSet<SecondName>,
     boards: Arc<Boards>,
     clock: Arc<dyn Clock>,
 }
@@ -191,10 +191,10 @@ impl Roster {
 
     /// Finds out who should be followed now, and gives the orders for that.
     async fn look(&mut self, config: &Config) {
-        let (looked_at, known, followed) = (config.clone(), self.ever_followed.clone(), self.followed.clone());
+        let (looked_at, followed) = (config.clone(), self.followed.clone());
         // Reading directories blocks.
-        let found = tokio::task::spawn_blocking(move || find(&looked_at, &known, &followed)).await;
-        let Found { databases, directories, troubles } = match found {
+        let found = tokio::task::spawn_blocking(move || find(&looked_at, &followed)).await;
+        let Found { databases, directories, troubles, second_names } = match found {
             Ok(found) => found,
             Err(error) => return tracing::error!(%error, "could not look for databases"),
         };
@@ -208,6 +208,14 @@ impl Roster {
         }
         self.boards.note_search(&troubles, self.clock.now_ms());
         self.troubles = troubles;
+        for SecondName { path, followed } in second_names.difference(&self.second_names) {
+            let (path, followed) = (path.display(), followed.display());
+            tracing::warn!(
+                "{path} and {followed} are one file: it is followed as {followed} only; let every \
+                 application open it by that name, because two names give a database two WALs"
+            );
+        }
+        self.second_names = second_names;
         let wanted = databases.into_iter().map(|database| (database.state_dir.clone(), database)).collect();
         for change in changes(&self.followed, &wanted) {
             match change {
@@ -217,7 +225,6 @@ impl Roster {
                     self.order(Order::LetGo(state_dir));
                 }
                 Change::Follow(database) => {
-                    self.ever_followed.insert(database.path.clone());
                     let order = self.maker.make(*database, self.clock.now_ms()).await;
                     self.order(order);
                 }
@@ -234,8 +241,8 @@ impl Roster {
 }
 
 /// The databases that there are, and those that are followed and only can't be seen at the moment.
-fn find(config: &Config, known: &HashSet<PathBuf>, followed: &BTreeMap<PathBuf, DatabaseConfig>) -> Found {
-    let mut found = config.find(known);
+fn find(config: &Config, followed: &BTreeMap<PathBuf, DatabaseConfig>) -> Found {
+    let mut found = config.find(&followed.values().map(|database| database.path.clone()).collect());
     let unseen = unseen(config, followed, &found);
     found.databases.extend(unseen);
     found

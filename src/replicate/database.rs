@@ -463,6 +463,8 @@ impl Following {
     /// Looks whether the files are still those at the path, and whether what waits for an epoch has room.
     fn check_files(&mut self) -> Result<(), DatabaseError> {
         self.files_checked = self.now();
+        // First: what is cut for another reason must not go to another one's spool.
+        self.directory.check()?;
         self.capture.files().check_still_there()?;
         let files = self.capture.files();
         if files.is_exclusive_wanted()? {
@@ -911,6 +913,10 @@ impl Following {
     /// nothing is ever confirmed that the next start doesn't know of.
     fn cut(&mut self) -> Result<(), DatabaseError> {
         let (Some(recorder), true) = (&mut self.recorder, self.claimed.is_some()) else { return Ok(()) };
+        if recorder.open_len_bytes().is_some() {
+            // By its path, another directory would get the segment and the state.
+            self.directory.check()?;
+        }
         let Some(spooled) = recorder.cut()? else { return Ok(()) };
         self.last_cut = Some(self.now());
         self.snapshots.note_cut(spooled.len_bytes);
@@ -964,6 +970,7 @@ impl Following {
             // Transactions that are in no segment are not captured yet, as far as the state goes: it stays at the last cut.
             return Ok(());
         }
+        self.directory.check()?;
         // Under the pin: SQLite can't have copied into the main file what is not captured.
         let main = self.capture.main_identity()?;
         let is_main_complete = is_settled(main, self.around.clock.as_ref()) && self.capture.is_all_in_main()?;
@@ -1082,6 +1089,7 @@ impl Following {
     /// # Errors
     /// See [`DatabaseError`].
     pub fn end(mut self) -> Result<Option<Position>, DatabaseError> {
+        self.directory.check()?;
         for _ in 0..END_ATTEMPTS {
             let behind = self.advance().and_then(|_| Ok(self.capture.work()?.is_behind));
             let is_behind = *behind.as_ref().unwrap_or(&true);

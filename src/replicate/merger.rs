@@ -103,6 +103,8 @@ impl Merger {
     /// The small ones' files are needed until the large one is confirmed and kept.
     async fn merge(&self, inputs: &[Spooled]) -> Result<Spooled, Failure> {
         let paths: Vec<PathBuf> = inputs.iter().map(|spooled| spooled.path.clone()).collect();
+        // What is merged replaces what was confirmed, so the inputs must be that.
+        inputs.iter().try_for_each(|spooled| spooled.open().map(drop)).map_err(Failure::Local)?;
         let output = self.spool.merge_file().map_err(Failure::Local)?;
         let file = output.as_file().try_clone().map_err(Failure::Local)?;
         let permit = self.permits.acquire().await;

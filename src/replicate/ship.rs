@@ -24,7 +24,7 @@ use crate::format::key::{EpochKey, SnapshotKey, Span};
 use crate::format::record::EpochRecord;
 use crate::store::probe::{CONDITIONS_IGNORED, Finding, Weight, clock_finding};
 use crate::store::retry::{RetryPolicy, RetryWaits, WaitEnd};
-use crate::store::upload::{Upload, put_file};
+use crate::store::upload::{Upload, put_open_file};
 use crate::store::{PutMode, SharedStore, StoreError, StoreErrorKind};
 
 /// How a failed request is asked again, for as long as it takes.
@@ -260,7 +260,8 @@ impl Shipper {
                     reached.txid = reached.txid.max(last_txid);
                 }
                 _ => {
-                    tracing::warn!(key = %spooled.key, "a spooled segment can't be used and is discarded");
+                    let path = spooled.path.display();
+                    tracing::warn!(key = %spooled.key, %path, "a spooled segment can't be used and is discarded");
                     self.discard(spooled)?;
                 }
             }
@@ -276,7 +277,16 @@ impl Shipper {
         let (mut complaint, mut attempts) = (self.complaint(), self.attempts());
         loop {
             attempts.begin();
-            match put_file(&self.store, &key, &spooled.path, mode).await {
+            // The file that was checked is stored, wherever its path leads to by then.
+            let put = match spooled.open() {
+                Ok(file) => put_open_file(&self.store, &key, file, mode).await,
+                Err(error) if error.kind() == io::ErrorKind::InvalidData => {
+                    tracing::error!(key, %error, "a spooled segment is not the one that its name says; it is not stored");
+                    return Err(ShipError::Spool(error.to_string()));
+                }
+                Err(error) => Err(unreadable(spooled)(error)),
+            };
+            match put {
                 Ok(_) => break,
                 // A store without conditions; what an earlier run left is shipped before a claim tells us.
                 Err(error) if error.kind == StoreErrorKind::NotSupported && mode == PutMode::IfAbsent => {
@@ -507,5 +517,68 @@ impl Complaint {
                 tracing::error!(%error, "the store refuses; trying again, but somebody should look");
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::clock::SystemClock;
+    use crate::format::change::Content;
+    use crate::format::key::SegmentKey;
+    use crate::format::segment::{SegmentWriter, TransactionInfo};
+    use crate::store::memory::MemoryStore;
+
+    /// Spools a segment of one transaction.
+    fn spooled(spool: &Spool, txid: u64) -> Spooled {
+        let file = std::fs::File::create(spool.open_segment_path()).unwrap();
+        let mut writer = SegmentWriter::new(file, 512).unwrap();
+        let info = TransactionInfo {
+            time_ms: txid,
+            size_pages: 1,
+            schema_cookie: 1,
+            fingerprint: None,
+            coalesced: false,
+            schema_changed: false,
+        };
+        writer.begin_transaction(&info, &[1]).unwrap();
+        writer.push(Content::Image(&[txid as u8; 512])).unwrap();
+        let (_, key) = writer.finish(1, txid).unwrap();
+        spool.accept(key).unwrap()
+    }
+
+    #[tokio::test]
+    async fn segment_under_wrong_name_is_not_stored_or_confirmed() {
+        let directory = tempfile::tempdir().unwrap();
+        std::fs::create_dir(directory.path().join("kept")).unwrap();
+        let spool = Spool::new(directory.path().to_owned());
+        let [right, wrong] = [2, 3].map(|txid| spooled(&spool, txid));
+        std::fs::copy(&right.path, &wrong.path).unwrap();
+        let store: SharedStore = Arc::new(MemoryStore::new());
+        let progress = Arc::new(Progress::default());
+        let (kept, mut kept_queue) = mpsc::unbounded_channel();
+        let shipper = Shipper {
+            store: store.clone(),
+            mailbox: Arc::default(),
+            progress: progress.clone(),
+            clock: SystemClock::shared(),
+            spool: spool.clone(),
+            kept,
+        };
+        let (jobs, queue) = mpsc::unbounded_channel();
+        jobs.send(Job::Ship(right.clone())).unwrap();
+        jobs.send(Job::Ship(wrong.clone())).unwrap();
+        drop(jobs);
+        let ended = shipper.run(queue).await;
+        let named = |what: &str| what.contains(&wrong.path.display().to_string());
+        assert!(matches!(&ended, Err(ShipError::Spool(what)) if named(what)), "{ended:?}");
+        let stored = store.list("", None).await.unwrap();
+        let stored: Vec<&str> = stored.iter().map(|object| object.key.as_str()).collect();
+        assert_eq!(stored, [right.key.to_string()]);
+        assert_eq!(*progress.confirmed.borrow(), 2);
+        assert_eq!(kept_queue.recv().await.map(|kept| kept.key), Some(right.key));
+        assert!(kept_queue.recv().await.is_none() && wrong.path.exists());
+        let names = |spooled: &[Spooled]| -> Vec<SegmentKey> { spooled.iter().map(|it| it.key).collect() };
+        assert_eq!(names(&spool.waiting().unwrap()), [wrong.key]);
     }
 }

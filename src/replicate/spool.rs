@@ -48,14 +48,29 @@ impl Spooled {
         }
     }
 
+    /// Opens the file, and checks by its footer that it holds the transactions that its name says.
+    /// The path can lead to another file later; the file that is returned is the one that was
+    /// checked.
+    ///
+    /// # Errors
+    /// [`io::ErrorKind::InvalidData`] if it holds others, or is no segment; otherwise as the
+    /// operating system answers.
+    pub fn open(&self) -> io::Result<File> {
+        let file = File::open(&self.path)?;
+        let wrong =
+            |what: String| io::Error::new(io::ErrorKind::InvalidData, format!("{}: {what}", self.path.display()));
+        match read_footer(&file)? {
+            Some(footer) if footer.span == self.key.0 => Ok(file),
+            Some(footer) => Err(wrong(format!("it holds the segment {}", SegmentKey(footer.span)))),
+            None => Err(wrong("it has no footer of a segment".into())),
+        }
+    }
+
     /// Reads the file block by block.
     fn check(&self) -> io::Result<bool> {
-        let file = File::open(&self.path)?;
-        let mut tail = vec![0; FOOTER_LEN];
-        let len_bytes = file.metadata()?.len();
-        let Some(footer_at) = len_bytes.checked_sub(FOOTER_LEN as u64) else { return Ok(false) };
-        file.read_exact_at(&mut tail, footer_at)?;
-        let Ok(footer) = SegmentFooter::decode(&tail, len_bytes) else { return Ok(false) };
+        let file = self.open()?;
+        let Some(footer) = read_footer(&file)? else { return Ok(false) };
+        let footer_at = file.metadata()?.len().saturating_sub(FOOTER_LEN as u64);
         let mut at = footer.pages_offset;
         while at < footer_at {
             let mut header = [0; BLOCK_HEADER_LEN];
@@ -68,8 +83,17 @@ impl Spooled {
             }
             at += (BLOCK_HEADER_LEN + header.compressed_len) as u64;
         }
-        Ok(at == footer_at && footer.span == self.key.0)
+        Ok(at == footer_at)
     }
+}
+
+/// The footer at the end of a file; `None` if there is none.
+fn read_footer(file: &File) -> io::Result<Option<SegmentFooter>> {
+    let mut tail = [0; FOOTER_LEN];
+    let len_bytes = file.metadata()?.len();
+    let Some(footer_at) = len_bytes.checked_sub(FOOTER_LEN as u64) else { return Ok(None) };
+    file.read_exact_at(&mut tail, footer_at)?;
+    Ok(SegmentFooter::decode(&tail, len_bytes).ok())
 }
 
 /// The directory of waiting segments, and of those that are kept.

@@ -6,9 +6,10 @@
 use std::collections::BTreeMap;
 use std::fs::{self, DirBuilder, File};
 use std::io::{self, Read, Write};
-use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
-use std::sync::Mutex;
+use std::sync::{Mutex, OnceLock};
+use std::time::SystemTime;
 
 use serde::{Deserialize, Serialize};
 
@@ -90,6 +91,24 @@ pub struct StateDirectory {
     path: PathBuf,
     /// The operating system releases it however the process ends. `None` while the database rests.
     lock: Mutex<Option<File>>,
+    /// Set when the lock is taken for the first time.
+    lock_id: OnceLock<LockId>,
+}
+
+/// One lock file, told from a copy of it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct LockId {
+    device: u64,
+    inode: u64,
+    /// An inode number can be assigned again as soon as no process has the file open. `None` if the
+    /// file system does not record it.
+    created: Option<SystemTime>,
+}
+
+impl LockId {
+    fn of(metadata: &fs::Metadata) -> Self {
+        Self { device: metadata.dev(), inode: metadata.ino(), created: metadata.created().ok() }
+    }
 }
 
 impl Drop for StateDirectory {
@@ -107,6 +126,9 @@ pub enum StateDirectoryError {
     /// Another process holds the lock.
     #[error("another waltrail works with {}", .0.display())]
     Locked(PathBuf),
+    /// The directory at the path is not the one that was locked, or there is none.
+    #[error("the state directory {} was removed or replaced while it was in use", .0.display())]
+    Replaced(PathBuf),
     /// The operating system answered an error.
     #[error("the state directory {} can't be used: {source}", path.display())]
     Io {
@@ -128,7 +150,8 @@ impl StateDirectory {
         // What has to be made on the way to it is the application's, too.
         path.parent().map_or(Ok(()), fs::create_dir_all).map_err(failed)?;
         DirBuilder::new().recursive(true).mode(0o700).create(path.join("spool/kept")).map_err(failed)?;
-        let directory = Self { path: fs::canonicalize(path).map_err(failed)?, lock: Mutex::default() };
+        let path_followed = fs::canonicalize(path).map_err(failed)?;
+        let directory = Self { path: path_followed, lock: Mutex::default(), lock_id: OnceLock::new() };
         directory.take()?;
         // Who lets a database rest holds no lock, but goes on listening. It is asked with the lock held, so that of two who ask
         // only one can go on.
@@ -141,19 +164,54 @@ impl StateDirectory {
     /// Locks the directory again after [`Self::release`].
     ///
     /// # Errors
-    /// [`StateDirectoryError::Locked`] when another process has it, be it for the moment in which it finds out that it may not.
+    /// [`StateDirectoryError::Locked`] when another process has it, be it for the moment in which
+    /// it finds out that it may not; [`StateDirectoryError::Replaced`] if it is not the directory
+    /// that was locked before.
     pub fn take(&self) -> Result<(), StateDirectoryError> {
         let failed = |source| StateDirectoryError::Io { path: self.path.clone(), source };
+        let is_first = self.lock_id.get().is_none();
+        if !is_first {
+            self.check()?;
+        }
         let mut options = File::options();
-        options.write(true).create(true).truncate(false).mode(0o600).custom_flags(libc::O_NOFOLLOW);
-        let lock = options.open(self.path.join("lock"));
-        let lock = lock.map_err(failed)?;
+        options.write(true).create(is_first).truncate(false).mode(0o600).custom_flags(libc::O_NOFOLLOW);
+        let lock = options.open(self.lock_path()).map_err(failed)?;
+        let metadata = lock.metadata().map_err(failed)?;
         match lock.try_lock() {
-            Ok(()) => *locked(&self.lock) = Some(lock),
+            Ok(()) => {}
             Err(fs::TryLockError::WouldBlock) => return Err(StateDirectoryError::Locked(self.path.clone())),
             Err(fs::TryLockError::Error(source)) => return Err(failed(source)),
         }
-        Ok(())
+        self.lock_id.get_or_init(|| LockId::of(&metadata));
+        *locked(&self.lock) = Some(lock);
+        // Between opening and locking it the directory may have been replaced, and another process
+        // have locked the new one.
+        self.check().inspect_err(|_| self.release())
+    }
+
+    /// Checks that the directory at the path is still the one that was locked. As long as it is
+    /// not, nothing in it may be believed or changed: another process may have locked it.
+    ///
+    /// # Errors
+    /// [`StateDirectoryError::Replaced`] if not; [`StateDirectoryError::Io`] if that can't be seen.
+    pub fn check(&self) -> Result<(), StateDirectoryError> {
+        let is_held = locked(&self.lock).is_some();
+        let is_same = |there: LockId, known: LockId| match is_held {
+            // Its inode number belongs to nobody else meanwhile.
+            true => (there.device, there.inode) == (known.device, known.inode),
+            false => there == known,
+        };
+        match fs::symlink_metadata(self.lock_path()) {
+            Ok(there) if self.lock_id.get().is_some_and(|&known| is_same(LockId::of(&there), known)) => Ok(()),
+            Err(source) if !is_missing(&source) => Err(StateDirectoryError::Io { path: self.path.clone(), source }),
+            _ => Err(StateDirectoryError::Replaced(self.path.clone())),
+        }
+    }
+
+    /// Returns whether the lock is held.
+    #[must_use]
+    pub fn is_locked(&self) -> bool {
+        locked(&self.lock).is_some()
     }
 
     /// Lets go of the lock, for as long as nothing in the directory is used. Only where a control socket answers for the database:
@@ -183,6 +241,10 @@ impl StateDirectory {
     #[must_use]
     pub fn spool_path(&self) -> PathBuf {
         self.path.join("spool")
+    }
+
+    fn lock_path(&self) -> PathBuf {
+        self.path.join("lock")
     }
 
     fn state_path(&self) -> PathBuf {
@@ -239,6 +301,15 @@ impl StateDirectory {
     }
 }
 
+/// Returns whether an error says that no file is at a path: `ESTALE` says so of a directory that an
+/// NFS server has deleted.
+fn is_missing(error: &io::Error) -> bool {
+    matches!(
+        error.kind(),
+        io::ErrorKind::NotFound | io::ErrorKind::NotADirectory | io::ErrorKind::StaleNetworkFileHandle
+    )
+}
+
 fn encode(state: &LocalState, overlay: &BTreeMap<u32, u64>) -> io::Result<Vec<u8>> {
     let json = serde_json::to_vec(state)?;
     let mut bytes = MAGIC.to_vec();
@@ -285,5 +356,48 @@ mod tests {
         drop(first);
         StateDirectory::open(dir.path()).unwrap();
         drop(of_the_child);
+    }
+
+    /// Replaces a directory by a copy of it.
+    fn replace_by_copy(path: &Path, was: &Path) {
+        fs::rename(path, was).unwrap();
+        fs::create_dir_all(path.join("spool/kept")).unwrap();
+        fs::copy(was.join("lock"), path.join("lock")).unwrap();
+    }
+
+    #[test]
+    fn check_of_replaced_directory_fails() {
+        let directory = tempfile::tempdir().unwrap();
+        let (path, was) = (directory.path().join("state"), directory.path().join("was"));
+        let state = StateDirectory::open(&path).unwrap();
+        state.check().unwrap();
+        replace_by_copy(&path, &was);
+        assert!(matches!(state.check(), Err(StateDirectoryError::Replaced(_))));
+        let other = StateDirectory::open(&path).unwrap();
+        other.check().unwrap();
+        fs::remove_dir_all(&path).unwrap();
+        assert!(matches!(other.check(), Err(StateDirectoryError::Replaced(_))));
+    }
+
+    #[test]
+    fn take_of_replaced_directory_fails_and_leaves_it_free() {
+        let directory = tempfile::tempdir().unwrap();
+        let (path, was) = (directory.path().join("state"), directory.path().join("was"));
+        let state = StateDirectory::open(&path).unwrap();
+        for _ in 0..2 {
+            state.release();
+            state.take().unwrap();
+        }
+        state.release();
+        replace_by_copy(&path, &was);
+        assert!(matches!(state.take(), Err(StateDirectoryError::Replaced(_))));
+        let other = StateDirectory::open(&path).unwrap();
+        other.release();
+        fs::remove_dir_all(&path).unwrap();
+        assert!(matches!(other.take(), Err(StateDirectoryError::Replaced(_))));
+        // The inode number of a deleted lock file can be assigned again.
+        fs::create_dir_all(path.join("spool/kept")).unwrap();
+        fs::write(path.join("lock"), "").unwrap();
+        assert!(matches!(other.take(), Err(StateDirectoryError::Replaced(_))));
     }
 }

@@ -15,6 +15,7 @@ use tokio::sync::{mpsc, oneshot};
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
+use super::control::Place;
 use super::database::{DatabaseError, DatabaseSettings, Ended, Surroundings, follow};
 use super::merger::Merger;
 use super::presence::Presence;
@@ -48,12 +49,9 @@ const LOCK_LOOK_INTERVAL: Duration = Duration::from_millis(20);
 /// Follows a database, again and again, until told to end or until going on makes no sense.
 pub async fn supervise(job: &Job, shared: &Replication, ending: &Ending) -> Result<(), ReplicateError> {
     let (clock, stop) = (&shared.clock, &ending.let_go);
-    let directory = Arc::new(open_state_directory(job, stop, clock).await?);
+    let mut local = LocalPlace::open(job, shared, stop).await?;
     let path = job.settings.path.clone();
     let database = path.display().to_string();
-    let place = shared.controls.serve(directory.path(), job.board.clone()).inspect_err(|error| {
-        tracing::warn!(database, %error, "the control socket can't be made: `sync`, `status` and the like can't ask");
-    });
     let mut failures = 0;
     let mut is_waiting = false;
     let mut panicked = None;
@@ -64,13 +62,20 @@ pub async fn supervise(job: &Job, shared: &Replication, ending: &Ending) -> Resu
         waits.begin_attempt();
         // Serves a stop that came before. A later stop is served by the next attempt, if this one fails.
         let is_last_try = stop.is_cancelled();
-        let attempt = Attempt {
-            directory: &directory,
-            has_control: place.is_ok(),
-            is_last: is_last_try,
-            out_of_time: out_of_time.clone(),
+        // It may have been replaced while nothing was followed.
+        let ended = match local.directory.check() {
+            Err(replaced @ StateDirectoryError::Replaced(_)) => Some(replaced.into()),
+            _ => {
+                let attempt = Attempt {
+                    directory: &local.directory,
+                    has_control: local.control.is_some(),
+                    is_last: is_last_try,
+                    out_of_time: out_of_time.clone(),
+                };
+                follow_once(job, shared, ending, attempt).await?
+            }
         };
-        match follow_once(job, shared, ending, attempt).await? {
+        match ended {
             None => break,
             Some(DatabaseError::Sqlite(SqliteError::NotThere { .. })) => {
                 if !is_waiting {
@@ -85,7 +90,7 @@ pub async fn supervise(job: &Job, shared: &Replication, ending: &Ending) -> Resu
                     waits.pause(job.settings.poll_interval).await;
                     continue;
                 }
-                if let Some(what) = left_in_spool(&directory) {
+                if let Some(what) = left_in_spool(&local.directory) {
                     return Err(ReplicateError::NotConfirmed { database: path, what });
                 }
                 break;
@@ -98,10 +103,14 @@ pub async fn supervise(job: &Job, shared: &Replication, ending: &Ending) -> Resu
                 // Files that were replaced are no failure of this database: the new ones are attached soon, however often.
                 let wait = if is_replaced(&error) { RESTART_MIN } else { RESTART.wait(failures).max(RESTART_MIN) };
                 failures += u32::from(!is_replaced(&error));
+                let error = local.explain(error);
                 report(&database, &error, wait);
                 job.board.enter(Phase::Failing, Some(error.to_string()), clock.now_ms());
-                if error.disproves_state() {
-                    forget(&directory, &error);
+                if is_state_replaced(&error) || !local.directory.is_locked() {
+                    local = local.reopen(job, shared, stop).await?;
+                }
+                if is_state_replaced(&error) || error.disproves_state() {
+                    forget(&local.directory, &error);
                 }
                 if let DatabaseError::Panicked(what) = &error {
                     panicked = Some(what.clone());
@@ -123,6 +132,59 @@ pub async fn supervise(job: &Job, shared: &Replication, ending: &Ending) -> Resu
 
 fn is_replaced(error: &DatabaseError) -> bool {
     matches!(error, DatabaseError::Sqlite(SqliteError::Replaced { .. }))
+}
+
+/// Returns whether the state directory was removed or replaced.
+fn is_state_replaced(error: &DatabaseError) -> bool {
+    matches!(error, DatabaseError::State(StateDirectoryError::Replaced(_)))
+}
+
+/// A database's state directory, and the control socket in it, if it can be made.
+struct LocalPlace {
+    directory: Arc<StateDirectory>,
+    control: Option<Place>,
+}
+
+impl LocalPlace {
+    async fn open(job: &Job, shared: &Replication, stop: &CancellationToken) -> Result<Self, ReplicateError> {
+        let directory = Arc::new(open_state_directory(job, stop, &shared.clock).await?);
+        let control = shared.controls.serve(directory.path(), job.board.clone()).inspect_err(|error| {
+            let database = job.settings.path.display();
+            tracing::warn!(%database, %error, "the control socket can't be made: `sync`, `status` and the like can't ask");
+        });
+        Ok(Self { directory, control: control.ok() })
+    }
+
+    /// Opens what is at the path now, or makes it. Fails if another daemon has locked it.
+    async fn reopen(self, job: &Job, shared: &Replication, stop: &CancellationToken) -> Result<Self, ReplicateError> {
+        // Released first: the new directory may have the old one's inode number, and its own socket
+        // must not refuse it.
+        drop(self);
+        let mut attempts = 0;
+        loop {
+            match Self::open(job, shared, stop).await {
+                // Another process may have the lock for the moment in which it finds out that it
+                // may not.
+                Err(ReplicateError::StateDirectory(StateDirectoryError::Locked(_))) if attempts < LOCK_LOOKS => {
+                    attempts += 1;
+                }
+                opened => return opened,
+            }
+            tokio::time::sleep(LOCK_LOOK_INTERVAL).await;
+        }
+    }
+
+    /// Returns the cause of an error: where the directory was removed or replaced, whatever was
+    /// done in it can have failed.
+    fn explain(&self, error: DatabaseError) -> DatabaseError {
+        match self.directory.check() {
+            Err(replaced @ StateDirectoryError::Replaced(_)) if !matches!(error, DatabaseError::Panicked(_)) => {
+                tracing::debug!(%error, "follows from the state directory's replacement");
+                replaced.into()
+            }
+            _ => error,
+        }
+    }
 }
 
 /// Whether there is nothing to be followed at the path any more.
@@ -151,6 +213,13 @@ fn report(database: &str, error: &DatabaseError, wait: Duration) {
         ) => {
             tracing::warn!(database, %error, wait_ms, "taking the database up again");
         }
+        DatabaseError::State(StateDirectoryError::Replaced(_)) => tracing::warn!(
+            database,
+            %error,
+            wait_ms,
+            "opening the state directory anew: nothing in it is believed, a new epoch with a \
+             snapshot follows, and transactions that were not confirmed are only in that snapshot"
+        ),
         _ => tracing::error!(database, %error, wait_ms, "the database can't be followed; trying again"),
     }
 }
@@ -328,7 +397,7 @@ async fn follow_once(
         Some(Ok(Ok(()))) | None => {}
     }
     let captured = match captured {
-        Err(error) if !is_last || is_gone(&error) => return Ok(Some(error)),
+        Err(error) if !is_last || is_gone(&error) || is_state_replaced(&error) => return Ok(Some(error)),
         captured => captured.map_err(|source| ReplicateError::Database { database: database.clone(), source })?,
     };
     let confirmed_txid = *progress.confirmed.borrow();
@@ -467,7 +536,9 @@ impl Follower {
             let is_as_it_was = seen == rested.files;
             match stirring {
                 Stirring::Stop if is_as_it_was => return Ok(true),
-                Stirring::Nothing if is_as_it_was => {}
+                // By a directory that was replaced nobody could ask, and no other daemon is kept
+                // away.
+                Stirring::Nothing if is_as_it_was => self.directory.check()?,
                 _ => return Ok(false),
             }
             left = left.map(|left| left.saturating_sub(wait));

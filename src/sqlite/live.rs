@@ -354,20 +354,24 @@ impl LiveDatabase {
         if main.beside().is_some_and(|open| Beside::at(&wal, &shm) != Some(open)) {
             return Err(SqliteError::Replaced { path: path.clone() });
         }
+        // Declared before the connections, so that an error drops it after them: see the module.
+        let shm_file;
+        let files;
         let control = connect(path)?;
         let was_switched_to_wal = ensure_wal_mode(path, &control)?;
         let pins = [connect(path)?, connect(path)?];
         // The first read transaction makes `-wal` and `-shm` if they are not there.
         begin_read(path, &pins[0])?;
         let beside = Beside::at(&wal, &shm);
-        let shm = SharedFile::open(&shm).map_err(SqliteError::io(&shm, "open"))?;
+        shm_file = SharedFile::open(&shm).map_err(SqliteError::io(&shm, "open"))?;
         let wal = File::open(&wal).map_err(SqliteError::io(&wal, "open"))?;
         if !beside.is_some_and(|beside| main.note_beside(beside)) {
             return Err(SqliteError::Replaced { path: path.clone() });
         }
-        let files = Files { given: given.to_owned(), path: path.clone(), main, wal, shm, page_size: header.page_size };
+        let (given, page_size) = (given.to_owned(), header.page_size);
+        files = Arc::new(Files { given, path: path.clone(), main, wal, shm: shm_file, page_size });
         files.check_still_there()?;
-        Ok(Self { pins, pinned: 0, control, main_seen: None, files: Arc::new(files), was_switched_to_wal })
+        Ok(Self { pins, pinned: 0, control, main_seen: None, files, was_switched_to_wal })
     }
 
     /// Finds out a file that was overwritten in place, as `cp` does. SQLite does not notice that, and neither does

@@ -124,12 +124,18 @@ pub enum SqliteError {
 }
 
 impl SqliteError {
-    /// Whether another process's lock is what stands in the way.
+    /// Returns whether a lock, or another name of the file in this process, is what stands in the
+    /// way.
     #[must_use]
     pub fn is_busy(&self) -> bool {
         use rusqlite::ErrorCode::{DatabaseBusy, DatabaseLocked};
-        matches!(self, Self::Sqlite { source, .. }
-            if matches!(source.sqlite_error_code(), Some(DatabaseBusy | DatabaseLocked)))
+        match self {
+            Self::Sqlite { source, .. } => {
+                matches!(source.sqlite_error_code(), Some(DatabaseBusy | DatabaseLocked))
+            }
+            Self::Io { source, .. } => source.kind() == io::ErrorKind::ResourceBusy,
+            _ => false,
+        }
     }
 
     /// Turns an error of the operating system into one of ours.

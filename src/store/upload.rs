@@ -1,5 +1,6 @@
 //! Objects of unknown or large size: in parts, with memory for one part.
 
+use std::fs::File;
 use std::path::Path;
 
 use bytes::{Bytes, BytesMut};
@@ -108,19 +109,33 @@ fn part_len(expected_bytes: u64) -> u64 {
 /// # Errors
 /// What the store answers, or the file system, as [`StoreErrorKind::Other`].
 pub async fn put_file(store: &SharedStore, key: &str, path: &Path, mode: PutMode) -> Result<u64, StoreError> {
-    let unreadable = |error: std::io::Error| StoreError {
+    let file = tokio::fs::File::open(path).await.map_err(unreadable(store, key))?;
+    put_open_file(store, key, file.into_std().await, mode).await
+}
+
+fn unreadable(store: &SharedStore, key: &str) -> impl Fn(std::io::Error) -> StoreError {
+    move |error| StoreError {
         kind: StoreErrorKind::Other,
         operation: "put",
         location: store.location(),
         key: key.to_owned(),
-        message: format!("{} can't be read: {error}", path.display()),
-    };
-    let mut file = tokio::fs::File::open(path).await.map_err(unreadable)?;
-    let len = file.metadata().await.map_err(unreadable)?.len();
+        message: format!("the file can't be read: {error}"),
+    }
+}
+
+/// Stores a file that is open, from where it is read next on, as object `key`, with memory for one
+/// part.
+///
+/// # Errors
+/// As [`put_file`].
+pub async fn put_open_file(store: &SharedStore, key: &str, file: File, mode: PutMode) -> Result<u64, StoreError> {
+    let unreadable = unreadable(store, key);
+    let mut file = tokio::fs::File::from_std(file);
+    let len = file.metadata().await.map_err(&unreadable)?.len();
     let mut upload = Upload::new(store.clone(), key.to_owned(), len);
     let mut chunk = vec![0; len.min(1 << 20) as usize];
     loop {
-        let written = match file.read(&mut chunk).await.map_err(unreadable) {
+        let written = match file.read(&mut chunk).await.map_err(&unreadable) {
             Ok(0) => return upload.finish(mode).await,
             Ok(read) => upload.write(&chunk[..read]).await,
             Err(error) => Err(error),

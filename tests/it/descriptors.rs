@@ -31,17 +31,6 @@ fn start_watched(scene: &Scene) -> (Daemon, Closed) {
     (Daemon::start_under(&["--config", &config], &scene.path("daemon.log"), CLOSES, decide), closed)
 }
 
-/// The kinds of locks that a process has on a file.
-fn locks(daemon: &Daemon, scene: &Scene, name: &str) -> Vec<String> {
-    use std::os::unix::fs::MetadataExt;
-    let inode = std::fs::metadata(scene.path(name)).unwrap().ino();
-    let (process, file) = (daemon.id().to_string(), format!(":{inode}"));
-    let all = std::fs::read_to_string("/proc/locks").unwrap();
-    let lines = all.lines().map(|line| line.split_whitespace().collect::<Vec<_>>());
-    let ours = lines.filter(|words| words.len() > 5 && words[4] == process && words[5].ends_with(&file));
-    ours.map(|words| words[3].to_owned()).collect()
-}
-
 #[test]
 fn no_descriptor_of_the_database_is_closed_while_connections_live() {
     let scene = Scene::new();
@@ -55,12 +44,7 @@ fn no_descriptor_of_the_database_is_closed_while_connections_live() {
     let check = |what: &str| {
         assert_eq!(count_closed(), at_start, "{what}: {:?}\n{}", closed.lock().unwrap(), scene.log());
         for name in ["app.db", "app.db-shm"] {
-            // The kernel lists locks while they come and go: a look may miss one.
-            let is_held = (0..50).any(|_| {
-                let is_held = !locks(&daemon, &scene, name).is_empty();
-                std::thread::sleep(Duration::from_millis(if is_held { 0 } else { 2 }));
-                is_held
-            });
+            let is_held = daemon.holds_lock_on(&scene.path(name));
             assert!(is_held, "{what}: the lock on {name} is gone\n{}", scene.log());
         }
     };

@@ -1,7 +1,7 @@
 //! Many databases: found, followed, laid to rest, let go of; and a configuration that is read again.
 
 use std::fs::Permissions;
-use std::os::unix::fs::PermissionsExt;
+use std::os::unix::fs::{PermissionsExt, symlink};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -281,6 +281,87 @@ fn a_database_that_goes_while_storage_is_away_is_shipped_to_its_end() {
     wait_for("its state to be gone", || (!fleet.path(".b.db-waltrail").exists()).then_some(()));
     assert_eq!(daemon.terminate(), Some(0), "{}", fleet.scene.log());
     fleet.check_restored("b.db", &expected);
+}
+
+/// Fails if the daemon has lost its locks on a database that it follows. SQLite takes them once,
+/// when it opens the database.
+fn check_locks(fleet: &Fleet, daemon: &Daemon, name: &str, when: &str) {
+    for file in [name.to_owned(), format!("{name}-shm")] {
+        let is_held = daemon.holds_lock_on(&fleet.path(&file));
+        assert!(is_held, "{when}: no lock on {file} any more\n{}", fleet.scene.log());
+    }
+}
+
+#[test]
+fn file_with_several_names_in_fleet_is_followed_once_and_stays_locked() {
+    let (fleet, applications) = Fleet::new(&["b.db"], "");
+    let link = |number: u32| {
+        std::fs::hard_link(fleet.path("b.db"), fleet.path(&format!("c{number}.db"))).unwrap();
+        symlink("b.db", fleet.path(&format!("d{number}.db"))).unwrap();
+    };
+    link(0);
+    let daemon = fleet.start();
+    fleet.wait_until_followed(&fleet.path("b.db"));
+    for number in 1..4 {
+        link(number);
+        // Comes first in sorted order: what is followed already stays.
+        std::fs::hard_link(fleet.path("b.db"), fleet.path(&format!("a{number}.db"))).unwrap();
+        let second_name = fleet.path(&format!("a{number}.db")).display().to_string();
+        wait_for("the directory to be searched", || fleet.scene.log().contains(&second_name).then_some(()));
+        check_locks(&fleet, &daemon, "b.db", &second_name);
+    }
+    count_up(&applications[0]);
+    fleet.sync(&fleet.path("b.db"));
+    let expected = content(&fleet.path("b.db"));
+    for name in ["a1.db", "a2.db", "a3.db", "c0.db", "c1.db", "c2.db", "c3.db"] {
+        assert!(fleet.is_let_go(&fleet.path(name)), "{name}\n{}", fleet.scene.log());
+        let both = format!("{} and {} are one file", fleet.path(name).display(), fleet.path("b.db").display());
+        let warnings = fleet.scene.log().lines().filter(|line| line.contains("WARN") && line.contains(&both)).count();
+        assert_eq!(warnings, 1, "{name}\n{}", fleet.scene.log());
+    }
+    check_locks(&fleet, &daemon, "b.db", "the end");
+    assert_eq!(daemon.terminate(), Some(0), "{}", fleet.scene.log());
+    fleet.check_restored("b.db", &expected);
+}
+
+#[test]
+fn named_database_that_pattern_matches_through_link_stays_locked() {
+    let (fleet, applications) = Fleet::new(&["a.db", "b.db"], "");
+    let linked = fleet.scene.path("linked");
+    symlink(fleet.path(""), &linked).unwrap();
+    let scene = &fleet.scene;
+    let (named, others) = (scene.path("elsewhere/a.db"), scene.path("elsewhere/others"));
+    fleet.configure(&format!(
+        "[[database]]\npath = \"{}\"\nreplica = \"{}\"\n[[database]]\npath = \"{}\"\nreplica = \"{}\"\n",
+        fleet.path("a.db").display(),
+        named.display(),
+        linked.join("*.db").display(),
+        others.display(),
+    ));
+    let daemon = fleet.start();
+    fleet.wait_until_followed(&fleet.path("a.db"));
+    fleet.wait_until_followed(&linked.join("b.db"));
+    for number in 0..4 {
+        std::fs::hard_link(fleet.path("a.db"), fleet.path(&format!("{number}.db"))).unwrap();
+        let both = format!(
+            "{} and {} are one file",
+            linked.join(format!("{number}.db")).display(),
+            fleet.path("a.db").display()
+        );
+        wait_for("the directory to be searched", || scene.log().contains(&both).then_some(()));
+        check_locks(&fleet, &daemon, "a.db", &both);
+        check_locks(&fleet, &daemon, "b.db", &both);
+    }
+    applications.iter().for_each(count_up);
+    fleet.sync(&fleet.path("a.db"));
+    fleet.sync(&linked.join("b.db"));
+    let expected = ["a.db", "b.db"].map(|name| content(&fleet.path(name)));
+    assert_eq!(daemon.terminate(), Some(0), "{}", scene.log());
+    for (replica, expected) in [named, others.join("b.db")].iter().zip(&expected) {
+        assert_eq!(&content(&scene.restored(replica.to_str().unwrap(), &[])), expected);
+    }
+    let stored = std::fs::read_dir(&others).unwrap().count();
+    assert_eq!(stored, 1, "b.db alone is of the pattern");
 }
 
 #[test]

@@ -34,6 +34,7 @@ mod retain;
 mod schema_changes;
 mod sequences;
 mod starts;
+mod state_directory;
 mod stop_and_request;
 mod store;
 mod store_faults;

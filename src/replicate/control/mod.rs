@@ -66,8 +66,8 @@ pub struct State {
 /// Why there is no answer.
 #[derive(Debug, thiserror::Error)]
 pub enum ControlError {
-    /// No daemon listens.
-    #[error("no daemon follows {}: nobody listens in {}", database.display(), state_dir.display())]
+    /// No daemon listens. One may run all the same, without its socket.
+    #[error("no daemon follows {}: no process listens in {}", database.display(), state_dir.display())]
     NoDaemon {
         /// The database.
         database: PathBuf,

@@ -4,6 +4,7 @@
 use std::collections::HashMap;
 use std::fs::{self, File};
 use std::io;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -26,8 +27,27 @@ const WAITING: usize = 256;
 /// Limit of the time that a request waits for an attempt to follow the database.
 const ATTEMPT_TIMEOUT: Duration = Duration::from_secs(30);
 
-/// Who is answered for, and where the socket has a name.
-type Served = Arc<Mutex<HashMap<DirectoryId, (PathBuf, Arc<Board>)>>>;
+/// Who is answered for.
+type Served = Arc<Mutex<HashMap<DirectoryId, Entry>>>;
+
+/// One database that is answered for.
+#[derive(Debug)]
+struct Entry {
+    /// Where the socket has a name.
+    name: PathBuf,
+    socket: SocketId,
+    board: Arc<Board>,
+}
+
+/// Device and inode of a socket. Nobody else's as long as its listener is open.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct SocketId(u64, u64);
+
+impl SocketId {
+    fn at(name: &Path) -> io::Result<Self> {
+        fs::symlink_metadata(name).map(|metadata| Self(metadata.dev(), metadata.ino()))
+    }
+}
 
 /// Answers requests about the databases of the process, until it is dropped.
 #[derive(Debug, Default)]
@@ -56,22 +76,33 @@ impl ControlServer {
         spool::remove(&name)?;
         // Held until it is there: of many databases that start at once, one makes the socket.
         let mut served = locked(&self.served);
-        let named = served.iter().find(|(other, _)| other.0 == id.0).map(|(_, (other, _))| other.join(NAME));
-        // The other name may be gone, and not every file system has second names.
-        if named.is_none_or(|named| fs::hard_link(named, &name).is_err()) {
-            let listener = UnixListener::bind(address(&directory))?;
-            locked(&self.listening).spawn(listen(listener, self.served.clone()));
-        }
-        served.insert(id, (state_dir.to_owned(), board));
+        // The other name may be gone or lead to a copy, and not every file system has second names.
+        let shared = served.iter().find(|(other, _)| other.0 == id.0).map(|(_, other)| other).and_then(|other| {
+            fs::hard_link(&other.name, &name).ok()?;
+            SocketId::at(&name).ok().filter(|&socket| socket == other.socket)
+        });
+        let socket = match shared {
+            Some(socket) => socket,
+            None => {
+                spool::remove(&name)?;
+                let listener = UnixListener::bind(address(&directory))?;
+                locked(&self.listening).spawn(listen(listener, self.served.clone()));
+                SocketId::at(&name)?
+            }
+        };
+        served.insert(id, Entry { name, socket, board });
         Ok(Place { served: self.served.clone(), id })
     }
 }
 
 impl Drop for Place {
     fn drop(&mut self) {
-        let Some((state_dir, _)) = locked(&self.served).remove(&self.id) else { return };
-        if let Err(error) = spool::remove(&state_dir.join(NAME)) {
-            tracing::warn!(%error, state_dir = %state_dir.display(), "the control socket can't be removed");
+        let Some(Entry { name, socket, .. }) = locked(&self.served).remove(&self.id) else { return };
+        // The directory may have been replaced, and another process may listen in the new one.
+        if SocketId::at(&name).is_ok_and(|there| there == socket)
+            && let Err(error) = spool::remove(&name)
+        {
+            tracing::warn!(%error, name = %name.display(), "the control socket can't be removed");
         }
     }
 }
@@ -125,7 +156,7 @@ async fn answer_line(line: &str, served: &Served, places: &Semaphore) -> Answer 
         Ok(question) => question,
         Err(error) => return Answer::Failed(format!("the request can't be read: {error}")),
     };
-    let board = locked(served).get(&directory).map(|(_, board)| board.clone());
+    let board = locked(served).get(&directory).map(|entry| entry.board.clone());
     let Some(board) = board else { return Answer::NotHere };
     if request == Request::Status {
         return Answer::Status(Box::new(board.status()));
@@ -183,7 +214,28 @@ fn not_followed(board: &Board) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::replicate::control::somebody_listens;
     use crate::replicate::wake::Mailbox;
+
+    #[tokio::test]
+    async fn socket_of_replaced_directory_is_not_shared_or_removed() {
+        let scene = tempfile::tempdir().unwrap();
+        let [one, two, was] = ["one", "two", "was"].map(|name| scene.path().join(name));
+        let server = ControlServer::default();
+        [&one, &two].into_iter().for_each(|directory| fs::create_dir(directory).unwrap());
+        let place = server.serve(&one, Arc::default()).unwrap();
+        assert!(somebody_listens(&one));
+        // As a copy of the directory has it: a socket that no process listens at.
+        fs::rename(&one, &was).unwrap();
+        fs::create_dir(&one).unwrap();
+        drop(std::os::unix::net::UnixListener::bind(one.join(NAME)).unwrap());
+        let second = server.serve(&two, Arc::default()).unwrap();
+        assert!(somebody_listens(&two));
+        drop(place);
+        assert!(one.join(NAME).exists(), "it is another one's");
+        drop(second);
+        assert!(!two.join(NAME).exists());
+    }
 
     /// The thread that would have answered has ended, and with it goes its mailbox: who asked is told so, and does not wait for ever.
     #[tokio::test]

@@ -11,6 +11,7 @@ pub mod scene;
 pub mod syscalls;
 
 use std::io::PipeWriter;
+use std::os::unix::fs::MetadataExt;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
@@ -116,6 +117,23 @@ impl Daemon {
     /// Its process id.
     pub fn id(&self) -> u32 {
         self.child.id()
+    }
+
+    /// Returns whether the process holds a POSIX lock on a file, as an open connection of SQLite
+    /// does.
+    pub fn holds_lock_on(&self, path: &Path) -> bool {
+        let inode = format!(":{}", std::fs::metadata(path).unwrap().ino());
+        let process = self.id().to_string();
+        let is_meant = |line: &str| {
+            let words: Vec<&str> = line.split_whitespace().collect();
+            words.len() > 5 && words[4] == process && words[5].ends_with(&inode)
+        };
+        // The kernel lists locks while they come and go: one listing may miss one.
+        (0..50).any(|_| {
+            let is_held = std::fs::read_to_string("/proc/locks").unwrap().lines().any(is_meant);
+            std::thread::sleep(Duration::from_millis(if is_held { 0 } else { 2 }));
+            is_held
+        })
     }
 
     pub fn is_running(&mut self) -> bool {
