@@ -192,10 +192,17 @@ impl Capture {
         self.confirm_copied()
     }
 
+    /// Returns whether the pages that count as copied are those that were captured.
+    ///
+    /// # Errors
+    /// See [`Follower::check_copied`].
+    pub fn check_copied(&self) -> Result<bool, SqliteError> {
+        self.follower.check_copied(&self.live.files, &self.live.files.wal_index()?)
+    }
+
     /// Compares the pages that count as copied with what was captured, and ends the suspicion if they are right.
     fn confirm_copied(&mut self) -> Result<bool, SqliteError> {
-        let index = self.live.files.wal_index()?;
-        let is_right = self.follower.check_copied(&self.live.files, &index)?;
+        let is_right = self.check_copied()?;
         self.is_suspect &= !is_right;
         Ok(is_right)
     }

@@ -497,7 +497,9 @@ impl Following {
     fn judge_overwritten(&mut self, overwritten: SqliteError) -> Result<(), DatabaseError> {
         let database = self.around.settings.path.display();
         if let Some(recorder) = self.recorder.as_ref().filter(|recorder| recorder.ledger.fingerprint().is_some()) {
-            match Difference::find(&self.capture, &recorder.ledger, 0) {
+            // First the pages that SQLite reads from the main file although the WAL still has them.
+            let copied = self.capture.check_copied().map_err(RecordError::Sqlite);
+            match copied.and_then(|_| Difference::find(&self.capture, &recorder.ledger, 0)) {
                 Ok(Some(found)) if found.is_nothing(&recorder.ledger) => {
                     tracing::info!(%database, "the file's time changed, its pages did not");
                     return Ok(());

@@ -1,6 +1,6 @@
 //! A checkpoint that refuses replaced files, and counts no frame as copied before its page is on the disk.
 //!
-//! Two things are missing in SQLite's own checkpoint for a process that holds a read transaction all the time:
+//! Three things are missing in SQLite's own checkpoint for a process that holds a read transaction all the time:
 //!
 //! - `walCheckpoint` syncs the main file only if it copies *all* of the WAL, but stores `nBackfill` in any case. With
 //!   a pin nearly every checkpoint under load is partial. If the disk then loses one of these pages and reports it
@@ -10,7 +10,9 @@
 //! - SQLite does not check that the files at its paths still are those that it has open. So the caller's check runs
 //!   after the locks are taken and before the first page is written, and can refuse.
 //!
-//! Both hook into the methods of the main file (`sqlite3_io_methods`) of a connection of ours, at the calls that
+//! - What others write to the main file meanwhile goes unnoticed. So its state is noted right after the last page.
+//!
+//! All hook into the methods of the main file (`sqlite3_io_methods`) of a connection of ours, at the calls that
 //! `walCheckpoint` makes: `SQLITE_FCNTL_CKPT_START`, `xFileSize`, the writes, `SQLITE_FCNTL_CKPT_DONE`, the store, and
 //! the release of read mark 0. All `unsafe` code about SQLite is in this file.
 
@@ -50,9 +52,34 @@ impl Checkpointed {
     }
 }
 
+/// What the caller contributes to a checkpoint.
+pub trait Guard {
+    /// Refuses to write. Called before the first page is written, with the checkpoint lock held: nobody else copies
+    /// frames then.
+    ///
+    /// # Errors
+    /// Why nothing may be written.
+    fn check(&self) -> Result<(), SqliteError>;
+    /// Notes the main file as it is after the last page was written, before the sync that can take long; once more
+    /// after the file got its length, and before that the same in order to refuse.
+    ///
+    /// # Errors
+    /// That somebody else has written to it since the last note.
+    fn note_written(&self, written: Written) -> Result<(), SqliteError>;
+}
+
+/// When [`Guard::note_written`] is called.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Written {
+    /// After the last page, and again after the file got its length.
+    Now,
+    /// Nothing was written since the last time.
+    NothingSince,
+}
+
 /// What a checkpoint of this thread has come to.
 struct Running<'a> {
-    check: &'a dyn Fn() -> Result<(), SqliteError>,
+    guard: &'a dyn Guard,
     is_begun: bool,
     refused: Option<SqliteError>,
     /// SQLite's code for the sync that failed.
@@ -95,6 +122,7 @@ pub fn hook(path: &Path, connection: &Connection) -> Result<(), SqliteError> {
         let mut hooked = unsafe { ptr::read(found) };
         hooked.xFileControl = Some(file_control);
         hooked.xFileSize = Some(file_size);
+        hooked.xTruncate = Some(truncate);
         hooked.xShmLock = Some(shm_lock);
         Methods { original: found, hooked }
     });
@@ -106,20 +134,19 @@ pub fn hook(path: &Path, connection: &Connection) -> Result<(), SqliteError> {
     Ok(())
 }
 
-/// Runs a checkpoint on a connection that has the hooks. `check` is called before the first page is written, while the
-/// checkpoint lock is held: nobody else copies frames then. `None` when another checkpoint runs, or, in other modes
-/// than PASSIVE, when a reader or writer is in the way.
+/// Runs a checkpoint on a connection that has the hooks. `None` when another checkpoint runs, or, in other modes than
+/// PASSIVE, when a reader or writer is in the way.
 ///
 /// # Errors
-/// What `check` answers: nothing was written. [`SqliteError::CheckpointFailed`]: no frame counts as copied that did
+/// What `guard` answers: then no frame counts as copied that did not before. [`SqliteError::CheckpointFailed`]: no frame counts as copied that did
 /// not before; keep the frames pinned, and try again.
 pub fn run(
     path: &Path,
     connection: &Connection,
     mode: CheckpointMode,
-    check: &dyn Fn() -> Result<(), SqliteError>,
+    guard: &dyn Guard,
 ) -> Result<Option<Checkpointed>, SqliteError> {
-    let mut running = Running { check, is_begun: false, refused: None, sync_failed: None };
+    let mut running = Running { guard, is_begun: false, refused: None, sync_failed: None };
     let done = {
         let _unset = Unset;
         let running = ptr::NonNull::from(&mut running).cast();
@@ -176,6 +203,7 @@ unsafe extern "C" fn file_control(file: *mut ffi::sqlite3_file, op: c_int, argum
     with_running(|running| match op {
         ffi::SQLITE_FCNTL_CKPT_START => running.is_begun = true,
         ffi::SQLITE_FCNTL_CKPT_DONE if running.is_begun && running.refused.is_none() => {
+            running.refused = running.guard.note_written(Written::Now).err();
             // SAFETY: SQLite's own method, on the file that it gave us.
             let sync = original.xSync.map(|sync| unsafe { sync(file, ffi::SQLITE_SYNC_NORMAL) });
             running.sync_failed = sync.filter(|&code| code != ffi::SQLITE_OK);
@@ -190,7 +218,7 @@ unsafe extern "C" fn file_control(file: *mut ffi::sqlite3_file, op: c_int, argum
 unsafe extern "C" fn file_size(file: *mut ffi::sqlite3_file, size: *mut ffi::sqlite3_int64) -> c_int {
     let is_refused = with_running(|running| {
         if running.is_begun && running.refused.is_none() {
-            running.refused = (running.check)().err();
+            running.refused = running.guard.check().err();
         }
         running.refused.is_some()
     });
@@ -200,6 +228,26 @@ unsafe extern "C" fn file_size(file: *mut ffi::sqlite3_file, size: *mut ffi::sql
     let size_of = original().and_then(|original| original.xFileSize);
     // SAFETY: SQLite's own method, on the file and the place that it gave us.
     size_of.map_or(ffi::SQLITE_IOERR, |size_of| unsafe { size_of(file, size) })
+}
+
+/// `xTruncate`: the main file gets its length when all of the WAL is copied.
+unsafe extern "C" fn truncate(file: *mut ffi::sqlite3_file, size: ffi::sqlite3_int64) -> c_int {
+    let note = |written| {
+        let refused = with_running(|running| {
+            if running.is_begun && running.refused.is_none() {
+                running.refused = running.guard.note_written(written).err();
+            }
+            running.refused.is_some()
+        });
+        refused == Some(true)
+    };
+    if note(Written::NothingSince) {
+        return ffi::SQLITE_ABORT;
+    }
+    let truncate = original().and_then(|original| original.xTruncate);
+    // SAFETY: SQLite's own method, on the file that it gave us.
+    let code = truncate.map_or(ffi::SQLITE_IOERR, |truncate| unsafe { truncate(file, size) });
+    if note(Written::Now) { ffi::SQLITE_ABORT } else { code }
 }
 
 /// `xShmLock`: after a failed sync `nBackfill` is taken back before read mark 0 is released.

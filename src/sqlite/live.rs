@@ -22,6 +22,7 @@
 //! the WAL. So the main file and the `-shm` file are opened once in the process ([`SharedFile`]), kept as long as the connections
 //! live, and closed after them. (`-wal` carries no locks.)
 
+use std::cell::Cell;
 use std::fs::{self, File};
 use std::io;
 use std::os::unix::fs::{FileExt, MetadataExt};
@@ -33,7 +34,7 @@ use rusqlite::config::DbConfig;
 use rusqlite::wal::CheckpointMode;
 use rusqlite::{Connection, OpenFlags};
 
-use super::checkpoint::{self, Checkpointed};
+use super::checkpoint::{self, Checkpointed, Guard, Written};
 use super::descriptors::{Beside, SharedFile};
 use super::header::{DatabaseHeader, HEADER_LEN};
 use super::wal_index::{Backfill, WAL_INDEX_LEN, WalIndex};
@@ -427,32 +428,30 @@ impl LiveDatabase {
     /// # Errors
     /// See [`LiveDatabase::check_main`] and [`checkpoint::run`].
     pub fn passive_checkpoint(&mut self) -> Result<Option<Checkpointed>, SqliteError> {
-        let done = self.checkpoint(&self.pins[1 - self.pinned], CheckpointMode::PASSIVE)?;
-        self.note_main()?;
+        let (done, left) = self.checkpoint(&self.pins[1 - self.pinned], CheckpointMode::PASSIVE)?;
+        self.note_left(left)?;
         Ok(done)
     }
 
-    /// Notes the main file as our checkpoint has left it, before anybody else can have changed it.
-    fn note_main(&mut self) -> Result<(), SqliteError> {
-        let index = self.files.wal_index()?;
-        self.check_main(&index).map(drop)
+    /// Runs a checkpoint that writes only if, at the last moment, the files are those that are open, and the main file
+    /// is as SQLite left it. The second value is the main file as the checkpoint has left it, if it wrote to it.
+    fn checkpoint(
+        &self,
+        connection: &Connection,
+        mode: CheckpointMode,
+    ) -> Result<(Option<Checkpointed>, Option<FileIdentity>), SqliteError> {
+        let guard = MainGuard { files: &self.files, seen: self.main_seen, left: Cell::new(None) };
+        let done = checkpoint::run(self.files.path(), connection, mode, &guard)?;
+        Ok((done, guard.left.get()))
     }
 
-    /// Runs a checkpoint that writes only if, at the last moment, the files are those that are open, and the main file
-    /// is as SQLite left it.
-    fn checkpoint(&self, connection: &Connection, mode: CheckpointMode) -> Result<Option<Checkpointed>, SqliteError> {
-        let check = || {
-            self.files.check_still_there()?;
-            let Some((backfill, before)) = self.main_seen else { return Ok(()) };
-            // The checkpoint lock is held: if frames were copied since the last look, it was before.
-            if self.files.wal_index()?.is_backfilled_as(backfill)
-                && before.was_written_before(&self.files.main_identity()?)
-            {
-                return Err(SqliteError::WrittenTo { path: self.files.path().to_owned() });
-            }
-            Ok(())
-        };
-        checkpoint::run(self.files.path(), connection, mode, &check)
+    /// Notes the main file as our checkpoint has left it, whatever was done to it since.
+    fn note_left(&mut self, left: Option<FileIdentity>) -> Result<(), SqliteError> {
+        let index = self.files.wal_index()?;
+        if let Some(left) = left {
+            self.main_seen = index.backfill().map(|backfill| (backfill, left));
+        }
+        self.check_main(&index).map(drop)
     }
 
     /// Empties a WAL of which everything is in the main file, as SQLite does when the last connection closes. The pin
@@ -465,9 +464,11 @@ impl LiveDatabase {
     /// See [`LiveDatabase::passive_checkpoint`].
     pub fn empty_wal(&mut self) -> Result<bool, SqliteError> {
         self.files.check_still_there()?;
-        let is_empty = self.checkpoint(&self.control, CheckpointMode::TRUNCATE)?.is_some();
-        self.note_main()?;
-        Ok(is_empty)
+        let (done, left) = self.checkpoint(&self.control, CheckpointMode::TRUNCATE)?;
+        // The WAL's generation is another one, but nothing was copied.
+        let left = left.or(self.main_seen.map(|(_, seen)| seen));
+        self.note_left(left)?;
+        Ok(done.is_some())
     }
 
     /// Closes the connections as SQLite closes the last one: an empty WAL and the wal-index are removed
@@ -537,12 +538,15 @@ impl LiveDatabase {
         begin_read(&path, &self.pins[1 - free])?;
         self.pinned = 1 - free;
         end_read(&path, &self.pins[free])?;
-        match self.checkpoint_after_others(&self.pins[free]) {
+        let done = match self.checkpoint_after_others(&self.pins[free]) {
+            Ok((done, left)) => self.note_left(left).map(|()| done),
+            Err(error) => Err(error),
+        };
+        match done {
             Ok(Some(done)) if done.is_complete() => {}
             Ok(_) => return Ok(Restart::Held),
             Err(error) => return Ok(Restart::Failed(error)),
         }
-        self.note_main()?;
         begin_read(&path, &self.pins[free])?;
         self.pinned = free;
         end_read(&path, &self.pins[1 - free])?;
@@ -554,14 +558,52 @@ impl LiveDatabase {
     /// A writer whose WAL is longer than it likes checkpoints after each commit, with the write lock free: when we get the lock, it is
     /// often in the middle of that. The frames that are left after it are few; without waiting for it a barrier would hardly ever
     /// succeed under load, and the WAL would grow.
-    fn checkpoint_after_others(&self, connection: &Connection) -> Result<Option<Checkpointed>, SqliteError> {
+    fn checkpoint_after_others(
+        &self,
+        connection: &Connection,
+    ) -> Result<(Option<Checkpointed>, Option<FileIdentity>), SqliteError> {
         for _ in 0..CHECKPOINT_ATTEMPTS {
             match self.checkpoint(connection, CheckpointMode::PASSIVE)? {
-                None => std::thread::sleep(CHECKPOINT_ATTEMPT_INTERVAL),
+                (None, _) => std::thread::sleep(CHECKPOINT_ATTEMPT_INTERVAL),
                 done => return Ok(done),
             }
         }
-        Ok(None)
+        Ok((None, None))
+    }
+}
+
+/// Keeps a checkpoint from files that were replaced or overwritten.
+struct MainGuard<'a> {
+    files: &'a Files,
+    /// See [`LiveDatabase::check_main`].
+    seen: Option<(Backfill, FileIdentity)>,
+    /// The main file as the checkpoint has left it so far.
+    left: Cell<Option<FileIdentity>>,
+}
+
+impl MainGuard<'_> {
+    fn overwritten(&self) -> SqliteError {
+        SqliteError::WrittenTo { path: self.files.path().to_owned() }
+    }
+}
+
+impl Guard for MainGuard<'_> {
+    fn check(&self) -> Result<(), SqliteError> {
+        self.files.check_still_there()?;
+        let Some((backfill, before)) = self.seen else { return Ok(()) };
+        // The checkpoint lock is held: if frames were copied since the last look, it was before.
+        let is_as_seen = self.files.wal_index()?.is_backfilled_as(backfill);
+        if is_as_seen && before.was_written_before(&self.files.main_identity()?) {
+            return Err(self.overwritten());
+        }
+        Ok(())
+    }
+
+    fn note_written(&self, written: Written) -> Result<(), SqliteError> {
+        let main = self.files.main_identity()?;
+        let before = self.left.replace(Some(main));
+        let is_other = before.is_some_and(|before| before.was_written_before(&main));
+        if written == Written::NothingSince && is_other { Err(self.overwritten()) } else { Ok(()) }
     }
 }
 

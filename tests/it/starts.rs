@@ -371,20 +371,20 @@ fn untouched_main_file_is_trusted_within_one_boot_only() {
     machine.clock.reboot();
     machine.start();
     let next_boot = machine.sync();
-    assert_eq!((next_boot.txid, snapshot_count(&machine)), (before.txid + 1, 2), "an epoch that does not continue");
+    assert_eq!(next_boot.txid, before.txid + 1, "what differs is one transaction");
     machine.check(next_boot);
     machine.check(before);
     // The comparison is made once in a boot.
     machine.stop();
     change_page_unseen(&machine, 21);
     machine.start();
-    assert_eq!((machine.ship().txid, snapshot_count(&machine)), (next_boot.txid, 2), "no page was compared");
+    assert_eq!(machine.ship().txid, next_boot.txid, "no page was compared");
     machine.stop();
     machine.clock.reboot();
     machine.start();
-    let next_boot = machine.sync();
-    assert_eq!(snapshot_count(&machine), 3);
-    machine.check(next_boot);
+    let last_boot = machine.sync();
+    assert_eq!(last_boot.txid, next_boot.txid + 1);
+    machine.check(last_boot);
 }
 
 #[test]

@@ -39,6 +39,7 @@ use waltrail::retain::marks::set_mark;
 use waltrail::retain::prune::{Outcome, prune};
 use waltrail::retain::tails::TailCache;
 use waltrail::retain::{Now, RetainError, RetentionSettings};
+use waltrail::sqlite::SqliteError;
 use waltrail::store::memory::MemoryStore;
 use waltrail::store::{ObjectInfo, PutMode, SharedStore};
 
@@ -371,10 +372,16 @@ impl Machine {
             file.set_modified(while_ago).unwrap();
             (file, modified)
         });
-        // The daemon that still follows sees that the files were only touched.
-        self.turn();
         let Some(daemon) = &mut self.daemon else { return false };
-        daemon.rested = daemon.following.as_mut().unwrap().rest().unwrap().map(Box::new);
+        let mut rested = daemon.following.as_mut().unwrap().rest();
+        if matches!(rested, Err(DatabaseError::Sqlite(SqliteError::WrittenTo { .. }))) {
+            // The daemon, which still follows, finds that the file was only touched.
+            self.turn();
+            let Some(daemon) = &mut self.daemon else { return false };
+            rested = daemon.following.as_mut().unwrap().rest();
+        }
+        let Some(daemon) = &mut self.daemon else { return false };
+        daemon.rested = rested.unwrap().map(Box::new);
         if daemon.rested.is_none() {
             // Who goes on watching would see a file that was written over.
             files.iter().for_each(|(file, modified)| file.set_modified(*modified).unwrap());
