@@ -99,7 +99,8 @@ impl Checkpoints {
     /// once, because what is copied is not known to be on the disk.
     pub fn note_failed(&mut self, now: Duration) -> bool {
         let attempts = self.failed.map_or(0, |(attempts, _)| attempts);
-        let pause = attempts.checked_sub(1).map(|doublings| doubled(Duration::from_secs(1), doublings, LAST_FAILED_RETRY));
+        let pause =
+            attempts.checked_sub(1).map(|doublings| doubled(Duration::from_secs(1), doublings, LAST_FAILED_RETRY));
         self.failed = Some((attempts.saturating_add(1), now + pause.unwrap_or_default()));
         attempts == 0
     }

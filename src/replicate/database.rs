@@ -14,7 +14,7 @@ use super::checkpoints::{Checkpoint, Checkpoints};
 use super::claim::{Claimed, Continuing};
 use super::control::State;
 use super::delta::Difference;
-use super::foreign_wal::{self, Pair};
+use super::foreign_wal::{self, Pair, Wal};
 use super::ledger::{FOLD_AT_ENTRIES, Ledger};
 use super::neighbours::Neighbour;
 use super::pace::Pace;
@@ -225,7 +225,10 @@ impl Following {
         directory: Arc<StateDirectory>,
         rested: Option<Box<Rested>>,
     ) -> Result<Self, DatabaseError> {
-        set_foreign_wal_aside(&around.settings.path, &directory);
+        if set_foreign_wal_aside(&around.settings.path, &directory) == Wal::InUse {
+            let path = around.settings.path.clone();
+            return Err(SqliteError::Split { path }.into());
+        }
         let live = LiveDatabase::open(&around.settings.path)?;
         if live.was_switched_to_wal {
             tracing::info!(database = %around.settings.path.display(), "switched to WAL mode");
@@ -315,7 +318,8 @@ impl Following {
             if is_taken_up && !self.around.opening.should_rest() || self.now() - begun > START_PATIENCE {
                 *start = None;
             }
-            if self.around.opening.should_rest() {
+            // An event that waits woke the database: it is answered before the database is idle again.
+            if self.around.opening.should_rest() && !self.around.mailbox.has_events() {
                 match self.rest() {
                     Ok(None) => {}
                     Ok(Some(rested)) => return Ok(Ended::AtRest(Box::new(rested))),
@@ -413,8 +417,13 @@ impl Following {
             Err(DatabaseError::Sqlite(replaced @ SqliteError::Replaced { .. })) => {
                 // What was committed to the files that are open nobody can read any more after us.
                 let captured = self.advance().and_then(|_| self.cut());
-                self.set_foreign_wal_aside();
+                let wal = self.set_foreign_wal_aside();
                 captured?;
+                if wal == Wal::InUse {
+                    // The saved state knows the WAL, and is needed when that process has ended.
+                    let path = self.around.settings.path.clone();
+                    return Err(SqliteError::Split { path }.into());
+                }
                 Err(replaced.into())
             }
             Err(DatabaseError::Sqlite(overwritten @ SqliteError::WrittenTo { .. })) => {
@@ -484,13 +493,14 @@ impl Following {
     }
 
     /// Sets the WAL aside when another main file was put beside it: the next one to open it would apply the WAL to it.
-    fn set_foreign_wal_aside(&mut self) {
+    fn set_foreign_wal_aside(&mut self) -> Wal {
         let files = self.capture.files();
-        let (Some(position), Some(recorder)) = (self.capture.follower().position(), &self.recorder) else { return };
-        let Ok(main) = files.main_identity() else { return };
+        let known = self.capture.follower().position().zip(self.recorder.as_ref());
+        let Some((position, recorder)) = known else { return Wal::Left };
+        let Ok(main) = files.main_identity() else { return Wal::Left };
         let pair = Pair { main_inode: main.inode(), salts: position.salts };
         let path = &self.around.settings.path;
-        report_set_aside(path, foreign_wal::set_aside_if_foreign(path, pair, &recorder.ledger));
+        report_set_aside(path, foreign_wal::set_aside_if_foreign(path, pair, &recorder.ledger))
     }
 
     /// The main file was changed, and not by SQLite. Following goes on where it was only touched.
@@ -510,7 +520,8 @@ impl Following {
         }
         // What the WAL holds is of the file that was.
         if !self.capture.drop_copied_wal()? && !self.capture.files().is_open_elsewhere()? {
-            report_set_aside(&self.around.settings.path, foreign_wal::set_aside(self.capture.files().path()).map(Some));
+            let set_aside = foreign_wal::set_aside(self.capture.files().path()).map(Wal::SetAside);
+            report_set_aside(&self.around.settings.path, set_aside);
         }
         Err(overwritten.into())
     }
@@ -1137,30 +1148,34 @@ impl Following {
 }
 
 /// Before the database is opened: sets a WAL aside that the saved state knows to be another file's.
-fn set_foreign_wal_aside(path: &Path, directory: &StateDirectory) {
+fn set_foreign_wal_aside(path: &Path, directory: &StateDirectory) -> Wal {
     let has_wal = std::fs::canonicalize(path)
         .and_then(|file| std::fs::metadata(sidecar(&file, "-wal")))
         .is_ok_and(|found| found.len() > 0);
     // What can't be loaded proves nothing; the start reports it.
-    let Some((state, overlay)) = has_wal.then(|| directory.load().ok().flatten()).flatten() else { return };
-    let Some(position) = state.wal_position() else { return };
-    let known =
-        Ledger::open(&directory.ledger_path(), state.page_size, state.size_pages, state.fingerprint, overlay);
-    let Ok(known) = known else { return };
+    let Some((state, overlay)) = has_wal.then(|| directory.load().ok().flatten()).flatten() else { return Wal::Left };
+    let Some(position) = state.wal_position() else { return Wal::Left };
+    let known = Ledger::open(&directory.ledger_path(), state.page_size, state.size_pages, state.fingerprint, overlay);
+    let Ok(known) = known else { return Wal::Left };
     let pair = Pair { main_inode: state.main.inode(), salts: position.salts };
-    report_set_aside(path, foreign_wal::set_aside_if_foreign(path, pair, &known));
+    report_set_aside(path, foreign_wal::set_aside_if_foreign(path, pair, &known))
 }
 
-fn report_set_aside(path: &Path, set_aside: io::Result<Option<PathBuf>>) {
+fn report_set_aside(path: &Path, set_aside: io::Result<Wal>) -> Wal {
     let database = path.display();
-    match set_aside {
-        Ok(None) => {}
-        Ok(Some(name)) => tracing::error!(
-            %database,
-            wal = %name.display(),
-            "the WAL beside the database belongs to the file that was there before; it was set aside, so that SQLite \
-             does not apply it to this one"
-        ),
-        Err(error) => tracing::error!(%database, %error, "the WAL could not be compared with the database beside it"),
-    }
+    set_aside
+        .inspect(|wal| {
+            if let Wal::SetAside(name) = wal {
+                tracing::error!(
+                    %database,
+                    wal = %name.display(),
+                    "the WAL beside the database belongs to the file that was there before; it was set aside, so \
+                     that SQLite does not apply it to this one"
+                );
+            }
+        })
+        .unwrap_or_else(|error| {
+            tracing::error!(%database, %error, "the WAL could not be compared with the database beside it");
+            Wal::Left
+        })
 }

@@ -34,35 +34,48 @@ pub struct Pair {
     pub salts: Salts,
 }
 
-/// Sets a WAL aside that belongs to another main file than the one at `path`. Returns its new name; `None` when it is
-/// left where it is: there is none, it is of another generation, another process has the database open already, or its
-/// pages fit.
+/// What became of a WAL.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Wal {
+    /// It may stay: there is none, it is of another generation, its pages fit, or another process has the database open
+    /// with it already.
+    Left,
+    /// It belongs to another main file, and has this name now.
+    SetAside(PathBuf),
+    /// It belongs to another main file, which another process still has open.
+    InUse,
+}
+
+/// Sets a WAL aside that belongs to another main file than the one at `path`.
 ///
 /// Blocks while the main file is compared; a file to which the WAL does not belong differs early.
 ///
 /// # Errors
 /// As the operating system answers. Then nothing was changed.
-pub fn set_aside_if_foreign(path: &Path, pair: Pair, known: &Ledger) -> io::Result<Option<PathBuf>> {
+pub fn set_aside_if_foreign(path: &Path, pair: Pair, known: &Ledger) -> io::Result<Wal> {
     let file = match fs::canonicalize(path) {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Wal::Left),
         other => other?,
     };
     let wal_path = sidecar(&file, "-wal");
     if fs::metadata(&file)?.ino() == pair.main_inode {
-        return Ok(None);
+        return Ok(Wal::Left);
     }
     let Some((header, pages)) = read_wal(&wal_path)?.filter(|(header, _)| header.salts == pair.salts) else {
-        return Ok(None);
+        return Ok(Wal::Left);
     };
     let main = SharedFile::open(&file)?;
     let shm = match SharedFile::open(&sidecar(&file, "-shm")) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => None,
         other => Some(other?),
     };
-    if locks::is_open_elsewhere(&main, shm.as_deref())? || belongs(&main, header.page_size, &pages, known)? {
-        return Ok(None);
+    if belongs(&main, header.page_size, &pages, known)? {
+        return Ok(Wal::Left);
     }
-    set_aside(&file).map(Some)
+    if locks::is_open_elsewhere(&main, shm.as_deref())? {
+        return Ok(if locks::is_split(&main, shm.as_deref())? { Wal::InUse } else { Wal::Left });
+    }
+    set_aside(&file).map(Wal::SetAside)
 }
 
 /// Gives the WAL beside `path` a name under which SQLite does not look for it.

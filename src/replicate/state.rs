@@ -155,7 +155,7 @@ impl StateDirectory {
         directory.take()?;
         // Who lets a database rest holds no lock, but goes on listening. It is asked with the lock held, so that of two who ask
         // only one can go on.
-        if control::somebody_listens(path) {
+        if control::listening_process(path).is_some_and(|process| process != std::process::id()) {
             return Err(StateDirectoryError::Locked(path.to_owned()));
         }
         Ok(directory)

@@ -119,6 +119,11 @@ impl Mailbox {
         std::mem::take(&mut self.inbox().notices)
     }
 
+    /// Whether events wait to be taken.
+    pub fn has_events(&self) -> bool {
+        !self.inbox().events.is_empty()
+    }
+
     /// Something was decided elsewhere.
     pub fn send(&self, event: Event) {
         self.inbox().events.push_back(event);

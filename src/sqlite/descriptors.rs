@@ -109,13 +109,8 @@ impl SharedFile {
                 known.get_mut().join(id, path)
             }
             Entry::Vacant(entry) => {
-                let opened = Open {
-                    file: Arc::new(file),
-                    path: path.to_owned(),
-                    beside: None,
-                    others: Vec::new(),
-                    users: 0,
-                };
+                let opened =
+                    Open { file: Arc::new(file), path: path.to_owned(), beside: None, others: Vec::new(), users: 0 };
                 entry.insert(opened).join(id, path)
             }
         }

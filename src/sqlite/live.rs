@@ -335,7 +335,10 @@ impl LiveDatabase {
                 // calls no busy handler, and deletes it, perhaps just after we have opened it.
                 Err(error)
                     if error.is_busy()
-                        || matches!(error, SqliteError::Locked { .. } | SqliteError::Replaced { .. }) =>
+                        || matches!(
+                            error,
+                            SqliteError::Locked { .. } | SqliteError::Replaced { .. } | SqliteError::Split { .. }
+                        ) =>
                 {
                     std::thread::sleep(OPEN_ATTEMPT_INTERVAL);
                 }
@@ -358,6 +361,9 @@ impl LiveDatabase {
         // Declared before the connections, so that an error drops it after them: see the module.
         let shm_file;
         let files;
+        if header.is_wal && is_split(path, &main, &shm)? {
+            return Err(SqliteError::Split { path: path.clone() });
+        }
         let control = connect(path)?;
         let was_switched_to_wal = ensure_wal_mode(path, &control)?;
         let pins = [connect(path)?, connect(path)?];
@@ -605,6 +611,15 @@ impl Guard for MainGuard<'_> {
         let is_other = before.is_some_and(|before| before.was_written_before(&main));
         if written == Written::NothingSince && is_other { Err(self.overwritten()) } else { Ok(()) }
     }
+}
+
+/// See [`locks::is_split`].
+fn is_split(path: &Path, main: &File, shm: &Path) -> Result<bool, SqliteError> {
+    let shm = match SharedFile::open(shm) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => None,
+        other => Some(other.map_err(SqliteError::io(shm, "open"))?),
+    };
+    locks::is_split(main, shm.as_deref()).map_err(SqliteError::io(path, "ask for locks on"))
 }
 
 fn open_main(path: &Path) -> Result<SharedFile, SqliteError> {

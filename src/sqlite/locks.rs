@@ -32,6 +32,18 @@ pub fn is_open_elsewhere(main: &File, shm: Option<&File>) -> io::Result<bool> {
     shm.map_or(Ok(false), |shm| conflicts(shm, libc::F_WRLCK, DEAD_MANS_SWITCH))
 }
 
+/// Returns whether another process has the main file or the `-shm` file open, but none has both: then it uses another
+/// file under the same name, removed or replaced since. Whoever connected now would use the WAL by another index, or for
+/// another main file, than that process.
+///
+/// # Errors
+/// As the operating system answers.
+pub fn is_split(main: &File, shm: Option<&File>) -> io::Result<bool> {
+    let has_main = conflicts(main, libc::F_WRLCK, SHARED)?;
+    let has_index = shm.map_or(Ok(false), |shm| conflicts(shm, libc::F_WRLCK, DEAD_MANS_SWITCH))?;
+    Ok(has_main != has_index)
+}
+
 /// Returns whether another process has any lock on the main file, that of a rollback journal included.
 ///
 /// # Errors

@@ -53,6 +53,16 @@ pub enum SqliteError {
         /// The database.
         path: PathBuf,
     },
+    /// Another process has the database open with a main file, WAL or wal-index that is not at the path any more.
+    #[error(
+        "another process uses {} with a file that was removed or replaced since (the database, its -wal or its -shm); \
+         restart that process: until then nothing it commits can be replicated, or survives it for sure",
+        path.display()
+    )]
+    Split {
+        /// The database.
+        path: PathBuf,
+    },
     /// Another file stands at the path than the one that is open.
     #[error("{} was replaced or removed while it was followed", path.display())]
     Replaced {

@@ -503,9 +503,8 @@ fn two_replicas_join_no_removed_wal_index() {
     create(&scene.database());
     let config = scene.path("waltrail.toml");
     let second = scene.path("second").display().to_string();
-    let of = |replica: &str| {
-        format!("[[database]]\npath = \"{}\"\nreplica = \"{replica}\"\n", scene.database().display())
-    };
+    let of =
+        |replica: &str| format!("[[database]]\npath = \"{}\"\nreplica = \"{replica}\"\n", scene.database().display());
     std::fs::write(&config, of(&scene.replica()) + &of(&second)).unwrap();
     let synced = || {
         let database = scene.database();

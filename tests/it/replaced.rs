@@ -146,7 +146,9 @@ fn a_database_that_is_written_over_in_place() {
         std::thread::sleep(Duration::from_secs(2));
         let held = is_held_open.then_some(application);
         scene.copy("backup.db", "app.db");
-        wait_for(&format!("it to be noticed {is_held_open} {changed}"), || scene.log().contains("by something else than SQLite").then_some(()));
+        wait_for(&format!("it to be noticed {is_held_open} {changed}"), || {
+            scene.log().contains("by something else than SQLite").then_some(())
+        });
         let application = open(&scene.database());
         count_up(&application);
         sync(&scene.database());

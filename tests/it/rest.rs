@@ -47,7 +47,8 @@ fn what_is_committed_during_a_rest_is_seen_transaction_by_transaction() {
 #[test]
 fn a_wal_that_was_begun_anew_after_all_was_checkpointed_is_read_from_its_beginning() {
     let (mut machine, before) = at_rest();
-    let wal = || std::fs::read(format!("{}-wal", machine.database().display())).unwrap().get(16..24).map(<[u8]>::to_vec);
+    let wal =
+        || std::fs::read(format!("{}-wal", machine.database().display())).unwrap().get(16..24).map(<[u8]>::to_vec);
     let salts = wal();
     machine.application().execute_batch(INSERT).unwrap();
     assert_ne!(wal(), salts, "the scene is right");

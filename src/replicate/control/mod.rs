@@ -127,7 +127,21 @@ struct Question {
 /// (see [`super::rest`]).
 #[must_use]
 pub fn somebody_listens(state_dir: &Path) -> bool {
-    File::open(state_dir).and_then(|directory| std::os::unix::net::UnixStream::connect(address(&directory))).is_ok()
+    listening_process(state_dir).is_some()
+}
+
+/// Returns the id of the process that listens at the socket in `state_dir`, as in [`somebody_listens`]; 0 where it is of
+/// another namespace. A state directory that was moved away and back has the socket of the process that served it.
+#[must_use]
+pub fn listening_process(state_dir: &Path) -> Option<u32> {
+    let directory = File::open(state_dir).ok()?;
+    let socket = std::os::unix::net::UnixStream::connect(address(&directory)).ok()?;
+    let mut peer = libc::ucred { pid: 0, uid: 0, gid: 0 };
+    let mut len = size_of::<libc::ucred>() as libc::socklen_t;
+    let (level, name) = (libc::SOL_SOCKET, libc::SO_PEERCRED);
+    // SAFETY: the descriptor is open, and the kernel writes no more than `len` bytes.
+    unsafe { libc::getsockopt(socket.as_raw_fd(), level, name, (&raw mut peer).cast(), &raw mut len) };
+    Some(peer.pid.unsigned_abs())
 }
 
 /// Asks the daemon that follows `database` for a state, and waits for its answer.

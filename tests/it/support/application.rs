@@ -117,7 +117,8 @@ fn serves_application_process() {
             connection = None;
             Ok(String::new())
         } else {
-            open_once(&mut connection, &database, busy_timeout_ms).and_then(|open| run(open, &line))
+            open_once(&mut connection, &database, busy_timeout_ms)
+                .and_then(|open| run(open, &line))
                 .map_err(|error| error.to_string())
         };
         match answer {
