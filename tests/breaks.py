@@ -26,6 +26,67 @@ class Break:
 
 
 BREAKS = [
+    Break("checkpoint-unchecked", "a checkpoint does not check that the files are those that are open", "src/sqlite/live.rs",
+          "    fn check(&self) -> Result<(), SqliteError> {\n        self.files.check_still_there()?;\n",
+          """    fn check(&self) -> Result<(), SqliteError> {
+        if crate::is_broken("checkpoint-unchecked") {
+            return Ok(());
+        }
+        self.files.check_still_there()?;
+""",
+          ["harm::wal_", "harm::database_", "harm::backup_"],
+          ("    pub fn check_still_there(&self) -> Result<(), SqliteError> {\n",
+           """    pub fn check_still_there(&self) -> Result<(), SqliteError> {
+        if crate::is_broken("checkpoint-unchecked") {
+            return Ok(());
+        }
+""")),
+    Break("copied-unsynced", "what a checkpoint copied counts as copied before it is synced", "src/sqlite/checkpoint.rs",
+          "            running.sync_failed = sync.filter(|&code| code != ffi::SQLITE_OK);",
+          '            running.sync_failed = sync.filter(|&code| code != ffi::SQLITE_OK && !crate::is_broken("copied-unsynced"));',
+          ["sync_that_fails_once"]),
+    Break("no-last-close", "the last close of the application is not made up for", "src/replicate/database.rs",
+          "    fn close_as_last(&mut self) -> Result<LastClose, DatabaseError> {\n",
+          """    fn close_as_last(&mut self) -> Result<LastClose, DatabaseError> {
+        if crate::is_broken("no-last-close") {
+            return Ok(LastClose::OpenElsewhere);
+        }
+""",
+          ["main_file_alone_is_complete"]),
+    Break("foreign-wal", "a WAL is opened beside a main file that it does not belong to", "src/replicate/foreign_wal.rs",
+          "    if belongs(&main, header.page_size, &pages, known)? {",
+          '    if crate::is_broken("foreign-wal") || belongs(&main, header.page_size, &pages, known)? {',
+          ["wal_of_a_replaced_database"]),
+    Break("foreign-wal-by-inode", "a WAL is set aside wherever the main file has another inode", "src/replicate/foreign_wal.rs",
+          "fn belongs(main: &File, page_size: u32, in_wal: &HashSet<u32>, known: &Ledger) -> io::Result<bool> {\n",
+          """fn belongs(main: &File, page_size: u32, in_wal: &HashSet<u32>, known: &Ledger) -> io::Result<bool> {
+    if crate::is_broken("foreign-wal-by-inode") {
+        return Ok(false);
+    }
+""",
+          ["wal_of_a_replaced_database"]),
+    Break("pin-not-moved", "a pin that began during another one's checkpoint counts as at mark 0", "src/replicate/capture.rs",
+          "index.is_checkpointed() && !self.live.files.is_read_mark_zero_taken()?;",
+          'index.is_checkpointed() && (crate::is_broken("pin-not-moved") || !self.live.files.is_read_mark_zero_taken()?);',
+          ["pin_taken_during_a_checkpoint"]),
+    Break("slow-lock", "the write lock is taken however slow the disk is", "src/replicate/capture.rs",
+          "            if took > LOCKED_SYNC_LIMIT * worth {",
+          '            if took > LOCKED_SYNC_LIMIT * worth && !crate::is_broken("slow-lock") {',
+          ["slow_disk_does_not_hold_up"]),
+    Break("failed-checkpoint-ends", "a failed checkpoint ends the following", "src/replicate/database.rs",
+          "            Err(RecordError::Sqlite(error @ SqliteError::CheckpointFailed { .. })) => {",
+          '            Err(RecordError::Sqlite(error @ SqliteError::CheckpointFailed { .. })) if !crate::is_broken("failed-checkpoint-ends") => {',
+          ["checkpoint_that_fails"]),
+    Break("split-index", "a database is opened by another wal-index than the application's", "src/sqlite/locks.rs",
+          "    Ok(has_main != has_index)",
+          '    Ok(has_main != has_index && !crate::is_broken("split-index"))',
+          ["database_that_an_application_uses_by_removed_files"]),
+    Break("old-index-joined", "a second replica joins the wal-index that was removed", "src/sqlite/live.rs",
+          "        if main.beside().is_some_and(|open|",
+          '        if !crate::is_broken("old-index-joined") && main.beside().is_some_and(|open|',
+          ["two_replicas_join"],
+          ("        if !beside.is_some_and(|beside| main.note_beside(beside)) {",
+           '        if !beside.is_some_and(|beside| main.note_beside(beside) || crate::is_broken("old-index-joined")) {')),
     Break("frame-checksum", "the checksums of frames are not looked at", "src/sqlite/wal.rs",
           "page_number != 0 && checksum == Checksum(",
           'page_number != 0 && crate::is_broken("frame-checksum") || checksum == Checksum(',

@@ -63,6 +63,7 @@ async fn examine_one(source: &Source) -> Result<(), Failure> {
         findings.push(place(&database.path));
         findings.push(file(&database.path));
         findings.push(state_dir(&database.state_dir));
+        findings.push(busy_timeout());
     }
     for finding in &findings {
         show(finding)?;
@@ -114,6 +115,13 @@ fn file(database: &Path) -> Finding {
             Ok(_) => Finding::new(WHAT, Weight::Note, "not in WAL mode: it is switched to it at the start"),
         },
     }
+}
+
+/// No other process can see it: it is a setting of each connection.
+fn busy_timeout() -> Finding {
+    let advice = "give each connection of the application a busy timeout (PRAGMA busy_timeout=5000): while a \
+                  checkpoint holds the write lock, for some milliseconds, a connection without one gets SQLITE_BUSY";
+    Finding::new("busy timeout", Weight::Note, advice)
 }
 
 fn state_dir(directory: &Path) -> Finding {

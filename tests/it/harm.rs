@@ -106,6 +106,42 @@ fn wal_index_removed_after_a_crash_damages_nothing() {
     }
 }
 
+/// `-shm` is removed, or the database is renamed over, while the application runs: it goes on alone with the file that it
+/// has open, which is safe as long as nobody connects by the path. The daemon leaves, says so, and comes back when the
+/// application has ended.
+#[test]
+fn database_that_an_application_uses_by_removed_files_is_left_alone() {
+    for is_renamed_over in [false, true] {
+        let (scene, daemon) = scene(true);
+        scene.expect_error("with a file that was removed or replaced since");
+        scene.allow_error("it was set aside");
+        let mut application = Application::open(&scene.database());
+        application.run("UPDATE counter SET n = 1");
+        sync(&scene.database());
+        if is_renamed_over {
+            create(&scene.path("new.db"));
+            std::fs::rename(scene.path("new.db"), scene.database()).unwrap();
+        } else {
+            std::fs::remove_file(sidecar(&scene.database(), "-shm")).unwrap();
+        }
+        let bytes = std::fs::read(scene.database()).unwrap();
+        wait_for("an ERROR", || scene.log().contains("with a file that was removed").then_some(()));
+        for _ in 0..100 {
+            application.run("UPDATE counter SET n = n + 1; INSERT INTO item(body) VALUES(randomblob(3000))");
+        }
+        assert_eq!(application.run("PRAGMA integrity_check(1)"), "ok");
+        if is_renamed_over {
+            assert!(std::fs::read(scene.database()).unwrap() == bytes, "the new database was written to");
+        }
+        application.close();
+        let expected = if is_renamed_over { 0 } else { 101 };
+        sync(&scene.database());
+        assert_eq!(number(&open(&scene.database()), "SELECT n FROM counter"), expected, "{}", scene.log());
+        assert_eq!(integrity(&scene.database()), "ok");
+        end(&scene, daemon);
+    }
+}
+
 /// After a crash a start script removes `-wal` and `-shm`, "stale files", and starts the application again. That costs
 /// the commits of the WAL; the daemon must not checkpoint them into the file that the application goes on with.
 #[test]
