@@ -16,8 +16,9 @@ const BARRIER_ROUNDS: usize = 6;
 /// So often the write lock is asked for in a round, a few dozen microseconds apart.
 const LOCK_ATTEMPTS: u32 = 200;
 
-/// Upper bound of the time that a sync may take with the write lock held, for each [`SYNC_BYTES`] of the WAL. Each commit
-/// waits for that long. On a disk that is slower the WAL grows until one restart is worth the wait.
+/// Limit of the sync time before the write lock is taken, for each [`SYNC_BYTES`] of the WAL. A
+/// sync under the lock would take as long, and every commit would wait for it. On a slower disk the
+/// restart is postponed: a longer WAL has a higher limit.
 const LOCKED_SYNC_LIMIT: Duration = Duration::from_millis(100);
 const SYNC_BYTES: u64 = 4 << 20;
 
@@ -153,7 +154,7 @@ impl Capture {
     pub fn advance<S: Sink>(&mut self, sink: &mut S) -> Result<u32, S::Error> {
         // Read before the new pin begins: what was in the main file then still is when it has begun.
         let index = self.live.files.wal_index()?;
-        if self.is_suspect && index.is_checkpointed() && !self.confirm_copied()? {
+        if self.is_suspect && index.is_checkpointed() && !self.is_confirmed()? {
             // A new pin would have mark 0, and let the WAL be overwritten. Under the old one everything can be read.
             return read_settled(&mut self.follower, &self.live.files, sink);
         }
@@ -189,6 +190,8 @@ impl Capture {
     /// may hold the only right one, and stays pinned.
     pub fn retry_checkpoint(&mut self) -> Result<bool, SqliteError> {
         self.passive_checkpoint()?;
+        // Also where there was nothing to copy: then no sync has succeeded yet.
+        self.live.files.sync()?;
         self.confirm_copied()
     }
 
@@ -198,6 +201,14 @@ impl Capture {
     /// See [`Follower::check_copied`].
     pub fn check_copied(&self) -> Result<bool, SqliteError> {
         self.follower.check_copied(&self.live.files, &self.live.files.wal_index()?)
+    }
+
+    /// The same as a question: a page that is wrong is reported by the next [`Capture::retry_checkpoint`].
+    fn is_confirmed(&mut self) -> Result<bool, SqliteError> {
+        match self.confirm_copied() {
+            Err(SqliteError::PageChanged { .. }) => Ok(false),
+            other => other,
+        }
     }
 
     /// Compares the pages that count as copied with what was captured, and ends the suspicion if they are right.
@@ -277,18 +288,22 @@ impl Capture {
     ) -> Result<Barrier, S::Error> {
         let mut unread_before_bytes = u64::MAX;
         for _ in 0..BARRIER_ROUNDS {
-            // The long copy and its sync happen here, with no lock held; what is left for the lock is what came in meanwhile.
-            self.passive_checkpoint()?;
-            self.advance(sink)?;
-            // The disk is as slow in a moment, with the write lock held.
+            // The long copy and its syncs happen here, with no lock held; what is left for the lock is what came in meanwhile.
             let begun = clock.monotonic();
-            let synced = self.live.files.sync();
-            self.is_suspect |= synced.is_err();
-            synced?;
-            let took = clock.monotonic().saturating_sub(begun);
+            self.passive_checkpoint()?;
             let worth = (self.follower.wal_len_bytes() / SYNC_BYTES).clamp(1, 1 << 10) as u32;
-            if took > LOCKED_SYNC_LIMIT * worth {
-                return Ok(Barrier::SlowDisk(took));
+            let is_slow = |begun| clock.monotonic().saturating_sub(begun) > LOCKED_SYNC_LIMIT * worth;
+            let may_be_slow = is_slow(begun);
+            self.advance(sink)?;
+            if may_be_slow {
+                // Little is left to sync now: the disk takes as long in a moment, with the write lock held.
+                let begun = clock.monotonic();
+                let synced = self.live.files.sync();
+                self.is_suspect |= synced.is_err();
+                synced?;
+                if is_slow(begun) {
+                    return Ok(Barrier::SlowDisk(clock.monotonic().saturating_sub(begun)));
+                }
             }
             match self.barrier_round(sink, &others_move, &mut unread_before_bytes)? {
                 Some(true) => return Ok(Barrier::Done),
@@ -317,22 +332,21 @@ impl Capture {
             }
             read_settled(follower, files, sink).map(|_| true)
         };
+        // Unknown until the pin has moved, also if that fails.
+        let was_at_zero = std::mem::take(&mut self.pin_is_at_zero);
         let restart = self.live.barrier(LOCK_ATTEMPTS, capture, others_move)?;
         self.is_suspect |= matches!(restart, Restart::Failed(SqliteError::CheckpointFailed { .. }));
         match restart {
-            Restart::NotTried => Ok(None),
+            Restart::NotTried => {
+                self.pin_is_at_zero = was_at_zero;
+                Ok(None)
+            }
             Restart::Ready => {
                 self.pin_is_at_zero = true;
                 Ok(Some(true))
             }
-            Restart::Held => {
-                self.pin_is_at_zero = false;
-                Ok(Some(false))
-            }
-            Restart::Failed(error) => {
-                self.pin_is_at_zero = false;
-                Err(error.into())
-            }
+            Restart::Held => Ok(Some(false)),
+            Restart::Failed(error) => Err(error.into()),
         }
     }
 }

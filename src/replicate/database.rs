@@ -38,12 +38,13 @@ use crate::sqlite::sidecar;
 const FILES_CHECK_INTERVAL: Duration = Duration::from_secs(1);
 /// Of page images no more than this are recorded for an epoch that is not claimed: their numbers are in memory.
 const UNCLAIMED_RAW_LIMIT: u64 = 4 << 30;
-/// After the application closed the database, the WAL is emptied this soon: before a person who stopped the application
-/// can have put another file in the database's place, and late enough for a connection that follows at once.
+/// Delay between the application's last close and emptying the WAL. Short, so that no person can
+/// replace the database file before; long enough for an application that reconnects at once.
 const LAST_CLOSE_AFTER: Duration = Duration::from_millis(10);
-/// Shortest pause between two of these. Programs that open the database for each request close it all the time.
+/// Minimum pause between two attempts to empty the WAL: some programs open and close the database
+/// for each request.
 const LAST_CLOSE_INTERVAL: Duration = Duration::from_millis(250);
-/// At a stop, the longest wait until a later write would show in the main file's times.
+/// On stop: limit of the wait until a later write is sure to change the main file's times.
 const SETTLE_LIMIT: Duration = Duration::from_millis(250);
 /// A pin that protects frames does not stand longer than this, if the thread is awake.
 const PIN_MOVES_AFTER: Duration = Duration::from_millis(500);
@@ -359,13 +360,22 @@ impl Following {
         if !is_confirmed || !files.may_rest(self.around.clock.as_ref()) || !self.capture.is_all_in_main()? {
             return Ok(None);
         }
-        // From here on SQLite removes the WAL when the last connection closes. If it was closed before, that is ours.
+        // Once we are idle, the application's last close removes the WAL. If that close has already
+        // happened, this daemon must empty the WAL before it becomes idle.
         let files_open = self.capture.files();
         if files_open.wal_len_bytes()? > 0 && !files_open.is_open_elsewhere()? {
             self.last_close_due.get_or_insert(now);
             return Ok(None);
         }
         self.save_state(true)?;
+        // The application may have closed the database meanwhile, and left its WAL because we still have it open.
+        let files_open = self.capture.files();
+        if self.around.mailbox.take_notices().is_closed
+            || files_open.wal_len_bytes()? > 0 && !files_open.is_open_elsewhere()?
+        {
+            self.last_close_due.get_or_insert(now);
+            return Ok(None);
+        }
         let (Some(claimed), snapshots) = (self.claimed.take(), self.snapshots.take()) else { return Ok(None) };
         let due_in = snapshots.due_in(now_ms);
         Ok(Some(Rested { claimed, snapshots, captured, files, due_in }))
@@ -378,7 +388,9 @@ impl Following {
     pub fn turn(&mut self, events: impl IntoIterator<Item = Event>) -> Result<bool, DatabaseError> {
         let mut is_stopping = false;
         for event in events {
-            is_stopping |= self.handle(event)?;
+            is_stopping |= matches!(event, Event::Stop);
+            let handled = self.handle(event);
+            self.unless_replaced(handled)?;
         }
         let notices = self.around.mailbox.take_notices();
         if notices.is_closed {
@@ -410,15 +422,15 @@ impl Following {
         self.note_complete_if_due()
     }
 
-    /// Takes care of files that are not those that are open any more, or were overwritten, wherever that was found out.
-    /// Following goes on where a file was only touched.
+    /// Handles an error that reports replaced or overwritten files, whichever step found it.
+    /// Returns `Ok` if the main file was only touched.
     fn unless_replaced(&mut self, done: Result<(), DatabaseError>) -> Result<(), DatabaseError> {
         match done {
             Err(DatabaseError::Sqlite(replaced @ SqliteError::Replaced { .. })) => {
-                // What was committed to the files that are open nobody can read any more after us.
-                let captured = self.advance().and_then(|_| self.cut());
+                // At once, because the next process to connect would apply it.
                 let wal = self.set_foreign_wal_aside();
-                captured?;
+                // After the close no process may be able to read the replaced files.
+                self.advance().and_then(|_| self.cut())?;
                 if wal == Wal::InUse {
                     // The saved state knows the WAL, and is needed when that process has ended.
                     let path = self.around.settings.path.clone();
@@ -498,7 +510,7 @@ impl Following {
         let known = self.capture.follower().position().zip(self.recorder.as_ref());
         let Some((position, recorder)) = known else { return Wal::Left };
         let Ok(main) = files.main_identity() else { return Wal::Left };
-        let pair = Pair { main_inode: main.inode(), salts: position.salts };
+        let pair = Pair { main_inode: main.inode(), position };
         let path = &self.around.settings.path;
         report_set_aside(path, foreign_wal::set_aside_if_foreign(path, pair, &recorder.ledger))
     }
@@ -506,17 +518,18 @@ impl Following {
     /// The main file was changed, and not by SQLite. Following goes on where it was only touched.
     fn judge_overwritten(&mut self, overwritten: SqliteError) -> Result<(), DatabaseError> {
         let database = self.around.settings.path.display();
-        if let Some(recorder) = self.recorder.as_ref().filter(|recorder| recorder.ledger.fingerprint().is_some()) {
-            // First the pages that SQLite reads from the main file although the WAL still has them.
-            let copied = self.capture.check_copied().map_err(RecordError::Sqlite);
-            match copied.and_then(|_| Difference::find(&self.capture, &recorder.ledger, 0)) {
-                Ok(Some(found)) if found.is_nothing(&recorder.ledger) => {
-                    tracing::info!(%database, "the file's time changed, its pages did not");
-                    return Ok(());
-                }
-                Ok(_) | Err(RecordError::Sqlite(SqliteError::PageChanged { .. })) => {}
-                Err(other) => return Err(other.into()),
+        // Without all page hashes nothing is known: what the WAL holds may be of this file.
+        let recorder = self.recorder.as_ref().filter(|recorder| recorder.ledger.fingerprint().is_some());
+        let Some(recorder) = recorder else { return Err(overwritten.into()) };
+        // First the pages that SQLite reads from the main file although the WAL still has them.
+        let copied = self.capture.check_copied().map_err(RecordError::Sqlite);
+        match copied.and_then(|_| Difference::find(&self.capture, &recorder.ledger, 0)) {
+            Ok(Some(found)) if found.is_nothing(&recorder.ledger) => {
+                tracing::info!(%database, "the file's time changed, its pages did not");
+                return Ok(());
             }
+            Ok(_) | Err(RecordError::Sqlite(SqliteError::PageChanged { .. })) => {}
+            Err(other) => return Err(other.into()),
         }
         // What the WAL holds is of the file that was.
         if !self.capture.drop_copied_wal()? && !self.capture.files().is_open_elsewhere()? {
@@ -545,9 +558,10 @@ impl Following {
         Ok(())
     }
 
-    /// Does what SQLite's last close does, if no other process has the database open: everything is captured, copied
-    /// into the main file, and the WAL is empty. What was captured is in the spool before its frames are gone; with a
-    /// backlog not, because each transaction would make a file.
+    /// Does what SQLite's last close does, if no other process has the database open: captures
+    /// everything, copies it into the main file, and empties the WAL. Before that, cuts a segment,
+    /// so that the transactions are in the spool before their frames disappear. During a backlog no
+    /// segment is cut, because each transaction would become a file.
     fn close_as_last(&mut self) -> Result<LastClose, DatabaseError> {
         if self.checkpoints.is_failing() {
             return Ok(LastClose::Blocked);
@@ -577,7 +591,7 @@ impl Following {
         self.last_close_tried = Some(now);
         self.has_checkpointed = true;
         let Some(closed) = self.unless_failed(captured)? else { return Ok(LastClose::Blocked) };
-        tracing::debug!(?closed, "no other process has the database open");
+        tracing::debug!(?closed, "tried to empty the WAL after the application's last close");
         if closed == LastClose::Emptied {
             self.checkpoints.note_passive(now, true);
             let wait = until_settled(self.capture.files().main_identity()?, self.around.clock.as_ref());
@@ -617,7 +631,7 @@ impl Following {
                 "the WAL is kept until a checkpoint succeeds, and grows; check the disk and its free space"
             );
         } else {
-            tracing::warn!(database, %error, "the checkpoint failed again");
+            tracing::warn!(database, %error, "a checkpoint failed again; the WAL is kept, retrying within a minute");
         }
         self.around.progress.board.note_checkpoints(Some(error.to_string()), self.around.clock.now_ms());
     }
@@ -700,8 +714,8 @@ impl Following {
         }
     }
 
-    /// Takes an event in; tells whether it is time to stop.
-    fn handle(&mut self, event: Event) -> Result<bool, DatabaseError> {
+    /// Serves an event.
+    fn handle(&mut self, event: Event) -> Result<(), DatabaseError> {
         match event {
             Event::Claimed(claimed) => {
                 self.take_epoch(*claimed)?;
@@ -711,13 +725,13 @@ impl Following {
                 self.note_claimed();
             }
             Event::BaseFound(base) => {
-                let Some(recorder) = &self.recorder else { return Ok(false) };
+                let Some(recorder) = &self.recorder else { return Ok(()) };
                 // Who was replaced stores no snapshot: it might get the name of an object that the other's refer to.
                 let base_epoch = base.as_ref().map_or(0, |base| base.summary().0.epoch);
                 if base_epoch > recorder.last().position.epoch {
                     self.send(Job::GiveWay { epoch: base_epoch });
                     self.snapshots.note_failed(self.now());
-                    return Ok(false);
+                    return Ok(());
                 }
                 let now_ms = self.around.clock.now_ms();
                 let begun = self.snapshots.begin(&self.capture, recorder, base.map(|base| *base), now_ms)?;
@@ -752,9 +766,10 @@ impl Following {
                 self.advance_and_note()?;
                 moved.send(()).ok();
             }
-            Event::Stop => return Ok(true),
+            // Served by the caller.
+            Event::Stop => {}
         }
-        Ok(false)
+        Ok(())
     }
 
     /// Tells everybody who asked what is captured now: everything that was committed before they asked. As long as there is
@@ -879,8 +894,11 @@ impl Following {
             }
             let pause = if self.read_snapshot()? == Advance::More { Duration::ZERO } else { SNAPSHOT_PAUSE };
             let (_, events) = self.around.mailbox.wait(pause);
+            // Left in place they would end each wait.
+            self.around.mailbox.take_notices();
             for event in events {
-                self.handle(event)?;
+                let handled = self.handle(event);
+                self.unless_replaced(handled)?;
             }
         }
         Ok(())
@@ -1115,9 +1133,15 @@ impl Following {
         }
         self.cut()?;
         self.spool.sync()?;
-        let is_last = self.end_as_last()?;
+        let mut is_last = self.end_as_last()?;
         let saved = self.save_state(true);
         self.unless_replaced(saved)?;
+        if !is_last && !self.capture.files().is_open_elsewhere()? {
+            // The application has closed the database meanwhile.
+            is_last = self.end_as_last()?;
+            let saved = self.save_state(true);
+            self.unless_replaced(saved)?;
+        }
         let captured = self.claimed.as_ref().and(self.recorder.as_ref()).map(|recorder| recorder.last().position);
         if is_last {
             // SQLite removes the empty WAL and the wal-index.
@@ -1157,7 +1181,7 @@ fn set_foreign_wal_aside(path: &Path, directory: &StateDirectory) -> Wal {
     let Some(position) = state.wal_position() else { return Wal::Left };
     let known = Ledger::open(&directory.ledger_path(), state.page_size, state.size_pages, state.fingerprint, overlay);
     let Ok(known) = known else { return Wal::Left };
-    let pair = Pair { main_inode: state.main.inode(), salts: position.salts };
+    let pair = Pair { main_inode: state.main.inode(), position };
     report_set_aside(path, foreign_wal::set_aside_if_foreign(path, pair, &known))
 }
 
@@ -1169,13 +1193,20 @@ fn report_set_aside(path: &Path, set_aside: io::Result<Wal>) -> Wal {
                 tracing::error!(
                     %database,
                     wal = %name.display(),
-                    "the WAL beside the database belongs to the file that was there before; it was set aside, so \
-                     that SQLite does not apply it to this one"
+                    "the WAL beside the database belongs to the file that was there before; it was set aside, \
+                     so that SQLite does not apply it to the new file; delete it, or, if the new file is a \
+                     mistake, stop the application, put the old file back and rename the WAL to its old name"
                 );
             }
         })
         .unwrap_or_else(|error| {
-            tracing::error!(%database, %error, "the WAL could not be compared with the database beside it");
+            tracing::error!(
+                %database,
+                %error,
+                "the WAL beside the database could not be checked or set aside, and stays in place; \
+                 if another file was put in the database's place, stop the application and move \
+                 the WAL away"
+            );
             Wal::Left
         })
 }

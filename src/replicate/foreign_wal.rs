@@ -5,21 +5,23 @@
 //! applies the old pages to the new file. SQLite alone leaves no WAL after the last close; a daemon that keeps the
 //! database open can, if it is killed at the wrong moment.
 //!
-//! A file that was copied back together with its WAL has another inode, too, and needs it. So the pages decide: a
-//! main file to which the WAL belongs holds, wherever the WAL has no frame, exactly the pages of the last captured
-//! transaction.
+//! Another inode alone proves nothing: a database that was copied back together with its WAL has a
+//! new inode, and SQLite must apply the WAL. So the pages decide. If the WAL belongs to the main
+//! file, each page without a frame in the WAL is as the last captured transaction left it.
 
 use std::collections::HashSet;
 use std::fs::{self, File};
 use std::io::{self, Read};
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
+use std::sync::PoisonError;
 
 use super::ledger::Ledger;
 use crate::format::{lock_page, page_hash};
 use crate::sqlite::descriptors::SharedFile;
+use crate::sqlite::follow::WalPosition;
 use crate::sqlite::header::{DatabaseHeader, HEADER_LEN};
-use crate::sqlite::wal::{FRAME_HEADER_LEN, Salts, WAL_HEADER_LEN, WalHeader};
+use crate::sqlite::wal::{FRAME_HEADER_LEN, WAL_HEADER_LEN, WalHeader};
 use crate::sqlite::{locks, sidecar};
 
 /// Names that are tried for a WAL that is set aside.
@@ -30,15 +32,15 @@ const MOST_NAMES: u32 = 1000;
 pub struct Pair {
     /// Inode of the main file.
     pub main_inode: u64,
-    /// The generation of the WAL.
-    pub salts: Salts,
+    /// The place in the WAL after the last captured transaction.
+    pub position: WalPosition,
 }
 
-/// What became of a WAL.
+/// Outcome of [`set_aside_if_foreign`].
 #[derive(Debug, PartialEq, Eq)]
 pub enum Wal {
-    /// It may stay: there is none, it is of another generation, its pages fit, or another process has the database open
-    /// with it already.
+    /// The WAL stays, or there is none. It stays if it is of another generation, if the main file
+    /// matches it, or if another process already uses it with this main file.
     Left,
     /// It belongs to another main file, and has this name now.
     SetAside(PathBuf),
@@ -61,15 +63,15 @@ pub fn set_aside_if_foreign(path: &Path, pair: Pair, known: &Ledger) -> io::Resu
     if fs::metadata(&file)?.ino() == pair.main_inode {
         return Ok(Wal::Left);
     }
-    let Some((header, pages)) = read_wal(&wal_path)?.filter(|(header, _)| header.salts == pair.salts) else {
-        return Ok(Wal::Left);
-    };
+    let Some(wal) = read_wal(&wal_path, pair.position)? else { return Ok(Wal::Left) };
     let main = SharedFile::open(&file)?;
+    let opening = main.opening();
+    let _opening = opening.lock().unwrap_or_else(PoisonError::into_inner);
     let shm = match SharedFile::open(&sidecar(&file, "-shm")) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => None,
         other => Some(other?),
     };
-    if belongs(&main, header.page_size, &pages, known)? {
+    if belongs(&main, &wal, known)? {
         return Ok(Wal::Left);
     }
     if locks::is_open_elsewhere(&main, shm.as_deref())? {
@@ -87,12 +89,27 @@ pub fn set_aside(path: &Path) -> io::Result<PathBuf> {
     let mut names = (1..=MOST_NAMES).map(|number| sidecar(path, &format!("-wal.set-aside-{number}")));
     let name = names.find(|name| fs::symlink_metadata(name).is_err()).ok_or(io::ErrorKind::AlreadyExists)?;
     fs::rename(&wal_path, &name)?;
+    // At once: it says that there are frames, which the next one to connect would look for in a new WAL.
+    match fs::remove_file(sidecar(path, "-shm")) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+        _ => {}
+    }
     path.parent().map_or(Ok(()), |directory| File::open(directory)?.sync_all())?;
     Ok(name)
 }
 
-/// The header of a WAL and the pages of its committed frames; `None` where SQLite would find nothing to recover.
-fn read_wal(path: &Path) -> io::Result<Option<(WalHeader, HashSet<u32>)>> {
+/// What SQLite would recover from a WAL.
+struct Recoverable {
+    page_size: u32,
+    /// Pages of the committed frames.
+    pages: HashSet<u32>,
+    /// Size of the database after the last commit, in pages.
+    size_pages: u32,
+}
+
+/// Reads a WAL that continues from `position`. `None` if it does not: it is of another generation, or was copied before
+/// the transaction at `position` was committed. Then nothing is known of the file that it belongs to.
+fn read_wal(path: &Path, position: WalPosition) -> io::Result<Option<Recoverable>> {
     // The WAL carries no locks: closing it drops none.
     let mut file = match File::open(path) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
@@ -102,22 +119,27 @@ fn read_wal(path: &Path) -> io::Result<Option<(WalHeader, HashSet<u32>)>> {
     if !read_exact(&mut file, &mut bytes)? {
         return Ok(None);
     }
-    let Some(header) = WalHeader::parse(&bytes) else { return Ok(None) };
+    let Some(header) = WalHeader::parse(&bytes).filter(|header| header.salts == position.salts) else {
+        return Ok(None);
+    };
     let mut frame_bytes = vec![0; FRAME_HEADER_LEN + header.page_size as usize];
-    let (mut checksum, mut pages, mut committed) = (header.checksum, Vec::new(), 0);
+    let (mut checksum, mut pages, mut committed, mut size_pages) = (header.checksum, Vec::new(), 0, 0);
+    let mut continues = position.frame_count == 0;
     while read_exact(&mut file, &mut frame_bytes)? {
         let Some(frame) = header.check_frame(checksum, &frame_bytes) else { break };
         checksum = frame.checksum;
         pages.push(frame.page_number);
+        continues |= pages.len() == position.frame_count as usize && checksum == position.checksum;
         if frame.commit_size_pages != 0 {
-            committed = pages.len();
+            (committed, size_pages) = (pages.len(), frame.commit_size_pages);
         }
     }
     pages.truncate(committed);
-    Ok((committed > 0).then(|| (header, pages.into_iter().collect())))
+    let wal = Recoverable { page_size: header.page_size, pages: pages.into_iter().collect(), size_pages };
+    Ok((continues && committed > 0).then_some(wal))
 }
 
-/// Whether the file went that far.
+/// Fills `buffer`; returns `false` if the file ends before that.
 fn read_exact(file: &mut impl Read, buffer: &mut [u8]) -> io::Result<bool> {
     match file.read_exact(buffer) {
         Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => Ok(false),
@@ -125,18 +147,23 @@ fn read_exact(file: &mut impl Read, buffer: &mut [u8]) -> io::Result<bool> {
     }
 }
 
-/// Whether each page that the WAL has no frame of is as `known` has it.
-fn belongs(main: &File, page_size: u32, in_wal: &HashSet<u32>, known: &Ledger) -> io::Result<bool> {
+/// Returns whether each page of the main file without a frame in the WAL matches its hash in
+/// `known`.
+fn belongs(main: &File, wal: &Recoverable, known: &Ledger) -> io::Result<bool> {
     let mut header = [0; HEADER_LEN];
     let is_database = main.read_exact_at(&mut header, 0).is_ok();
-    if !is_database || DatabaseHeader::parse(&header).is_ok_and(|header| header.page_size != page_size) {
+    if !is_database || DatabaseHeader::parse(&header).is_ok_and(|header| header.page_size != wal.page_size) {
         return Ok(false);
     }
-    let pages = main.metadata()?.len() / u64::from(page_size);
-    let count = known.known_pages().min(u32::try_from(pages).unwrap_or(u32::MAX));
-    let mut page = vec![0; page_size as usize];
-    for page_number in (1..=count).filter(|page| !in_wal.contains(page) && *page != lock_page(page_size)) {
-        main.read_exact_at(&mut page, u64::from(page_number - 1) * u64::from(page_size))?;
+    let page_size = u64::from(wal.page_size);
+    let main_pages = main.metadata()?.len() / page_size;
+    let mut page = vec![0; wal.page_size as usize];
+    let is_compared = |page: &u32| !wal.pages.contains(page) && *page != lock_page(wal.page_size);
+    for page_number in (1..=known.known_pages().min(wal.size_pages)).filter(is_compared) {
+        if u64::from(page_number) > main_pages {
+            return Ok(false);
+        }
+        main.read_exact_at(&mut page, u64::from(page_number - 1) * page_size)?;
         if known.get(page_number)? != page_hash(page_number, &page) {
             return Ok(false);
         }

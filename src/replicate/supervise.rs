@@ -37,6 +37,8 @@ const RESTART: RetryPolicy = RetryPolicy { attempts: u32::MAX, base_ms: 1000, ma
 
 /// Shortest pause before a database is attached again.
 const RESTART_MIN: Duration = Duration::from_secs(1);
+/// Longest pause before it is looked again whether another process still uses removed files.
+const SPLIT_WAIT: Duration = Duration::from_secs(5);
 
 /// What was captured of a file that was replaced may take so long to be shipped until the new one is taken up; what is left then is
 /// shipped when that is done.
@@ -62,20 +64,20 @@ pub async fn supervise(job: &Job, shared: &Replication, ending: &Ending) -> Resu
         waits.begin_attempt();
         // Serves a stop that came before. A later stop is served by the next attempt, if this one fails.
         let is_last_try = stop.is_cancelled();
-        // It may have been replaced while nothing was followed.
-        let ended = match local.directory.check() {
-            Err(replaced @ StateDirectoryError::Replaced(_)) => Some(replaced.into()),
-            _ => {
-                let attempt = Attempt {
-                    directory: &local.directory,
-                    has_control: local.control.is_some(),
-                    is_last: is_last_try,
-                    out_of_time: out_of_time.clone(),
-                };
-                follow_once(job, shared, ending, attempt).await?
-            }
+        // It may have been replaced while nothing was followed: no failure of this attempt.
+        if let Err(replaced @ StateDirectoryError::Replaced(_)) = local.directory.check() {
+            let error = replaced.into();
+            report(&database, &error, Duration::ZERO);
+            local = local.reopen(job, shared, stop).await?;
+            forget(&local.directory, &error);
+        }
+        let attempt = Attempt {
+            directory: &local.directory,
+            has_control: local.control.is_some(),
+            is_last: is_last_try,
+            out_of_time: out_of_time.clone(),
         };
-        match ended {
+        match follow_once(job, shared, ending, attempt).await? {
             None => break,
             Some(DatabaseError::Sqlite(SqliteError::NotThere { .. })) => {
                 if !is_waiting {
@@ -100,9 +102,17 @@ pub async fn supervise(job: &Job, shared: &Replication, ending: &Ending) -> Resu
                 if clock.monotonic().saturating_sub(begun) > Duration::from_secs(60) {
                     failures = 0;
                 }
-                // Files that were replaced are no failure of this database: the new ones are attached soon, however often.
-                let wait = if is_replaced(&error) { RESTART_MIN } else { RESTART.wait(failures).max(RESTART_MIN) };
-                failures += u32::from(!is_replaced(&error));
+                // What was replaced is no failure of this database: what is there now is attached soon, however often.
+                let is_replacement = is_replaced(&error) || is_state_replaced(&error);
+                let wait = match &error {
+                    _ if is_replacement => RESTART_MIN,
+                    // It ends when a process does, which is not our failure either.
+                    DatabaseError::Sqlite(SqliteError::Split { .. }) => {
+                        RESTART.wait(failures).clamp(RESTART_MIN, SPLIT_WAIT)
+                    }
+                    _ => RESTART.wait(failures).max(RESTART_MIN),
+                };
+                failures += u32::from(!is_replacement);
                 let error = local.explain(error);
                 report(&database, &error, wait);
                 job.board.enter(Phase::Failing, Some(error.to_string()), clock.now_ms());

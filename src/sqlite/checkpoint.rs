@@ -1,20 +1,25 @@
 //! A checkpoint that refuses replaced files, and counts no frame as copied before its page is on the disk.
 //!
-//! Three things are missing in SQLite's own checkpoint for a process that holds a read transaction all the time:
+//! A process that holds a read transaction all the time needs three things that SQLite's checkpoint
+//! does not do:
 //!
-//! - `walCheckpoint` syncs the main file only if it copies *all* of the WAL, but stores `nBackfill` in any case. With
-//!   a pin nearly every checkpoint under load is partial. If the disk then loses one of these pages and reports it
-//!   once (fsync(2)), no later checkpoint copies the page again, and the WAL is restarted over its only copy. So the
-//!   main file is synced before `nBackfill` is stored; if that fails, `nBackfill` becomes 0 again before anybody
-//!   can rely on it, as in `walIndexRecover`: every frame is still in the WAL, and the next checkpoint copies all.
-//! - SQLite does not check that the files at its paths still are those that it has open. So the caller's check runs
-//!   after the locks are taken and before the first page is written, and can refuse.
+//! - Sync a partial checkpoint. `walCheckpoint` syncs the main file only if it copies *all* frames,
+//!   but always stores `nBackfill`. With a pin, nearly every checkpoint under load is partial. If
+//!   the disk loses one of these pages and reports that once (fsync(2)), no later checkpoint copies
+//!   the page again, and the restarted WAL overwrites its only copy. So the main file is synced
+//!   before `nBackfill` is stored. If the sync fails, `nBackfill` is set to 0 before read mark 0 is
+//!   released, as `walIndexRecover` does. The next checkpoint then copies every frame again.
+//! - Check the files. SQLite does not check that its open files are still those at the paths. So
+//!   the caller's [`Guard::check`] runs with the locks held, before the first page is written, and
+//!   can refuse.
+//! - Detect writes of other processes to the main file. So the caller records the file's state
+//!   right after the last page is written ([`Guard::note_written`]).
 //!
-//! - What others write to the main file meanwhile goes unnoticed. So its state is noted right after the last page.
-//!
-//! All hook into the methods of the main file (`sqlite3_io_methods`) of a connection of ours, at the calls that
-//! `walCheckpoint` makes: `SQLITE_FCNTL_CKPT_START`, `xFileSize`, the writes, `SQLITE_FCNTL_CKPT_DONE`, the store, and
-//! the release of read mark 0. All `unsafe` code about SQLite is in this file.
+//! [`hook`] replaces methods of the connection's main file (`sqlite3_io_methods`) that
+//! `walCheckpoint` calls, in this order: `SQLITE_FCNTL_CKPT_START`, `xFileSize`, the page writes,
+//! `SQLITE_FCNTL_CKPT_DONE`, `xTruncate` and `xSync` (only if all frames were copied), the store of
+//! `nBackfill`, and `xShmLock`, which releases read mark 0. All `unsafe` calls into SQLite are in
+//! this file.
 
 use std::cell::RefCell;
 use std::ffi::{c_int, c_void};
@@ -32,8 +37,21 @@ use super::SqliteError;
 const READ_LOCK_ZERO: c_int = 3;
 /// Length of the first region of the wal-index (`WALINDEX_PGSZ`).
 const WAL_INDEX_REGION_LEN: c_int = 32_768;
-/// Where `nBackfill` is in it (`WalCkptInfo`).
+/// Where `mxFrame`, `nBackfill` and `nBackfillAttempted` are in it (`WalIndexHdr`, `WalCkptInfo`).
+const FRAME_COUNT_OFFSET: usize = 16;
 const BACKFILL_OFFSET: usize = 96;
+const BACKFILL_ATTEMPTED_OFFSET: usize = 128;
+
+/// Who can commit while a checkpoint runs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Writers {
+    /// Other connections may.
+    MayCommit,
+    /// No connection can commit, because this process holds the write lock. If the checkpoint
+    /// copies all frames, SQLite itself syncs the main file before it stores `nBackfill`. The hook
+    /// then omits its own sync, which would only lengthen the time under the lock.
+    AreLockedOut,
+}
 
 /// Frames in the WAL, and how many of them are in the main file.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -52,36 +70,40 @@ impl Checkpointed {
     }
 }
 
-/// What the caller contributes to a checkpoint.
+/// Checks that the caller adds to a checkpoint.
 pub trait Guard {
-    /// Refuses to write. Called before the first page is written, with the checkpoint lock held: nobody else copies
-    /// frames then.
+    /// Returns an error if the checkpoint must not write. Called before the first page is written,
+    /// with the checkpoint lock held, so that no other process copies frames meanwhile.
     ///
     /// # Errors
-    /// Why nothing may be written.
+    /// The reason for the refusal. The checkpoint writes nothing.
     fn check(&self) -> Result<(), SqliteError>;
-    /// Notes the main file as it is after the last page was written, before the sync that can take long; once more
-    /// after the file got its length, and before that the same in order to refuse.
+    /// Records the state of the main file after our own writes ([`Written::Now`]), so that a later
+    /// write by another process is detected. Before the file is truncated, compares the state with
+    /// the last record instead ([`Written::NothingSince`]).
     ///
     /// # Errors
-    /// That somebody else has written to it since the last note.
+    /// Another process has written to the main file since the last record. The checkpoint stops.
     fn note_written(&self, written: Written) -> Result<(), SqliteError>;
 }
 
 /// When [`Guard::note_written`] is called.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Written {
-    /// After the last page, and again after the file got its length.
+    /// The checkpoint has just written the last page, or has just truncated the file.
     Now,
-    /// Nothing was written since the last time.
+    /// The checkpoint has written nothing since the last record: any change is another process's.
     NothingSince,
 }
 
-/// What a checkpoint of this thread has come to.
+/// State of the checkpoint that this thread runs.
 struct Running<'a> {
     guard: &'a dyn Guard,
+    writers: Writers,
     is_begun: bool,
     refused: Option<SqliteError>,
+    /// What was copied must not count as copied.
+    must_reset: bool,
     /// SQLite's code for the sync that failed.
     sync_failed: Option<c_int>,
 }
@@ -100,10 +122,11 @@ struct Methods {
 
 static METHODS: OnceLock<Methods> = OnceLock::new();
 
-/// Puts the hooks before the methods of the connection's main file. To be called once, right after it is opened.
+/// Installs the hooks on the connection's main file. The caller calls it once, right after open.
 ///
 /// # Errors
-/// When SQLite does not give the file, or one of another kind than before: then it must not be used.
+/// SQLite does not return the file, or the file has another VFS's methods than the first one. The
+/// caller must not use the connection.
 pub fn hook(path: &Path, connection: &Connection) -> Result<(), SqliteError> {
     let failed = |code| SqliteError::sqlite(path, "open")(rusqlite::Error::SqliteFailure(ffi::Error::new(code), None));
     let mut file: *mut ffi::sqlite3_file = ptr::null_mut();
@@ -123,6 +146,7 @@ pub fn hook(path: &Path, connection: &Connection) -> Result<(), SqliteError> {
         hooked.xFileControl = Some(file_control);
         hooked.xFileSize = Some(file_size);
         hooked.xTruncate = Some(truncate);
+        hooked.xSync = Some(sync);
         hooked.xShmLock = Some(shm_lock);
         Methods { original: found, hooked }
     });
@@ -134,19 +158,21 @@ pub fn hook(path: &Path, connection: &Connection) -> Result<(), SqliteError> {
     Ok(())
 }
 
-/// Runs a checkpoint on a connection that has the hooks. `None` when another checkpoint runs, or, in other modes than
-/// PASSIVE, when a reader or writer is in the way.
+/// Runs a checkpoint on a connection that has the hooks. Returns `None` if another checkpoint is
+/// running or, in a mode other than PASSIVE, if a reader or writer blocks it.
 ///
 /// # Errors
-/// What `guard` answers: then no frame counts as copied that did not before. [`SqliteError::CheckpointFailed`]: no frame counts as copied that did
-/// not before; keep the frames pinned, and try again.
+/// - An error of `guard`. If [`Guard::check`] returned it, the checkpoint wrote nothing.
+/// - [`SqliteError::CheckpointFailed`]: `nBackfill` has not grown, or is 0 after a failed sync. The
+///   caller keeps the frames pinned and tries again.
 pub fn run(
     path: &Path,
     connection: &Connection,
     mode: CheckpointMode,
     guard: &dyn Guard,
+    writers: Writers,
 ) -> Result<Option<Checkpointed>, SqliteError> {
-    let mut running = Running { guard, is_begun: false, refused: None, sync_failed: None };
+    let mut running = Running { guard, writers, is_begun: false, refused: None, must_reset: false, sync_failed: None };
     let done = {
         let _unset = Unset;
         let running = ptr::NonNull::from(&mut running).cast();
@@ -204,6 +230,10 @@ unsafe extern "C" fn file_control(file: *mut ffi::sqlite3_file, op: c_int, argum
         ffi::SQLITE_FCNTL_CKPT_START => running.is_begun = true,
         ffi::SQLITE_FCNTL_CKPT_DONE if running.is_begun && running.refused.is_none() => {
             running.refused = running.guard.note_written(Written::Now).err();
+            running.must_reset |= running.refused.is_some();
+            if running.writers == Writers::AreLockedOut && copies_all(original, file) {
+                return;
+            }
             // SAFETY: SQLite's own method, on the file that it gave us.
             let sync = original.xSync.map(|sync| unsafe { sync(file, ffi::SQLITE_SYNC_NORMAL) });
             running.sync_failed = sync.filter(|&code| code != ffi::SQLITE_OK);
@@ -250,20 +280,52 @@ unsafe extern "C" fn truncate(file: *mut ffi::sqlite3_file, size: ffi::sqlite3_i
     if note(Written::Now) { ffi::SQLITE_ABORT } else { code }
 }
 
+/// `xSync`: the main file is synced by SQLite when all of the WAL is copied.
+unsafe extern "C" fn sync(file: *mut ffi::sqlite3_file, flags: c_int) -> c_int {
+    let sync = original().and_then(|original| original.xSync);
+    // SAFETY: SQLite's own method, on the file that it gave us.
+    let code = sync.map_or(ffi::SQLITE_IOERR, |sync| unsafe { sync(file, flags) });
+    if code != ffi::SQLITE_OK {
+        with_running(|running| running.sync_failed = Some(code));
+    }
+    code
+}
+
+/// The first region of the wal-index that the connection has mapped.
+fn wal_index(original: &ffi::sqlite3_io_methods, file: *mut ffi::sqlite3_file) -> Option<ptr::NonNull<u8>> {
+    let mut region: *mut c_void = ptr::null_mut();
+    // SAFETY: SQLite's own method, on the file that it gave us; it only stores a pointer.
+    let code = original.xShmMap.map(|map| unsafe { map(file, 0, WAL_INDEX_REGION_LEN, 0, &raw mut region) });
+    ptr::NonNull::new(region.cast()).filter(|_| code == Some(ffi::SQLITE_OK))
+}
+
+/// A field of the wal-index, which other processes read and store meanwhile.
+///
+/// # Safety
+/// The region is mapped for as long as the value is used.
+unsafe fn field<'a>(region: ptr::NonNull<u8>, offset: usize) -> &'a AtomicU32 {
+    // SAFETY: inside of the region, and aligned as the region, which begins a page of memory.
+    unsafe { AtomicU32::from_ptr(region.add(offset).cast().as_ptr()) }
+}
+
+/// Whether the checkpoint that runs copies all published frames. Exact only while nobody can commit.
+fn copies_all(original: &ffi::sqlite3_io_methods, file: *mut ffi::sqlite3_file) -> bool {
+    // SAFETY: the checkpoint that runs keeps the region mapped.
+    wal_index(original, file).is_some_and(|region| unsafe {
+        let load = |offset| field(region, offset).load(Ordering::SeqCst);
+        load(BACKFILL_ATTEMPTED_OFFSET) == load(FRAME_COUNT_OFFSET)
+    })
+}
+
 /// `xShmLock`: after a failed sync `nBackfill` is taken back before read mark 0 is released.
 unsafe extern "C" fn shm_lock(file: *mut ffi::sqlite3_file, offset: c_int, n: c_int, flags: c_int) -> c_int {
     let Some(original) = original() else { return ffi::SQLITE_IOERR };
     let is_release = offset == READ_LOCK_ZERO && flags == ffi::SQLITE_SHM_UNLOCK | ffi::SQLITE_SHM_EXCLUSIVE;
-    if is_release && with_running(|running| running.sync_failed.is_some()) == Some(true) {
-        let mut region: *mut c_void = ptr::null_mut();
-        // SAFETY: SQLite's own method; the first region is mapped, because the checkpoint that runs has read it. The
-        // checkpoint lock is held: nobody else stores `nBackfill`. A writer that restarts the WAL stores 0, too.
-        unsafe {
-            let map = original.xShmMap.map(|map| map(file, 0, WAL_INDEX_REGION_LEN, 0, &raw mut region));
-            if map == Some(ffi::SQLITE_OK) && !region.is_null() {
-                let backfill = AtomicU32::from_ptr(region.cast::<u8>().add(BACKFILL_OFFSET).cast());
-                backfill.store(0, Ordering::SeqCst);
-            }
+    if is_release && with_running(|running| running.must_reset || running.sync_failed.is_some()) == Some(true) {
+        if let Some(region) = wal_index(original, file) {
+            // SAFETY: the checkpoint that runs keeps the region mapped. It holds the checkpoint lock: nobody else
+            // stores `nBackfill`, but for a writer that restarts the WAL, which stores 0, too.
+            unsafe { field(region, BACKFILL_OFFSET) }.store(0, Ordering::SeqCst);
         }
     }
     // SAFETY: as above.

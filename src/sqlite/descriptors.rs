@@ -41,6 +41,8 @@ struct Open {
     file: Arc<File>,
     /// Of a main file, once connections to it are open.
     beside: Option<Beside>,
+    /// Of a main file: see [`SharedFile::opening`].
+    opening: Arc<Mutex<()>>,
     /// By which it was opened.
     path: PathBuf,
     /// Opened by the way, when a path came to lead to a file that was open already; they must not be closed before it.
@@ -109,8 +111,14 @@ impl SharedFile {
                 known.get_mut().join(id, path)
             }
             Entry::Vacant(entry) => {
-                let opened =
-                    Open { file: Arc::new(file), path: path.to_owned(), beside: None, others: Vec::new(), users: 0 };
+                let opened = Open {
+                    file: Arc::new(file),
+                    path: path.to_owned(),
+                    beside: None,
+                    opening: Arc::default(),
+                    others: Vec::new(),
+                    users: 0,
+                };
                 entry.insert(opened).join(id, path)
             }
         }
@@ -122,6 +130,14 @@ impl SharedFile {
     #[must_use]
     pub fn beside(&self) -> Option<Beside> {
         open_files().get(&self.user.0).and_then(|known| known.beside)
+    }
+
+    /// Lock for everything that opens or closes files beside this main file. SQLite locks the `-shm` file as soon as a
+    /// connection is open, some time before the file is counted here: if another thread opened and closed it
+    /// meanwhile, these locks would be dropped.
+    #[must_use]
+    pub fn opening(&self) -> Arc<Mutex<()>> {
+        open_files().get(&self.user.0).map(|known| known.opening.clone()).unwrap_or_default()
     }
 
     /// Records which files connections have open beside this main file. Returns whether they are those of all others

@@ -27,14 +27,14 @@ use std::fs::{self, File};
 use std::io;
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, PoisonError};
 use std::time::Duration;
 
 use rusqlite::config::DbConfig;
 use rusqlite::wal::CheckpointMode;
 use rusqlite::{Connection, OpenFlags};
 
-use super::checkpoint::{self, Checkpointed, Guard, Written};
+use super::checkpoint::{self, Checkpointed, Guard, Writers, Written};
 use super::descriptors::{Beside, SharedFile};
 use super::header::{DatabaseHeader, HEADER_LEN};
 use super::wal_index::{Backfill, WAL_INDEX_LEN, WalIndex};
@@ -353,12 +353,16 @@ impl LiveDatabase {
         let main = open_main(path)?;
         let header = read_header(path, &main)?;
         let (wal, shm) = (sidecar(path, "-wal"), sidecar(path, "-shm"));
+        let opening = main.opening();
+        let _opening = opening.lock().unwrap_or_else(PoisonError::into_inner);
         // SQLite joins the wal-index that this process has open for the main file (`unixOpenSharedMemory`), whatever
         // file is at the path by now.
         if main.beside().is_some_and(|open| Beside::at(&wal, &shm) != Some(open)) {
             return Err(SqliteError::Replaced { path: path.clone() });
         }
-        // Declared before the connections, so that an error drops it after them: see the module.
+        // Declared before the connections, so that an error drops them after those: see the module. A `-shm` file that is
+        // there is counted before SQLite locks it, so that no other user can close it.
+        let _counted = SharedFile::open(&shm).ok();
         let shm_file;
         let files;
         if header.is_wal && is_split(path, &main, &shm)? {
@@ -381,16 +385,17 @@ impl LiveDatabase {
         Ok(Self { pins, pinned: 0, control, main_seen: None, files, was_switched_to_wal })
     }
 
-    /// Finds out a file that was overwritten in place, as `cp` does. SQLite does not notice that, and neither does
-    /// anything else here: the path, the WAL and its index are as they were.
+    /// Detects a main file that was overwritten in place, as `cp` does; returns the file's state.
+    /// Path, WAL and wal-index do not change then, so SQLite does not notice it.
     ///
-    /// Only a checkpoint writes to the main file. It stores `nBackfillAttempted` before the first page is written, and
-    /// `nBackfill` after the last one (`walCheckpoint`). So as long as both are equal and as they were, another process
-    /// that changes the file is not SQLite. Returns the state that the file is in.
+    /// In WAL mode only a checkpoint writes to the main file. It stores `nBackfillAttempted` before
+    /// it writes the first page, and `nBackfill` after the last one (`walCheckpoint`). If both are
+    /// equal and unchanged since the last call, a change of the file did not come from SQLite.
     ///
     /// # Errors
-    /// [`SqliteError::Replaced`] when the file is not the open one any more; [`SqliteError::WrittenTo`] when its length
-    /// or time of modification is another one. Then compare its pages: it may only have been touched.
+    /// [`SqliteError::Replaced`] if another file is at the path. [`SqliteError::WrittenTo`] if the
+    /// length or modification time changed: the caller compares the pages, because the file may
+    /// only have been touched.
     pub fn check_main(&mut self, index: &WalIndex) -> Result<FileIdentity, SqliteError> {
         let backfill = index.backfill();
         let before = self.main_seen.take().filter(|(before, _)| Some(*before) == backfill);
@@ -400,11 +405,12 @@ impl LiveDatabase {
         if self.files.wal_index()?.backfill() != Some(backfill) {
             return Ok(main);
         }
+        // Also if it was changed: what is written while the pages are compared must be noticed, too.
+        self.main_seen = Some((backfill, main));
         if before.is_some_and(|(_, before)| before.was_written_before(&main)) {
             self.files.check_still_there()?;
             return Err(SqliteError::WrittenTo { path: self.files.path().to_owned() });
         }
-        self.main_seen = Some((backfill, main));
         Ok(main)
     }
 
@@ -434,8 +440,9 @@ impl LiveDatabase {
     /// # Errors
     /// See [`LiveDatabase::check_main`] and [`checkpoint::run`].
     pub fn passive_checkpoint(&mut self) -> Result<Option<Checkpointed>, SqliteError> {
-        let (done, left) = self.checkpoint(&self.pins[1 - self.pinned], CheckpointMode::PASSIVE)?;
-        self.note_left(left)?;
+        let spare = &self.pins[1 - self.pinned];
+        let (done, left) = self.checkpoint(spare, CheckpointMode::PASSIVE, Writers::MayCommit)?;
+        self.note_left(done, left)?;
         Ok(done)
     }
 
@@ -445,17 +452,23 @@ impl LiveDatabase {
         &self,
         connection: &Connection,
         mode: CheckpointMode,
+        writers: Writers,
     ) -> Result<(Option<Checkpointed>, Option<FileIdentity>), SqliteError> {
-        let guard = MainGuard { files: &self.files, seen: self.main_seen, left: Cell::new(None) };
-        let done = checkpoint::run(self.files.path(), connection, mode, &guard)?;
+        // Proves something only as long as no other process has begun to copy frames since.
+        let backfill = self.files.wal_index()?.backfill();
+        let seen = self.main_seen.filter(|(seen, _)| Some(*seen) == backfill);
+        let guard = MainGuard { files: &self.files, seen, left: Cell::new(None) };
+        let done = checkpoint::run(self.files.path(), connection, mode, &guard, writers)?;
         Ok((done, guard.left.get()))
     }
 
     /// Notes the main file as our checkpoint has left it, whatever was done to it since.
-    fn note_left(&mut self, left: Option<FileIdentity>) -> Result<(), SqliteError> {
+    fn note_left(&mut self, done: Option<Checkpointed>, left: Option<FileIdentity>) -> Result<(), SqliteError> {
         let index = self.files.wal_index()?;
-        if let Some(left) = left {
-            self.main_seen = index.backfill().map(|backfill| (backfill, left));
+        if let (Some(done), Some(left)) = (done, left) {
+            // Unless another process has copied more since.
+            let is_ours = index.backfilled_frames == done.backfilled_frames;
+            self.main_seen = index.backfill().filter(|_| is_ours).map(|backfill| (backfill, left));
         }
         self.check_main(&index).map(drop)
     }
@@ -470,10 +483,10 @@ impl LiveDatabase {
     /// See [`LiveDatabase::passive_checkpoint`].
     pub fn empty_wal(&mut self) -> Result<bool, SqliteError> {
         self.files.check_still_there()?;
-        let (done, left) = self.checkpoint(&self.control, CheckpointMode::TRUNCATE)?;
+        let (done, left) = self.checkpoint(&self.control, CheckpointMode::TRUNCATE, Writers::MayCommit)?;
         // The WAL's generation is another one, but nothing was copied.
         let left = left.or(self.main_seen.map(|(_, seen)| seen));
-        self.note_left(left)?;
+        self.note_left(done, left)?;
         Ok(done.is_some())
     }
 
@@ -491,13 +504,15 @@ impl LiveDatabase {
         set.map(drop).map_err(SqliteError::sqlite(files.path(), "close"))
     }
 
-    /// With the write lock held, so that nobody can commit: runs `capture`, moves the pin to the newest frame, checkpoints,
-    /// and moves the pin to mark 0, so that the next writer restarts the WAL. Writes nothing into the WAL. `capture`
-    /// returns whether it has read all; `others_move` has those who have a pin on the database, too, move it, and
-    /// returns whether they have.
+    /// Prepares a WAL restart with the write lock held, so that no process commits meanwhile: runs
+    /// `capture`, moves the pin to the newest frame, checkpoints, and moves the pin to mark 0. The
+    /// next writer then restarts the WAL. Writes nothing into the WAL.
+    ///
+    /// `capture` returns whether it has read every frame. `others_move` moves the pins of sibling
+    /// replicas of this database, and returns whether all of them moved.
     ///
     /// # Errors
-    /// What `capture` answers, or SQLite.
+    /// An error of `capture` or of SQLite.
     pub fn barrier<E: From<SqliteError>>(
         &mut self,
         lock_attempts: u32,
@@ -545,7 +560,7 @@ impl LiveDatabase {
         self.pinned = 1 - free;
         end_read(&path, &self.pins[free])?;
         let done = match self.checkpoint_after_others(&self.pins[free]) {
-            Ok((done, left)) => self.note_left(left).map(|()| done),
+            Ok((done, left)) => self.note_left(done, left).map(|()| done),
             Err(error) => Err(error),
         };
         match done {
@@ -556,20 +571,23 @@ impl LiveDatabase {
         begin_read(&path, &self.pins[free])?;
         self.pinned = free;
         end_read(&path, &self.pins[1 - free])?;
-        // To mark 0, where they hold up nobody. Whoever does not make it in time keeps the WAL from restarting this once.
+        // Moves the sibling replicas' pins to mark 0, too. A pin that does not move in time
+        // prevents only this restart of the WAL.
         others_move();
         Ok(Restart::Ready)
     }
 
-    /// A writer whose WAL is longer than it likes checkpoints after each commit, with the write lock free: when we get the lock, it is
-    /// often in the middle of that. The frames that are left after it are few; without waiting for it a barrier would hardly ever
-    /// succeed under load, and the WAL would grow.
+    /// Runs a PASSIVE checkpoint; waits and tries again while another process runs one. An
+    /// application above its autocheckpoint limit checkpoints after each commit, after it released
+    /// the write lock. So its checkpoint is often running when we get the lock, and leaves few
+    /// frames. Without the wait, a forced WAL restart would rarely succeed under load, and the WAL
+    /// would grow.
     fn checkpoint_after_others(
         &self,
         connection: &Connection,
     ) -> Result<(Option<Checkpointed>, Option<FileIdentity>), SqliteError> {
         for _ in 0..CHECKPOINT_ATTEMPTS {
-            match self.checkpoint(connection, CheckpointMode::PASSIVE)? {
+            match self.checkpoint(connection, CheckpointMode::PASSIVE, Writers::AreLockedOut)? {
                 (None, _) => std::thread::sleep(CHECKPOINT_ATTEMPT_INTERVAL),
                 done => return Ok(done),
             }

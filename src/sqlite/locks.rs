@@ -24,7 +24,8 @@ const DEAD_MANS_SWITCH: (i64, i64) = (128, 1);
 /// dead man's switch of the `-shm` file.
 ///
 /// # Errors
-/// As the operating system answers. Then nothing is known: do as if one has it open.
+/// The I/O error of the operating system. The caller must assume that another process has the
+/// database open.
 pub fn is_open_elsewhere(main: &File, shm: Option<&File>) -> io::Result<bool> {
     if conflicts(main, libc::F_WRLCK, SHARED)? {
         return Ok(true);
@@ -32,9 +33,9 @@ pub fn is_open_elsewhere(main: &File, shm: Option<&File>) -> io::Result<bool> {
     shm.map_or(Ok(false), |shm| conflicts(shm, libc::F_WRLCK, DEAD_MANS_SWITCH))
 }
 
-/// Returns whether another process has the main file or the `-shm` file open, but none has both: then it uses another
-/// file under the same name, removed or replaced since. Whoever connected now would use the WAL by another index, or for
-/// another main file, than that process.
+/// Returns whether other processes have only one of the main file and the `-shm` file open. Such a
+/// process uses a main file or a wal-index that was removed or replaced since. A new connection by
+/// the path would share the WAL with it, but not the wal-index or the main file.
 ///
 /// # Errors
 /// As the operating system answers.

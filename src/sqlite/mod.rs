@@ -56,7 +56,7 @@ pub enum SqliteError {
     /// Another process has the database open with a main file, WAL or wal-index that is not at the path any more.
     #[error(
         "another process uses {} with a file that was removed or replaced since (the database, its -wal or its -shm); \
-         restart that process: until then nothing it commits can be replicated, or survives it for sure",
+         restart that process: until then its commits are not replicated, and may be lost when it ends",
         path.display()
     )]
     Split {

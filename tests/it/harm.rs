@@ -1,5 +1,6 @@
-//! The application's database comes to no harm by the daemon. Each test has an application in a process of its own, and
-//! does what is safe without a daemon: where that is not obvious, the same is played without one first.
+//! The daemon never harms the application's database. Each test runs an application in its own
+//! process and does only what is safe without a daemon. Where that is not obvious, a control round
+//! without a daemon runs first.
 
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
