@@ -5,6 +5,7 @@ use std::time::Duration;
 use crate::clock::Clock;
 use crate::format::page_hash;
 use crate::sqlite::SqliteError;
+use crate::sqlite::checkpoint::Checkpointed;
 use crate::sqlite::follow::{Follower, Images, WalPosition, WalTransaction};
 use crate::sqlite::live::{FileIdentity, Files, LiveDatabase, Restart};
 
@@ -169,17 +170,17 @@ impl Capture {
         Ok(captured)
     }
 
-    /// Copies frames into the main file without waiting for anybody; returns whether all are there now.
+    /// Copies frames into the main file without waiting for anybody. `None` when another checkpoint runs.
     ///
     /// # Errors
     /// See [`LiveDatabase::passive_checkpoint`]. After [`SqliteError::CheckpointFailed`] the pin stays, and
     /// [`Capture::retry_checkpoint`] is the next to be called.
-    pub fn passive_checkpoint(&mut self) -> Result<bool, SqliteError> {
+    pub fn passive_checkpoint(&mut self) -> Result<Option<Checkpointed>, SqliteError> {
         let index = self.live.files.wal_index()?;
         self.live.check_main(&index)?;
         let done = self.live.passive_checkpoint();
         self.is_suspect |= matches!(done, Err(SqliteError::CheckpointFailed { .. }));
-        Ok(done?.is_some_and(|done| done.is_complete()))
+        done
     }
 
     /// Checkpoints after a failure. What is copied then is compared with what was captured, because a disk that failed
@@ -290,10 +291,10 @@ impl Capture {
         for _ in 0..BARRIER_ROUNDS {
             // The long copy and its syncs happen here, with no lock held; what is left for the lock is what came in meanwhile.
             let begun = clock.monotonic();
-            self.passive_checkpoint()?;
+            let has_synced = self.passive_checkpoint()?.is_some_and(|done| done.has_copied);
             let worth = (self.follower.wal_len_bytes() / SYNC_BYTES).clamp(1, 1 << 10) as u32;
             let is_slow = |begun| clock.monotonic().saturating_sub(begun) > LOCKED_SYNC_LIMIT * worth;
-            let may_be_slow = is_slow(begun);
+            let may_be_slow = !has_synced || is_slow(begun);
             self.advance(sink)?;
             if may_be_slow {
                 // Little is left to sync now: the disk takes as long in a moment, with the write lock held.

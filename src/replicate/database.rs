@@ -1085,7 +1085,7 @@ impl Following {
             return Ok(true);
         }
         let done = self.capture.passive_checkpoint().map_err(RecordError::Sqlite);
-        let is_done = self.unless_failed(done)?.unwrap_or(false);
+        let is_done = self.unless_failed(done)?.flatten().is_some_and(|done| done.is_complete());
         // Lets the pin go to mark 0, so that the next writer begins the WAL anew.
         self.advance()?;
         Ok(is_done)

@@ -60,6 +60,8 @@ pub struct Checkpointed {
     pub frame_count: u32,
     /// Frames of them that are in the main file now.
     pub backfilled_frames: u32,
+    /// Whether frames were copied, so that WAL and main file were synced.
+    pub has_copied: bool,
 }
 
 impl Checkpointed {
@@ -190,6 +192,7 @@ pub fn run(
         Ok((frames, backfilled)) => Ok(Some(Checkpointed {
             frame_count: u32::try_from(frames).unwrap_or(0),
             backfilled_frames: u32::try_from(backfilled).unwrap_or(0),
+            has_copied: running.is_begun,
         })),
         Err(error) => {
             let is_busy = SqliteError::sqlite(path, "checkpoint")(error);

@@ -40,6 +40,10 @@ pub fn is_open_elsewhere(main: &File, shm: Option<&File>) -> io::Result<bool> {
 /// # Errors
 /// As the operating system answers.
 pub fn is_split(main: &File, shm: Option<&File>) -> io::Result<bool> {
+    if conflicts(main, libc::F_RDLCK, SHARED)? {
+        // An EXCLUSIVE lock: `locking_mode=EXCLUSIVE` needs no `-shm` file, and lets nobody else in.
+        return Ok(false);
+    }
     let has_main = conflicts(main, libc::F_WRLCK, SHARED)?;
     let has_index = shm.map_or(Ok(false), |shm| conflicts(shm, libc::F_WRLCK, DEAD_MANS_SWITCH))?;
     Ok(has_main != has_index)
