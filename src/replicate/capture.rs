@@ -22,6 +22,8 @@ const LOCK_ATTEMPTS: u32 = 200;
 /// restart is postponed: a longer WAL has a higher limit.
 const LOCKED_SYNC_LIMIT: Duration = Duration::from_millis(100);
 const SYNC_BYTES: u64 = 4 << 20;
+/// Limit of the factor, and so of the wait of a commit to one second, however long the WAL is.
+const LARGEST_FACTOR: u64 = 10;
 
 /// Outcome of an attempt to restart the WAL.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -292,8 +294,8 @@ impl Capture {
             // The long copy and its syncs happen here, with no lock held; what is left for the lock is what came in meanwhile.
             let begun = clock.monotonic();
             let has_synced = self.passive_checkpoint()?.is_some_and(|done| done.has_copied);
-            let worth = (self.follower.wal_len_bytes() / SYNC_BYTES).clamp(1, 1 << 10) as u32;
-            let is_slow = |begun| clock.monotonic().saturating_sub(begun) > LOCKED_SYNC_LIMIT * worth;
+            let worth = (self.follower.wal_len_bytes() / SYNC_BYTES).clamp(1, LARGEST_FACTOR);
+            let is_slow = |begun| clock.monotonic().saturating_sub(begun) > LOCKED_SYNC_LIMIT * worth as u32;
             let may_be_slow = !has_synced || is_slow(begun);
             self.advance(sink)?;
             if may_be_slow {

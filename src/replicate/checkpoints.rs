@@ -88,11 +88,12 @@ impl Checkpoints {
         self.slow = 0;
     }
 
-    /// The disk is too slow to sync with the write lock held.
-    pub fn note_slow_disk(&mut self, now: Duration) {
+    /// The disk is too slow to sync with the write lock held. Returns whether it was not before.
+    pub fn note_slow_disk(&mut self, now: Duration) -> bool {
         self.barrier_retry = doubled(FIRST_SLOW_RETRY, self.slow, LAST_SLOW_RETRY);
         self.slow = self.slow.saturating_add(1);
         self.barrier_tried = now;
+        self.slow == 1
     }
 
     /// A checkpoint failed. Returns whether it is the first since one succeeded. The first attempt after it is made at

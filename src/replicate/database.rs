@@ -1042,8 +1042,15 @@ impl Following {
         match checkpoint {
             Checkpoint::Barrier => match self.barrier()? {
                 Barrier::SlowDisk(took) => {
-                    tracing::debug!(?took, "the disk is slow: the WAL is not restarted");
-                    self.checkpoints.note_slow_disk(self.now());
+                    if self.checkpoints.note_slow_disk(self.now()) {
+                        let database = self.around.settings.path.display();
+                        tracing::warn!(
+                            %database,
+                            ?took,
+                            "the disk is too slow to sync while commits wait: the WAL grows until the application pauses \
+                             for a second"
+                        );
+                    }
                 }
                 done => self.checkpoints.note_barrier(self.now(), done == Barrier::Done),
             },
