@@ -324,12 +324,12 @@ fn copies_all(original: &ffi::sqlite3_io_methods, file: *mut ffi::sqlite3_file) 
 unsafe extern "C" fn shm_lock(file: *mut ffi::sqlite3_file, offset: c_int, n: c_int, flags: c_int) -> c_int {
     let Some(original) = original() else { return ffi::SQLITE_IOERR };
     let is_release = offset == READ_LOCK_ZERO && flags == ffi::SQLITE_SHM_UNLOCK | ffi::SQLITE_SHM_EXCLUSIVE;
-    if is_release && with_running(|running| running.must_reset || running.sync_failed.is_some()) == Some(true) {
-        if let Some(region) = wal_index(original, file) {
-            // SAFETY: the checkpoint that runs keeps the region mapped. It holds the checkpoint lock: nobody else
-            // stores `nBackfill`, but for a writer that restarts the WAL, which stores 0, too.
-            unsafe { field(region, BACKFILL_OFFSET) }.store(0, Ordering::SeqCst);
-        }
+    let must_reset =
+        is_release && with_running(|running| running.must_reset || running.sync_failed.is_some()) == Some(true);
+    if must_reset && let Some(region) = wal_index(original, file) {
+        // SAFETY: the checkpoint that runs keeps the region mapped. It holds the checkpoint lock: no other process
+        // stores `nBackfill`, but for a writer that restarts the WAL, which stores 0, too.
+        unsafe { field(region, BACKFILL_OFFSET) }.store(0, Ordering::SeqCst);
     }
     // SAFETY: as above.
     original.xShmLock.map_or(ffi::SQLITE_IOERR, |lock| unsafe { lock(file, offset, n, flags) })
