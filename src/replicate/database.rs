@@ -40,7 +40,7 @@ const FILES_CHECK_INTERVAL: Duration = Duration::from_secs(1);
 const UNCLAIMED_RAW_LIMIT: u64 = 4 << 30;
 /// Delay between the application's last close and emptying the WAL. Short, so that no person can
 /// replace the database file before; long enough for an application that reconnects at once.
-const LAST_CLOSE_AFTER: Duration = Duration::from_millis(10);
+const LAST_CLOSE_AFTER: Duration = Duration::from_millis(2);
 /// Minimum pause between two attempts to empty the WAL: some programs open and close the database
 /// for each request.
 const LAST_CLOSE_INTERVAL: Duration = Duration::from_millis(250);
@@ -245,6 +245,8 @@ impl Following {
         let now = around.clock.monotonic();
         let pace = Pace::new(around.settings.poll_interval, around.settings.sync_interval, now);
         let checkpoints = Checkpoints::new(around.settings.checkpoint_threshold_bytes, now);
+        // What failed in an earlier attempt was the checkpoint of other connections.
+        around.progress.board.note_checkpoints(None, around.clock.now_ms());
         let mut following = Self {
             snapshots: Snapshots::new(around.settings.snapshot_interval, snapshot),
             around,

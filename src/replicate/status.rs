@@ -34,6 +34,15 @@ pub enum Phase {
     Stopped,
 }
 
+/// Why checkpoints fail.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CheckpointProblem {
+    /// The error of the last one.
+    pub error: String,
+    /// When the first of them failed, in milliseconds since 1970.
+    pub since_ms: u64,
+}
+
 /// One database's replication at one moment.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub struct Status {
@@ -73,9 +82,9 @@ pub struct Status {
     pub segments_len_bytes: u64,
     /// Snapshots that were confirmed since the process started.
     pub snapshots: u64,
-    /// Why checkpoints fail, and since when, in milliseconds since 1970. The WAL grows meanwhile.
+    /// Set while checkpoints fail. The WAL grows meanwhile.
     #[serde(default)]
-    pub checkpoint_problem: Option<(String, u64)>,
+    pub checkpoint_problem: Option<CheckpointProblem>,
     /// What is wrong just now, in a sentence.
     pub error: Option<String>,
     /// What was found of the store that is otherwise than it should be, by what was looked at; see [`crate::store::probe`].
@@ -117,7 +126,7 @@ impl Status {
     #[must_use]
     pub fn trouble(&self, now_ms: u64, limit: Duration) -> Option<String> {
         let because = || self.error.as_ref().map_or(String::new(), |error| format!(": {error}"));
-        let since_ms = self.checkpoint_problem.as_ref().map_or(now_ms, |&(_, since_ms)| since_ms);
+        let since_ms = self.checkpoint_problem.as_ref().map_or(now_ms, |problem| problem.since_ms);
         let checkpoints_failing = Duration::from_millis(now_ms.saturating_sub(since_ms));
         let (in_phase, failing) = (self.in_phase(now_ms), self.failing_for(now_ms).unwrap_or_default());
         match self.phase {
@@ -287,7 +296,7 @@ impl Board {
         if status.phase != Phase::Following {
             return;
         }
-        status.error = status.checkpoint_problem.as_ref().map(|(problem, _)| problem.clone());
+        status.error = status.checkpoint_problem.as_ref().map(|problem| problem.error.clone());
         status.confirmed = Some(state);
         let is_all = status.captured.is_none_or(|captured| captured.position.txid <= state.position.txid);
         // What is left was committed after this.
@@ -330,9 +339,12 @@ impl Board {
     /// Checkpoints fail, or succeed again (`None`). The problem is shown until then, whatever else succeeds.
     pub fn note_checkpoints(&self, problem: Option<String>, now_ms: u64) {
         let mut status = locked(&self.status);
+        if problem.is_none() && status.checkpoint_problem.is_none() {
+            return;
+        }
         status.error.clone_from(&problem);
-        let since_ms = status.checkpoint_problem.as_ref().map_or(now_ms, |&(_, since_ms)| since_ms);
-        status.checkpoint_problem = problem.map(|problem| (problem, since_ms));
+        let since_ms = status.checkpoint_problem.as_ref().map_or(now_ms, |problem| problem.since_ms);
+        status.checkpoint_problem = problem.map(|error| CheckpointProblem { error, since_ms });
     }
 
     /// Something does not work, and is tried again.

@@ -100,12 +100,11 @@ impl Mailbox {
         }
     }
 
-    /// A descriptor of the main file was closed.
+    /// A descriptor of the main file was closed. Ends a pause, too: until the WAL is emptied the main file alone is not
+    /// complete.
     pub fn note_closed(&self) {
-        let mut inbox = self.inbox();
-        if !std::mem::replace(&mut inbox.notices.is_closed, true) {
-            self.changed.notify_one();
-        }
+        self.inbox().notices.is_closed = true;
+        self.wake_at_once();
     }
 
     /// One of the files was made, removed or renamed.
