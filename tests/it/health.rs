@@ -174,6 +174,8 @@ fn the_alert_fires_when_storage_refuses_at_the_start() {
     let metrics =
         wait_for("the alert", || Some(get(&address, "/metrics").1).filter(|metrics| metrics.lines().any(fires)));
     assert_eq!((metric(&metrics, "waltrail_following"), metric(&metrics, "waltrail_lag_seconds")), (0.0, 0.0));
+    // The log is written by a thread of its own, which a kill ends, too.
+    wait_for("the ERROR", || scene.log().contains("the store refuses").then_some(()));
     drop(daemon);
 }
 
