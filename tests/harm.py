@@ -745,9 +745,13 @@ class Round:
         if has_daemon:
             if plan.end != "no-sync":
                 problem = self.daemon.sync(self.database)
-                if problem:
-                    self.find("restore-differs", problem)
-                self.restore()
+                if problem and self.safety == "lone" and plan.end == "daemon-first":
+                    # The application still uses a removed file. The daemon keeps out, and says so.
+                    self.notes.append("sync is refused while the application uses a removed file")
+                else:
+                    if problem:
+                        self.find("restore-differs", problem)
+                    self.restore()
             if self.daemon.process.poll() is None:
                 self.daemon.ask_to_stop()
             code = self.daemon.wait()
