@@ -226,10 +226,8 @@ impl Following {
         directory: Arc<StateDirectory>,
         rested: Option<Box<Rested>>,
     ) -> Result<Self, DatabaseError> {
-        if set_foreign_wal_aside(&around.settings.path, &directory) == Wal::InUse {
-            let path = around.settings.path.clone();
-            return Err(SqliteError::Split { path }.into());
-        }
+        let wal = set_foreign_wal_aside(&around.settings.path, &directory);
+        refuse_foreign_wal(&around.settings.path, &wal)?;
         let live = LiveDatabase::open(&around.settings.path)?;
         if live.was_switched_to_wal {
             tracing::info!(database = %around.settings.path.display(), "switched to WAL mode");
@@ -433,11 +431,8 @@ impl Following {
                 let wal = self.set_foreign_wal_aside();
                 // After the close no process may be able to read the replaced files.
                 self.advance().and_then(|_| self.cut())?;
-                if wal == Wal::InUse {
-                    // The saved state knows the WAL, and is needed when that process has ended.
-                    let path = self.around.settings.path.clone();
-                    return Err(SqliteError::Split { path }.into());
-                }
+                // Otherwise the saved state, which knows the WAL, is needed when that process has ended.
+                refuse_foreign_wal(&self.around.settings.path, &wal)?;
                 Err(replaced.into())
             }
             Err(DatabaseError::Sqlite(overwritten @ SqliteError::WrittenTo { .. })) => {
@@ -512,7 +507,7 @@ impl Following {
         let known = self.capture.follower().position().zip(self.recorder.as_ref());
         let Some((position, recorder)) = known else { return Wal::Left };
         let Ok(main) = files.main_identity() else { return Wal::Left };
-        let pair = Pair { main_inode: main.inode(), position };
+        let pair = Pair { main_inode: main.inode(), wal_inode: files.wal_inode().ok(), position };
         let path = &self.around.settings.path;
         report_set_aside(path, foreign_wal::set_aside_if_foreign(path, pair, &recorder.ledger))
     }
@@ -1017,6 +1012,7 @@ impl Following {
             schema_cookie: last.schema_cookie,
             fingerprint,
             wal: wal_field(self.capture.follower().position()),
+            wal_inode: Some(self.capture.files().wal_inode()?),
             main,
             boot_id: self.around.clock.boot_id(),
             is_main_complete,
@@ -1180,6 +1176,16 @@ impl Following {
     }
 }
 
+/// Refuses a database with a WAL that must not be applied to it.
+fn refuse_foreign_wal(path: &Path, wal: &Wal) -> Result<(), SqliteError> {
+    let path = path.to_owned();
+    match wal {
+        Wal::Left | Wal::SetAside(_) => Ok(()),
+        Wal::InUse => Err(SqliteError::Split { path }),
+        Wal::Unclear => Err(SqliteError::UnclearWal { path }),
+    }
+}
+
 /// Before the database is opened: sets a WAL aside that the saved state knows to be another file's.
 fn set_foreign_wal_aside(path: &Path, directory: &StateDirectory) -> Wal {
     let has_wal = std::fs::canonicalize(path)
@@ -1190,7 +1196,7 @@ fn set_foreign_wal_aside(path: &Path, directory: &StateDirectory) -> Wal {
     let Some(position) = state.wal_position() else { return Wal::Left };
     let known = Ledger::open(&directory.ledger_path(), state.page_size, state.size_pages, state.fingerprint, overlay);
     let Ok(known) = known else { return Wal::Left };
-    let pair = Pair { main_inode: state.main.inode(), position };
+    let pair = Pair { main_inode: state.main.inode(), wal_inode: state.wal_inode, position };
     report_set_aside(path, foreign_wal::set_aside_if_foreign(path, pair, &known))
 }
 

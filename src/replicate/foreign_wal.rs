@@ -32,6 +32,8 @@ const MOST_NAMES: u32 = 1000;
 pub struct Pair {
     /// Inode of the main file.
     pub main_inode: u64,
+    /// Inode of the WAL, if it is known.
+    pub wal_inode: Option<u64>,
     /// The place in the WAL after the last captured transaction.
     pub position: WalPosition,
 }
@@ -46,6 +48,8 @@ pub enum Wal {
     SetAside(PathBuf),
     /// It belongs to another main file, which another process still has open.
     InUse,
+    /// It was beside another main file, and was restarted since: nothing proves what it belongs to.
+    Unclear,
 }
 
 /// Sets a WAL aside that belongs to another main file than the one at `path`.
@@ -63,7 +67,13 @@ pub fn set_aside_if_foreign(path: &Path, pair: Pair, known: &Ledger) -> io::Resu
     if fs::metadata(&file)?.ino() == pair.main_inode {
         return Ok(Wal::Left);
     }
-    let Some(wal) = read_wal(&wal_path, pair.position)? else { return Ok(Wal::Left) };
+    let wal = read_wal(&wal_path, pair.position)?;
+    // A WAL that was put back with its main file has another inode, as that has.
+    let was_beside_other =
+        || Ok::<_, io::Error>(wal_has_header(&wal_path)? && Some(fs::metadata(&wal_path)?.ino()) == pair.wal_inode);
+    if wal.is_none() && !was_beside_other()? {
+        return Ok(Wal::Left);
+    }
     let main = SharedFile::open(&file)?;
     let opening = main.opening();
     let _opening = opening.lock().unwrap_or_else(PoisonError::into_inner);
@@ -71,13 +81,15 @@ pub fn set_aside_if_foreign(path: &Path, pair: Pair, known: &Ledger) -> io::Resu
         Err(error) if error.kind() == io::ErrorKind::NotFound => None,
         other => Some(other?),
     };
-    if belongs(&main, &wal, known)? {
+    if let Some(wal) = &wal
+        && belongs(&main, wal, known)?
+    {
         return Ok(Wal::Left);
     }
     if locks::is_open_elsewhere(&main, shm.as_deref())? {
         return Ok(if locks::is_split(&main, shm.as_deref())? { Wal::InUse } else { Wal::Left });
     }
-    set_aside(&file).map(Wal::SetAside)
+    if wal.is_none() { Ok(Wal::Unclear) } else { set_aside(&file).map(Wal::SetAside) }
 }
 
 /// Gives the WAL beside `path` a name under which SQLite does not look for it.
@@ -137,6 +149,15 @@ fn read_wal(path: &Path, position: WalPosition) -> io::Result<Option<Recoverable
     pages.truncate(committed);
     let wal = Recoverable { page_size: header.page_size, pages: pages.into_iter().collect(), size_pages };
     Ok((continues && committed > 0).then_some(wal))
+}
+
+/// Whether a WAL has a header, so that SQLite reads it.
+fn wal_has_header(path: &Path) -> io::Result<bool> {
+    let mut bytes = [0; WAL_HEADER_LEN];
+    match File::open(path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
+        other => Ok(read_exact(&mut other?, &mut bytes)? && WalHeader::parse(&bytes).is_some()),
+    }
 }
 
 /// Fills `buffer`; returns `false` if the file ends before that.

@@ -124,6 +124,7 @@ impl Handover {
             schema_cookie: schema_cookie(&header),
             fingerprint: restored.fingerprint,
             wal: None,
+            wal_inode: None,
             main: FileIdentity::of(target)?,
             boot_id,
             is_main_complete: false,

@@ -45,6 +45,9 @@ pub struct LocalState {
     pub fingerprint: u64,
     /// The WAL's generation, number of frames and checksum after it; `None` where no frame was ever seen.
     pub wal: Option<([u8; 8], u32, (u32, u32))>,
+    /// Inode of the WAL; `None` where none was open.
+    #[serde(default)]
+    pub wal_inode: Option<u64>,
     /// The main file when the state was written.
     pub main: FileIdentity,
     /// The boot of the machine in which the state was written; `None` if the kernel provides no id.

@@ -204,6 +204,14 @@ impl Files {
         Ok(self.wal.metadata().map_err(SqliteError::io(&self.path, "look at the WAL of"))?.len())
     }
 
+    /// Inode of the WAL file that is open.
+    ///
+    /// # Errors
+    /// As the operating system answers.
+    pub fn wal_inode(&self) -> Result<u64, SqliteError> {
+        Ok(self.wal.metadata().map_err(SqliteError::io(&self.path, "look at the WAL of"))?.ino())
+    }
+
     /// Returns whether another process has the database open.
     ///
     /// # Errors

@@ -63,6 +63,17 @@ pub enum SqliteError {
         /// The database.
         path: PathBuf,
     },
+    /// A WAL is beside the database that was beside another file under this name. SQLite would apply it.
+    #[error(
+        "the WAL beside {} was beside another file that was replaced, and may not belong to this one: it is not opened; \
+         move {}-wal away if it is not needed, or start the application",
+        path.display(),
+        path.display()
+    )]
+    UnclearWal {
+        /// The database.
+        path: PathBuf,
+    },
     /// Another file stands at the path than the one that is open.
     #[error("{} was replaced or removed while it was followed", path.display())]
     Replaced {
