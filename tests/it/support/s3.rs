@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicU16, Ordering};
 
 use hyper::body::Incoming;
 use hyper::service::{Service, service_fn};
-use hyper::{Request, Response};
+use hyper::{Method, Request, Response};
 use hyper_util::rt::{TokioExecutor, TokioIo};
 use hyper_util::server::conn::auto::Builder;
 use s3s::auth::SimpleAuth;
@@ -52,8 +52,15 @@ impl S3Server {
                         let (service, refuses) = (service.clone(), refuses.clone());
                         let service = service_fn(move |request: Request<Incoming>| {
                             let (service, refusal) = (service.clone(), refuses.load(Ordering::SeqCst));
+                            let is_in_bucket = request.uri().path().starts_with(&format!("/{BUCKET}"));
                             async move {
                                 match refusal {
+                                    // S3 refuses this; the directory's server makes the bucket.
+                                    0 if request.method() == Method::PUT && !is_in_bucket => {
+                                        let error = "<Error><Code>NoSuchBucket</Code><Message>none</Message></Error>";
+                                        let refused = Response::builder().status(404).body(error.to_owned().into());
+                                        Ok(refused.unwrap())
+                                    }
                                     0 => Service::call(&service, request).await,
                                     status => {
                                         let refused = Response::builder().status(status).body(s3s::Body::empty());
