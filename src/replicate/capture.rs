@@ -118,7 +118,7 @@ impl Capture {
         })
     }
 
-    /// Returns the state of the main file, if nobody but SQLite has written to it.
+    /// Returns the state of the main file, if only SQLite has written to it.
     ///
     /// # Errors
     /// See [`LiveDatabase::check_main`].
@@ -172,7 +172,7 @@ impl Capture {
         Ok(captured)
     }
 
-    /// Copies frames into the main file without waiting for anybody. `None` when another checkpoint runs.
+    /// Copies frames into the main file and waits for no other connection. `None` when another checkpoint runs.
     ///
     /// # Errors
     /// See [`LiveDatabase::passive_checkpoint`]. After [`SqliteError::CheckpointFailed`] the pin stays, and
@@ -225,6 +225,15 @@ impl Capture {
     #[must_use]
     pub fn is_suspect(&self) -> bool {
         self.is_suspect
+    }
+
+    /// Returns whether the WAL still has content although no other process has the database open: SQLite would have
+    /// emptied it at the last close.
+    ///
+    /// # Errors
+    /// As the operating system answers.
+    pub fn is_left_by_last_close(&self) -> Result<bool, SqliteError> {
+        Ok(self.live.files.wal_len_bytes()? > 0 && !self.live.files.is_open_elsewhere()?)
     }
 
     /// Does what SQLite does when the last connection closes (`sqlite3WalClose`): captures, copies all frames into the

@@ -362,17 +362,13 @@ impl Following {
         }
         // Once we are idle, the application's last close removes the WAL. If that close has already
         // happened, this daemon must empty the WAL before it becomes idle.
-        let files_open = self.capture.files();
-        if files_open.wal_len_bytes()? > 0 && !files_open.is_open_elsewhere()? {
+        if self.capture.is_left_by_last_close()? {
             self.last_close_due.get_or_insert(now);
             return Ok(None);
         }
         self.save_state(true)?;
         // The application may have closed the database meanwhile, and left its WAL because we still have it open.
-        let files_open = self.capture.files();
-        if self.around.mailbox.take_notices().is_closed
-            || files_open.wal_len_bytes()? > 0 && !files_open.is_open_elsewhere()?
-        {
+        if self.around.mailbox.take_notices().is_closed || self.capture.is_left_by_last_close()? {
             self.last_close_due.get_or_insert(now);
             return Ok(None);
         }
@@ -492,7 +488,7 @@ impl Following {
             self.cut()?;
             return Err(SqliteError::Locked { path }.into());
         }
-        if files.wal_len_bytes()? > 0 && !files.is_open_elsewhere()? {
+        if self.capture.is_left_by_last_close()? {
             self.plan_last_close(Duration::ZERO);
         }
         match self.unclaimed_len_bytes()? {
